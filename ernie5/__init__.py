@@ -1,0 +1,1 @@
+"""ernie5 pretrains natively unified, ultra-sparse mixture-of-experts models over text, image, video and audio."""

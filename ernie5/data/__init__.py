@@ -1,0 +1,1 @@
+"""From shards of samples to packed batches, a pure function of (seed, step)."""

@@ -1,0 +1,1 @@
+"""Checkpoints: layout-free safetensors and JSON, atomic, checksummed, strict."""

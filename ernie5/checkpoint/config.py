@@ -1,0 +1,23 @@
+"""Settings of saving."""
+
+from __future__ import annotations
+
+from ernie5.config.base import Config, config
+from ernie5.config.field import field, non_negative, positive
+
+
+@config
+class CheckpointConfig(Config):
+    """When and where checkpoints are written, and how many stay."""
+
+    every_steps: int = field(
+        100, doc="distance between checkpoints; 0 saves only at the end and on interruption", unit="steps",
+        check=non_negative, kind="logging",
+    )
+    dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")
+    keep: int = field(2, doc="newest checkpoints that stay on disk", unit="checkpoints", check=positive,
+                      kind="logging")
+    keep_every_steps: int = field(
+        0, doc="checkpoints at multiples of this stay for good; 0: none", unit="steps", check=non_negative,
+        kind="logging",
+    )

@@ -1,0 +1,44 @@
+"""Settings of the optimizer and of the learning-rate schedule."""
+
+from __future__ import annotations
+
+from ernie5.config.base import Config, config
+from ernie5.config.field import field, fraction, non_negative, positive
+
+
+@config
+class ScheduleConfig(Config):
+    """Learning rate over the run (SPEC section 3): warm-up, then constant, cosine or WSD."""
+
+    kind: str = field(
+        "constant", doc="shape after the warm-up", choices=("constant", "cosine", "wsd"), kind="numerics"
+    )
+    warmup_steps: int | None = field(
+        None, doc="linear warm-up; none: min(2000, 5 % of train.steps), at least 1", unit="steps",
+        check=non_negative, kind="numerics",
+    )
+    final_ratio: float = field(
+        0.1, doc="last learning rate over the peak, for cosine (default 1e-4 to 1e-5) and wsd", check=fraction,
+        kind="numerics",
+    )
+    decay_fraction: float = field(
+        0.2, doc="wsd: last part of the run that decays with 1 - sqrt", check=fraction, kind="numerics"
+    )
+
+
+@config
+class OptimConfig(Config):
+    """AdamW as in SPEC section 3, or Muon for matrices with AdamW for the rest."""
+
+    name: str = field("adamw", doc="optimizer", choices=("adamw", "muon"), kind="numerics")
+    learning_rate: float = field(1e-4, doc="peak learning rate", check=positive, kind="numerics")
+    beta1: float = field(0.9, doc="decay of the first moment", check=fraction, kind="numerics")
+    beta2: float = field(0.95, doc="decay of the second moment", check=fraction, kind="numerics")
+    epsilon: float = field(1e-8, doc="added to the root of the second moment", check=positive, kind="numerics")
+    weight_decay: float = field(0.1, doc="decoupled weight decay of matrices", check=non_negative, kind="numerics")
+    clip_norm: float = field(
+        1.0, doc="largest global gradient norm; 0 switches clipping off", check=non_negative, kind="numerics"
+    )
+    muon_momentum: float = field(0.95, doc="muon: momentum", check=fraction, kind="numerics")
+    muon_steps: int = field(5, doc="muon: Newton-Schulz iterations", check=positive, kind="numerics")
+    schedule: ScheduleConfig = field(ScheduleConfig, doc="learning rate over the run")

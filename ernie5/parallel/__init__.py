@@ -1,0 +1,1 @@
+"""Parallel degrees and the grid of ranks."""

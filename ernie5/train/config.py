@@ -1,0 +1,118 @@
+"""The root of a training configuration: what a YAML of `ernie5 train` may say. No torch."""
+
+from __future__ import annotations
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.config.base import Config, config
+from ernie5.config.field import REQUIRED, field, non_negative, positive
+from ernie5.data.config import DataConfig
+from ernie5.engine.config import EngineConfig
+from ernie5.errors import LayoutError
+from ernie5.evaluate.config import EvaluateConfig
+from ernie5.generate.config import GenerateConfig
+from ernie5.model.config import ModelConfig
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.observe.config import ObserveConfig
+from ernie5.optim.config import OptimConfig
+from ernie5.parallel.config import ParallelConfig
+from ernie5.tokenizers.config import TokenizersConfig
+
+
+@config
+class TrainConfig(Config):
+    """Length, place and rhythm of a run."""
+
+    steps: int = field(REQUIRED, doc="optimizer steps of the whole run", unit="steps", check=positive, kind="numerics")
+    run_dir: str = field(
+        REQUIRED, doc="directory of the run: config, metrics, checkpoints, samples, report", kind="logging"
+    )
+    seed: int = field(0, doc="seed of initialisation, data order and every draw", check=non_negative, kind="numerics")
+    eval_every_steps: int = field(
+        0, doc="distance between passes over the fixed validation batches; 0: none", unit="steps",
+        check=non_negative, kind="logging",
+    )
+    eval_batches: int = field(
+        2, doc="validation: global steps of data per pass, the same ones every time", unit="steps", check=positive,
+        kind="logging",
+    )
+    sample_every_steps: int = field(
+        0, doc="distance between generated samples; 0: none", unit="steps", check=non_negative, kind="logging"
+    )
+    routing_every_steps: int = field(
+        50, doc="distance between snapshots of expert loads by token kind; 0: none", unit="steps",
+        check=non_negative, kind="logging",
+    )
+    spike_retries: int = field(
+        3, doc="steps with a non-finite loss or gradient that may be skipped in a row before the run ends (exit 4)",
+        unit="steps", check=non_negative, kind="numerics",
+    )
+
+
+@config
+class BatchConfig(Config):
+    """Rows of one optimizer step."""
+
+    global_sequences: int = field(
+        8, doc="rows that one optimizer step sees, whatever the layout", unit="rows", check=positive, kind="numerics"
+    )
+    micro_sequences: int = field(
+        1, doc="rows of one forward pass on one rank", unit="rows", check=positive, kind="performance"
+    )
+
+
+@config
+class RootConfig(Config):
+    """Everything that `ernie5 train` reads; each section is documented in its own folder."""
+
+    train: TrainConfig = field(REQUIRED, doc="length, place and rhythm of the run")
+    data: DataConfig = field(DataConfig, doc="shards, mixture, packing")
+    batch: BatchConfig = field(BatchConfig, doc="rows per step and per forward pass")
+    model: ModelConfig = field(ModelConfig, doc="architecture")
+    tokenizers: TokenizersConfig = field(TokenizersConfig, doc="tokenizers of text, pictures and sound")
+    objectives: ObjectivesConfig = field(ObjectivesConfig, doc="losses and their weights")
+    optim: OptimConfig = field(OptimConfig, doc="optimizer and learning rate")
+    engine: EngineConfig = field(EngineConfig, doc="what runs the steps, in which precision")
+    parallel: ParallelConfig = field(ParallelConfig, doc="parallel degrees")
+    checkpoint: CheckpointConfig = field(CheckpointConfig, doc="when and where checkpoints are written")
+    observe: ObserveConfig = field(ObserveConfig, doc="metrics, sinks, alarms")
+    evaluate: EvaluateConfig = field(EvaluateConfig, doc="figures of `ernie5 evaluate`")
+    generate: GenerateConfig = field(GenerateConfig, doc="defaults of `ernie5 generate`")
+
+    def validate(self) -> None:
+        """Check the rules that cross sections; raises LayoutError."""
+        if self.engine.kind == "local" and self.parallel.dp not in (None, 1):
+            self.fail(
+                "parallel.dp", "the local engine is one process. Set engine.kind: deepspeed or parallel.dp: 1",
+                error=LayoutError,
+            )
+        self.check_layout(self.parallel.dp or 1)
+
+    def check_layout(self, dp: int) -> None:
+        """Check that rows and data streams divide over `dp` ranks; raises LayoutError."""
+        rows = dp * self.batch.micro_sequences
+        if self.batch.global_sequences % rows:
+            self.fail(
+                "batch.global_sequences",
+                f"is not a multiple of dp x batch.micro_sequences = {dp} x {self.batch.micro_sequences}. Every rank "
+                "runs the same number of micro-batches. Change batch.micro_sequences or the number of processes",
+                error=LayoutError,
+            )
+        if self.data.streams % dp:
+            self.fail(
+                "data.streams",
+                f"is not a multiple of dp = {dp}. Each rank owns whole streams, so that the data do not depend on the "
+                "number of ranks. Raise data.streams or change the number of processes",
+                error=LayoutError,
+            )
+
+    def derive_dp(self, world_size: int) -> int:
+        """Return the data-parallel degree of `world_size` processes; raises LayoutError where it does not fit."""
+        if self.parallel.dp is not None and self.parallel.dp != world_size:
+            self.fail(
+                "parallel.dp",
+                f"{world_size} processes were started, and dp times the other degrees (all 1) must be their number. "
+                f"Start {self.parallel.dp} processes or leave parallel.dp out",
+                error=LayoutError,
+            )
+        self.check_layout(world_size)
+        return world_size

@@ -1,47 +1,138 @@
-"""Which tokenizers a run uses, and how the text tokenizer is trained. Free of torch."""
+"""Configuration of the tokenizers: which ones a model uses, what each is made of, and how one is trained."""
 
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import field, fraction, positive
+from ernie5.config.field import at_least, field, fraction, non_negative, positive
 
 
 @config
 class TokenizersConfig(Config):
-    """The tokenizers of a run; each a path, or `embedded` for the small set that ships with the package."""
+    """The tokenizers of a run (key `tokenizers` of a pretraining config)."""
 
-    text: str = field(
-        "embedded",
-        doc="text tokenizer: directory or text.json of `ernie5 tokenizer train`, a tokenizer.json, or a .tiktoken",
-        kind="architecture",
+    text: str = field("embedded", doc="text vocabulary: `embedded`, or a path to a saved one or a tokenizer.json")
+    visual: str = field("embedded", doc="visual tokenizer: `embedded`, or the directory of a trained one")
+    audio: str = field("embedded", doc="audio tokenizer: `embedded`, or the directory of a trained one")
+    audio_levels: int = field(4, doc="codec levels the model uses, the first of those trained", check=positive)
+
+
+@config
+class VisualTokenizerConfig(Config):
+    """The visual codec, its quantiser and its losses (tokenizers/visual/README.md explains the choices)."""
+
+    patch: int = field(4, doc="pixels folded into channels before the first layer", check=positive, kind="architecture")
+    bits: int = field(16, doc="latent channels d, one bit each per cell", check=positive, kind="architecture")
+    sizes: tuple[int, ...] = field(
+        (1, 2, 3, 4, 6, 8), doc="grid sides of the scales of the largest picture", check=positive, kind="architecture"
     )
-    visual: str = field("embedded", doc="visual tokenizer directory", kind="architecture")
-    audio: str = field("embedded", doc="audio codec directory", kind="architecture")
-    audio_levels: int = field(
-        4, doc="codec levels Q that the model reads and predicts", check=positive, kind="architecture"
-    )
+    stem_channels: int = field(96, doc="channels at stride 4", check=positive, kind="architecture")
+    channels: int = field(192, doc="channels at stride 8", check=positive, kind="architecture")
+    feature_channels: int = field(64, doc="channels A of the features before quantisation", kind="architecture")
+    stem_blocks: int = field(1, doc="residual blocks at stride 4 of the encoder", kind="architecture")
+    encoder_blocks: int = field(2, doc="residual blocks at stride 8 of the encoder", kind="architecture")
+    decoder_blocks: int = field(4, doc="residual blocks at stride 8 of the decoder", kind="architecture")
+    head_blocks: int = field(2, doc="residual blocks at stride 4 of the decoder", kind="architecture")
+    expansion: int = field(3, doc="inner width of a residual block over its width", kind="architecture")
+    kernel: int = field(5, doc="side of the depthwise kernels", check=positive, kind="architecture")
+    num_labels: int = field(0, doc="labels of the semantic branch; set from the corpus in training", kind="derived")
+
+    commitment_weight: float = field(0.1, doc="pull of the latents towards their codes", check=non_negative)
+    entropy_weight: float = field(0.02, doc="sure bits per cell, even bits over the batch", check=non_negative)
+    detail_weight: float = field(0.5, doc="Laplacian-pyramid L1, perceptual in style", check=non_negative)
+    adversarial_weight: float = field(0.0, doc="hinge loss of the patch discriminator", check=non_negative)
+    adversarial_from: float = field(0.8, doc="share of the budget after which the adversary plays", check=fraction)
+    semantic_weight: float = field(0.01, doc="label prediction from pooled codes", check=non_negative)
+    flip_share: float = field(0.25, doc="share of pictures whose codes are corrupted in training", check=fraction)
+    flip_probability: float = field(0.05, doc="largest bit-flip probability of a corrupted picture", check=fraction)
+    active_bits: tuple[int, ...] = field((8, 16), doc="progressive switching: bits in use, stage by stage")
+    active_from: tuple[float, ...] = field((0.0, 0.05), doc="share of the budget at which each stage starts")
+
+    pixels: tuple[int, ...] = field((64, 48, 32), doc="picture sides drawn in training", check=positive)
+    pixel_shares: tuple[float, ...] = field((0.7, 0.1, 0.2), doc="how often each side is drawn", check=fraction)
+    batch_images: int = field(32, doc="pictures of the largest side per step, others by equal area", check=positive)
+    video_from: float = field(0.55, doc="share of the budget after which clips are drawn", check=fraction)
+    video_share: float = field(0.5, doc="share of steps on clips from then on", check=fraction)
+    video_frames: int = field(17, doc="frames of a clip, 1+4n", check=positive)
+
+    def validate(self) -> None:
+        if len(self.active_bits) != len(self.active_from) or list(self.active_from) != sorted(self.active_from):
+            self.fail("active_from", "needs one ascending share of the budget per entry of active_bits.")
+        if max(self.active_bits) > self.bits:
+            self.fail("active_bits", f"no stage may use more bits than bits = {self.bits}.")
+        if self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
+            self.fail("sizes", "must ascend from 1: the first scale is always one cell.")
+        if len(self.pixels) != len(self.pixel_shares) or any(side % (2 * self.patch) for side in self.pixels):
+            self.fail("pixels", f"needs one share per side, each side a multiple of the stride {2 * self.patch}.")
+        if self.video_frames % 4 != 1:
+            self.fail("video_frames", "clips have 1+4n frames: one first frame, then groups of four.")
+
+
+@config
+class AudioTokenizerConfig(Config):
+    """The audio codec, its quantiser and its losses."""
+
+    levels: int = field(8, doc="residual quantiser levels", check=positive, kind="architecture")
+    codes: int = field(1024, doc="codes per level", check=positive, kind="architecture")
 
 
 @config
 class TextTokenizerConfig(Config):
-    """Training of the byte-level BPE over UTF-16BE (SPEC section 2, Text)."""
+    """The text vocabulary: byte-level BPE over UTF-16BE (SPEC section 2, Text)."""
 
-    vocab_size: int = field(
-        4096, doc="ids, the 256 bytes included; specials come on top", check=positive, kind="architecture"
-    )
+    vocab_size: int = field(4096, doc="ids, the 256 bytes included", check=at_least(256), kind="architecture")
     min_frequency: int = field(2, doc="pairs rarer than this are never merged", check=positive, kind="architecture")
     language_balance: float = field(
         0.5,
-        doc="a language with n characters weighs n^language_balance: 1 = as found, 0 = all languages alike",
+        doc="a language of n characters is drawn with weight n^balance: 1 as found, 0 all alike",
         check=fraction,
         kind="architecture",
     )
     max_characters: int = field(
-        20_000_000, doc="characters drawn from the corpus", unit="characters", check=positive, kind="performance"
+        20_000_000, doc="most characters drawn from the corpus", unit="characters", check=positive, kind="architecture"
     )
-    seed: int = field(0, doc="draws the texts of languages that are cut down", kind="numerics")
 
-    def validate(self) -> None:
-        """The alphabet must fit."""
-        if self.vocab_size < 256:
-            self.fail("vocab_size", f"vocab_size = {self.vocab_size} is less than the 256 bytes of the alphabet.")
+
+@config
+class CodecTrainConfig(Config):
+    """The training loop of a codec (train/codec.py)."""
+
+    seed: int = field(1, doc="start of every random stream", kind="numerics")
+    steps: int | None = field(None, doc="budget in optimizer steps; null: `minutes` decides", check=positive)
+    minutes: float = field(60.0, doc="budget where `steps` is null", unit="minutes", check=positive)
+    threads: int = field(0, doc="CPU threads; 0 leaves the setting of the process", check=non_negative)
+    precision: str = field("bf16", doc="arithmetic of forward and backward", choices=("fp32", "bf16"), kind="numerics")
+    learning_rate: float = field(2e-3, doc="peak learning rate", check=positive, kind="numerics")
+    final_rate: float = field(0.02, doc="last learning rate over the peak", check=fraction, kind="numerics")
+    warmup_steps: int = field(200, doc="linear warm-up", check=non_negative, kind="numerics")
+    beta2: float = field(0.99, doc="AdamW second-moment decay", check=fraction, kind="numerics")
+    weight_decay: float = field(0.01, doc="AdamW decay of matrices", check=non_negative, kind="numerics")
+    clip_norm: float = field(1.0, doc="gradient norm above which steps are scaled down", check=positive)
+    ema_decay: float = field(0.999, doc="decay of the averaged weights that are exported", check=fraction)
+    log_every_steps: int = field(20, doc="distance of lines in curves.jsonl", check=positive, kind="logging")
+    validate_every_steps: int = field(500, doc="distance of validations, exports and states", check=positive)
+
+
+@config
+class CodecDataConfig(Config):
+    """What a tokenizer is trained on."""
+
+    shards: tuple[str, ...] = field(("sample",), doc="shard paths or globs, or `sample` for the embedded corpus")
+
+
+@config
+class TokenizerConfig(Config):
+    """One tokenizer to be trained: `kind` says which of the three sections counts."""
+
+    kind: str = field("visual", doc="which tokenizer", choices=("text", "visual", "audio"), kind="architecture")
+    text: TextTokenizerConfig = field(TextTokenizerConfig, doc="used by kind text", kind="architecture")
+    visual: VisualTokenizerConfig = field(VisualTokenizerConfig, doc="used by kind visual", kind="architecture")
+    audio: AudioTokenizerConfig = field(AudioTokenizerConfig, doc="used by kind audio", kind="architecture")
+
+
+@config
+class TokenizerRunConfig(Config):
+    """Root of a tokenizer-training YAML (`ernie5 tokenizer train`)."""
+
+    tokenizer: TokenizerConfig = field(TokenizerConfig, doc="what is trained", kind="architecture")
+    train: CodecTrainConfig = field(CodecTrainConfig, doc="how long and how")
+    data: CodecDataConfig = field(CodecDataConfig, doc="from what")

@@ -1,0 +1,1 @@
+"""The configuration mechanism: typed fields, YAML loading with file and line in every error, descriptions."""

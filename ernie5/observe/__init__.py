@@ -1,0 +1,1 @@
+"""What a run tells the world: logs, metrics, sinks, expert load, alarms, throughput, progress bars."""

@@ -1,0 +1,37 @@
+"""Settings of `ernie5 evaluate`; torch-free."""
+
+from __future__ import annotations
+
+from ernie5.config.base import Config, config
+from ernie5.config.field import field, non_negative, positive
+
+
+@config
+class EvaluateConfig(Config):
+    """How much is measured; the defaults take about a minute on two CPU cores with the quickstart model."""
+
+    batch_rows: int = field(16, doc="rows of one forward pass", unit="rows", check=positive, kind="performance")
+    loss_samples: int = field(
+        48, doc="validation samples per task of the losses, the routing figures and video bits; 0: all",
+        unit="samples", check=non_negative, kind="logging",
+    )
+    text_bytes: int = field(
+        200_000, doc="validation text of bits per byte; whole documents until this is reached; 0: all", unit="bytes",
+        check=non_negative, kind="logging",
+    )
+    training_text_bytes: int = field(
+        0, doc="training text of the byte models; 0: all", unit="bytes", check=non_negative, kind="logging"
+    )
+    caption_samples: int = field(
+        100, doc="validation pictures that are captioned, validation prompts that are transcribed", unit="samples",
+        check=positive, kind="logging",
+    )
+    caption_tokens: int = field(24, doc="longest caption or transcript", unit="tokens", check=positive,
+                                kind="logging")
+    match_samples: int = field(
+        100, doc="training prompts of the nearest-target tests", unit="samples", check=positive, kind="logging"
+    )
+    guidance: float = field(2.0, doc="guidance of the nearest-target tests; 1 uses the condition alone",
+                            check=non_negative, kind="logging")
+    seed: int = field(0, doc="seed of which samples and which other targets are taken", check=non_negative,
+                      kind="logging")

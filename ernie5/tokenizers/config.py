@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 from ernie5.config.base import Config, config
 from ernie5.config.field import at_least, field, fraction, non_negative, positive
 
@@ -69,10 +71,69 @@ class VisualTokenizerConfig(Config):
 
 @config
 class AudioTokenizerConfig(Config):
-    """The audio codec, its quantiser and its losses."""
+    """The audio codec, its quantiser and its losses (tokenizers/audio/README.md explains the choices).
+
+    Stages run at hop, hop x factors[0], ... samples per position; the last stage is the codec's frame.
+    """
 
     levels: int = field(8, doc="residual quantiser levels", check=positive, kind="architecture")
     codes: int = field(1024, doc="codes per level", check=positive, kind="architecture")
+    code_width: int = field(48, doc="width of the latents that are quantised", check=positive, kind="architecture")
+    sample_rate: int = field(16_000, doc="sampling rate", unit="Hz", check=positive, kind="architecture")
+    hop: int = field(160, doc="distance of spectra", unit="samples", check=positive, kind="architecture")
+    fft_size: int = field(640, doc="length of a spectrum's window", unit="samples", kind="architecture")
+    mel_bands: int = field(80, doc="bands of the encoder's log-mel", check=positive, kind="architecture")
+    factors: tuple[int, ...] = field(
+        (2, 4), doc="positions joined between two stages of the encoder", check=positive, kind="architecture"
+    )
+    encoder_widths: tuple[int, ...] = field(
+        (96, 144, 224), doc="width of each encoder stage, first at the hop", check=positive, kind="architecture"
+    )
+    encoder_depths: tuple[int, ...] = field(
+        (1, 2, 2), doc="blocks of each encoder stage", check=non_negative, kind="architecture"
+    )
+    decoder_widths: tuple[int, ...] = field(
+        (288, 192, 128), doc="width of each decoder stage, last at the hop", check=positive, kind="architecture"
+    )
+    decoder_depths: tuple[int, ...] = field(
+        (2, 3, 2), doc="blocks of each decoder stage", check=non_negative, kind="architecture"
+    )
+    expansion: int = field(3, doc="inner width of a block over its width", check=positive, kind="architecture")
+
+    batch_clips: int = field(8, doc="crops per step", check=positive)
+    crop_frames: int = field(20, doc="codec frames of a crop", check=positive)
+    continuous_share: float = field(
+        0.04, doc="share of the budget without quantisation, before k-means sets the codebooks", check=fraction
+    )
+    level_shares: tuple[float, ...] = field(
+        (0.05, 0.05, 0.05, 0.35, 0.05, 0.05, 0.05, 0.35),
+        doc="quantiser dropout: how often the first q levels are decoded, q = 1, 2, ...",
+        check=fraction,
+    )
+    commitment_weight: float = field(0.25, doc="pull of the latents towards their codes", check=non_negative)
+    semantic_weight: float = field(0.3, doc="distillation of level 1", check=non_negative)
+    adversarial_from: float = field(0.4, doc="share of the budget after which the adversary plays", check=fraction)
+    adversarial_weight: float = field(0.03, doc="hinge loss of the spectrum discriminators", check=non_negative)
+    feature_weight: float = field(0.1, doc="distance of discriminator features", check=non_negative)
+    adversarial_frames: int = field(10, doc="codec frames of a crop that the adversary sees", check=positive)
+    validation_clips: int = field(32, doc="most validation clips per validation", check=positive)
+
+    @property
+    def samples_per_frame(self) -> int:
+        """Samples of one codec frame: the hop times every factor."""
+        return self.hop * math.prod(self.factors)
+
+    def validate(self) -> None:
+        stages = len(self.factors) + 1
+        for key in ("encoder_widths", "encoder_depths", "decoder_widths", "decoder_depths"):
+            if len(vars(self)[key]) != stages:
+                self.fail(key, f"needs {stages} entries, one more than factors, one per stage.")
+        if self.fft_size < self.hop or (self.fft_size - self.hop) % 2:
+            self.fail("fft_size", f"must exceed hop = {self.hop} by an even number, so that frames can be centred.")
+        if len(self.level_shares) != self.levels or sum(self.level_shares) <= 0:
+            self.fail("level_shares", f"needs {self.levels} shares, one per level, not all zero.")
+        if self.adversarial_frames > self.crop_frames:
+            self.fail("adversarial_frames", f"cannot exceed crop_frames = {self.crop_frames}.")
 
 
 @config

@@ -1,0 +1,75 @@
+"""Abnormal steps: NaN and loss spikes. An alarm names an action; the training loop carries it out."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import math
+import statistics
+from collections.abc import Sequence
+
+from ernie5.observe.config import AlarmsConfig
+
+MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution times this is its standard deviation
+
+
+@dataclasses.dataclass(frozen=True)
+class Alarm:
+    """kind: nan | spike | imbalance; action: warn | skip | stop; message: what happened, in one line."""
+
+    kind: str
+    action: str
+    message: str
+
+
+class LossAlarm:
+    """Watches loss and gradient norm, one step after another; the state is the window of recent losses."""
+
+    def __init__(self, config: AlarmsConfig) -> None:
+        self._config = config
+        self._window: collections.deque[float] = collections.deque(maxlen=config.spike_window_steps)
+
+    def check(self, loss: float, *, grad_norm: float, step: int) -> Alarm | None:
+        """The alarm of this step, if any. A spike enters the window too, so that a new level becomes normal."""
+        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
+            return Alarm("nan", self._config.on_nan, f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite")
+        alarm = self._spike(loss, step)
+        self._window.append(loss)
+        return alarm
+
+    def state(self) -> list[float]:
+        """The window, oldest first, for the checkpoint."""
+        return list(self._window)
+
+    def load_state(self, window: Sequence[float]) -> None:
+        """Restore what `state` gave."""
+        self._window.clear()
+        self._window.extend(float(loss) for loss in window)
+
+    def _spike(self, loss: float, step: int) -> Alarm | None:
+        config = self._config
+        if config.spike_deviations == 0 or len(self._window) < config.spike_window_steps // 2:
+            return None
+        median = statistics.median(self._window)
+        mad = statistics.median(abs(value - median) for value in self._window)
+        spread = max(MAD_TO_SIGMA * mad, config.spike_floor * abs(median))
+        limit = median + config.spike_deviations * spread
+        if loss <= limit:
+            return None
+        return Alarm(
+            "spike", config.on_spike,
+            f"step {step}: loss {loss:.4g} is above {limit:.4g} = median {median:.4g} + {config.spike_deviations:g} x "
+            f"spread {spread:.3g} of the last {len(self._window)} steps",
+        )
+
+
+def load_alarm(max_load_ratios: Sequence[float], *, config: AlarmsConfig, step: int) -> Alarm | None:
+    """A warning when the fullest expert of some layer holds more than `load_ratio` times the mean load."""
+    finite = [(ratio, layer) for layer, ratio in enumerate(max_load_ratios) if math.isfinite(ratio)]
+    if config.load_ratio == 0 or not finite or max(finite)[0] <= config.load_ratio:
+        return None
+    ratio, layer = max(finite)
+    return Alarm(
+        "imbalance", "warn",
+        f"step {step}: max/mean expert load {ratio:.2f} in MoE layer {layer} is above {config.load_ratio:g}",
+    )

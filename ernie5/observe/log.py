@@ -1,0 +1,50 @@
+"""The log of a run: plain lines on stderr and in RUN_DIR/log.txt; torch-free."""
+
+from __future__ import annotations
+
+import logging
+import sys
+from pathlib import Path
+
+LOGGER_NAME = "ernie5"
+
+
+def get_log() -> logging.Logger:
+    """The one logger of ernie5; silent below WARNING until `open_log` has been called."""
+    return logging.getLogger(LOGGER_NAME)
+
+
+def open_log(run_dir: Path | None, *, rank: int = 0) -> logging.Logger:
+    """Send the log to stderr and, where there is a run directory, append it to RUN_DIR/log.txt.
+
+    Rank 0 writes everything from INFO on; other ranks write warnings and errors, marked with their rank. Calling again
+    replaces the destinations. Raises OSError where the file cannot be written.
+    """
+    log = get_log()
+    for handler in list(log.handlers):
+        log.removeHandler(handler)
+        handler.close()
+    log.propagate = False
+    log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+    mark = "" if rank == 0 else f"[rank {rank}] "
+    handlers: list[logging.Handler] = [_TerminalHandler()]
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        handlers.append(logging.FileHandler(run_dir / "log.txt", encoding="utf-8"))
+    for handler in handlers:
+        handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
+        log.addHandler(handler)
+    return log
+
+
+class _TerminalHandler(logging.Handler):
+    """Writes above a running progress bar instead of through it; looks up stderr anew each time (tests replace it)."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        text = self.format(record)
+        if not sys.stderr.isatty():
+            print(text, file=sys.stderr, flush=True)
+            return
+        from tqdm import tqdm
+
+        tqdm.write(text, file=sys.stderr)

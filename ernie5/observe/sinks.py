@@ -1,0 +1,152 @@
+"""Where figures go: metrics.jsonl always, TensorBoard and Weights & Biases on request. Their one home."""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+import json
+import math
+import os
+from pathlib import Path
+
+from ernie5.errors import EnvironmentFault
+from ernie5.observe.config import ObserveConfig
+
+
+@dataclasses.dataclass(frozen=True)
+class MetricRow:
+    """The figures of one optimizer step as Python numbers, in order."""
+
+    step: int
+    names: tuple[str, ...]
+    values: tuple[float | int, ...]
+
+    def value(self, name: str) -> float | int:
+        """One figure. Raises ValueError where the step has none of that name."""
+        return self.values[self.names.index(name)]
+
+
+class Sink(abc.ABC):
+    """One destination of figures."""
+
+    @abc.abstractmethod
+    def write(self, row: MetricRow) -> None:
+        """Write one step."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Finish writing."""
+
+
+class JsonlSink(Sink):
+    """One JSON object per step, appended to a file and safe to resume after a kill at any moment.
+
+    `last_step` is the step that the run resumes from (0 for a fresh run): later lines, which a killed run wrote after
+    its last checkpoint, are dropped first, and so is a torn last line; the file is replaced atomically.
+    """
+
+    def __init__(self, path: Path, *, last_step: int) -> None:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        keep_until_step(path, last_step=last_step)
+        self._file = open(path, "a", encoding="utf-8")
+
+    def write(self, row: MetricRow) -> None:
+        """Append a line. Numbers have full precision; what is not finite becomes null, which is valid JSON."""
+        values = {name: _json_number(value) for name, value in zip(row.names, row.values, strict=True)}
+        self._file.write(json.dumps({"step": row.step, **values}, allow_nan=False) + "\n")
+        self._file.flush()
+
+    def close(self) -> None:
+        """Close the file."""
+        self._file.close()
+
+
+class TensorBoardSink(Sink):
+    """TensorBoard events; steps after `last_step` of an earlier run are hidden by its purge mark."""
+
+    def __init__(self, folder: Path, *, last_step: int) -> None:
+        from torch.utils.tensorboard import SummaryWriter  # slow to import
+
+        purge = last_step + 1 if last_step else None
+        self._writer = SummaryWriter(log_dir=str(folder), purge_step=purge, flush_secs=30)
+
+    def write(self, row: MetricRow) -> None:
+        """Add one scalar per figure."""
+        for name, value in zip(row.names, row.values, strict=True):
+            self._writer.add_scalar(name, value, global_step=row.step)
+
+    def close(self) -> None:
+        """Write what is buffered."""
+        self._writer.close()
+
+
+class WandbSink(Sink):
+    """Weights & Biases; the run directory's name is the run's id, so that a resumed run goes on in the same place."""
+
+    def __init__(self, run_dir: Path, *, project: str) -> None:
+        try:
+            import wandb
+        except ImportError:
+            raise EnvironmentFault(
+                "observe.wandb = true, but the package wandb is not installed. Install it with `pip install wandb`, "
+                "or set observe.wandb=false."
+            ) from None
+        self._run = wandb.init(project=project, id=run_dir.resolve().name, resume="allow", dir=str(run_dir))
+
+    def write(self, row: MetricRow) -> None:
+        """Send one step."""
+        self._run.log(dict(zip(row.names, row.values, strict=True)), step=row.step)
+
+    def close(self) -> None:
+        """Finish the upload."""
+        self._run.finish()
+
+
+def open_sinks(config: ObserveConfig, *, run_dir: Path, last_step: int = 0) -> tuple[Sink, ...]:
+    """All sinks of a run that resumes after `last_step` (0: fresh). Call on one rank only."""
+    sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", last_step=last_step)]
+    if config.tensorboard:
+        sinks.append(TensorBoardSink(run_dir / "tensorboard", last_step=last_step))
+    if config.wandb:
+        sinks.append(WandbSink(run_dir, project=config.wandb_project))
+    return tuple(sinks)
+
+
+def keep_until_step(path: Path, *, last_step: int) -> None:
+    """Atomically drop the lines of a jsonl file whose step exceeds `last_step`, and lines that are not JSON objects."""
+    if not path.exists():
+        return
+    before = path.read_text(encoding="utf-8", errors="replace")
+    kept = [line for line in before.splitlines() if _line_step(line) <= last_step]
+    after = "".join(line + "\n" for line in kept)
+    if after == before:
+        return
+    temporary = path.with_name(f".{path.name}.{os.getpid()}")
+    with open(temporary, "w", encoding="utf-8") as file:
+        file.write(after)
+        file.flush()
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
+
+
+def read_metrics(path: Path) -> tuple[MetricRow, ...]:
+    """The rows of a metrics.jsonl; a torn last line is left out, null comes back as NaN."""
+    rows = []
+    for line in path.read_text(encoding="utf-8", errors="replace").splitlines():
+        if _line_step(line) == math.inf:
+            continue
+        values = {name: math.nan if value is None else value for name, value in json.loads(line).items()}
+        step = int(values.pop("step"))
+        rows.append(MetricRow(step, tuple(values), tuple(values.values())))
+    return tuple(rows)
+
+
+def _line_step(line: str) -> float:
+    try:
+        return float(json.loads(line)["step"])
+    except (ValueError, KeyError, TypeError):
+        return math.inf
+
+
+def _json_number(value: float | int) -> float | int | None:
+    return value if math.isfinite(value) else None

@@ -7,6 +7,7 @@ that saw no token gives NaN: it has no distribution, and a mean must leave it ou
 from __future__ import annotations
 
 import dataclasses
+import math
 
 import torch
 
@@ -34,7 +35,7 @@ def load_entropy(loads: torch.Tensor) -> torch.Tensor:
     if experts == 1:
         return torch.where(loads.sum(-1) > 0, 1.0, torch.nan)
     shares = loads / loads.sum(-1, keepdim=True)
-    return torch.special.entr(shares).sum(-1) / torch.log(torch.tensor(float(experts), dtype=torch.float64))
+    return torch.special.entr(shares).sum(-1) / math.log(experts)
 
 
 def max_load_ratio(loads: torch.Tensor) -> torch.Tensor:

@@ -1,0 +1,61 @@
+#!/usr/bin/env bash
+# Makes .venv in the repository root and installs ernie5 into it: bash launch/install.sh [test]
+# The user's pip settings (pip.conf, PIP_INDEX_URL, ...) decide where packages come from. PYTHON names an interpreter.
+set -euo pipefail
+root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
+cd "$root"
+extra="${1:-}"
+TORCH_VERSION=2.13.0
+
+missing() {  # what is missing, why, Debian package
+  echo "EnvironmentFault: $1 is missing ($2). On Debian or Ubuntu: sudo apt-get install $3" >&2
+  exit 3
+}
+
+find_python() {
+  local name
+  for name in ${PYTHON:-} python3 python3.13 python3.12 python3.11; do
+    if command -v "$name" >/dev/null && "$name" -c 'import sys; sys.exit(sys.version_info < (3, 11))' 2>/dev/null; then
+      command -v "$name"
+      return
+    fi
+  done
+}
+
+# Everything that would stop the installation half-way is checked before it starts.
+python="$(find_python)"
+[[ -n "$python" ]] || missing "Python 3.11 or newer" "python3 is $(python3 --version 2>&1 || true)" "python3.11"
+version="$("$python" -c 'import sys; print("%d.%d" % sys.version_info[:2])')"
+"$python" -c 'import venv, ensurepip' 2>/dev/null \
+  || missing "the venv module of $python" "packages are installed into .venv" "python$version-venv"
+"$python" -c 'import os, sys, sysconfig; sys.exit(not os.path.exists(sysconfig.get_path("include") + "/Python.h"))' \
+  || missing "Python.h of $python" "DeepSpeed compiles its operators" "python$version-dev"
+command -v g++ >/dev/null || missing "g++" "DeepSpeed compiles its operators" "g++"
+
+# A stamp of everything that decides the result makes the second run instant.
+has_gpu=no
+command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU && has_gpu=yes
+stamp="$(cat setup.py launch/install.sh | cksum) $root $python $version gpu=$has_gpu"
+[[ "$(cat ".venv/ernie5-installed${extra:+-$extra}" 2>/dev/null)" == "$stamp" ]] && exit 0
+
+echo "Installing ernie5 into $root/.venv (Python $version, NVIDIA GPU: $has_gpu). This takes a few minutes, once."
+[[ -x .venv/bin/python ]] || "$python" -m venv .venv
+pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
+"${pip[@]}" "pip>=24" "setuptools>=77" wheel
+
+if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
+  if [[ "$has_gpu" == yes ]]; then
+    "${pip[@]}" "torch==$TORCH_VERSION"
+  elif ! "${pip[@]}" "torch==$TORCH_VERSION+cpu" 2>/dev/null; then
+    echo "The package index in use has no CPU-only build of torch: installing its standard build, which is larger." \
+      "To avoid that, add PyTorch's CPU index to pip's settings (PIP_EXTRA_INDEX_URL)."
+    "${pip[@]}" "torch==$TORCH_VERSION"
+  fi
+fi
+# --use-pep517: without it Python 3.11's stock tools run `setup.py develop`, which misses kernels/ -> ernie5_kernels.
+"${pip[@]}" --use-pep517 -e ".${extra:+[$extra]}"
+(cd / && "$root/.venv/bin/python" -c 'import ernie5_kernels, ernie5, torch, deepspeed' >/dev/null 2>&1) || {
+  echo "EnvironmentFault: the installation is damaged. Remove $root/.venv and run this command again." >&2
+  exit 3
+}
+echo "$stamp" >".venv/ernie5-installed${extra:+-$extra}"

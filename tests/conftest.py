@@ -1,0 +1,58 @@
+"""Fixtures that every test may use; pytest loads this file by itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+REPOSITORY = Path(__file__).resolve().parent.parent
+
+
+@dataclasses.dataclass(frozen=True)
+class CommandResult:
+    """What one `ernie5` process left behind."""
+
+    exit_code: int
+    stdout: str
+    stderr: str
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Skip, visibly, what this machine has no devices for; only asked for when such a test was selected."""
+    wanted = {name: [item for item in items if item.get_closest_marker(name)] for name in ("gpu", "multi_gpu")}
+    if not any(wanted.values()):
+        return
+    import torch
+
+    devices = torch.cuda.device_count()
+    for name, needed in (("gpu", 1), ("multi_gpu", 2)):
+        for item in wanted[name]:
+            if devices < needed:
+                item.add_marker(pytest.mark.skip(reason=f"needs {needed} GPU(s), this machine has {devices}"))
+
+
+@pytest.fixture(scope="session")
+def repository() -> Path:
+    """The root of the working tree."""
+    return REPOSITORY
+
+
+@pytest.fixture
+def run_ernie5(tmp_path: Path) -> Callable[..., CommandResult]:
+    """Run `python -m ernie5 ARGUMENTS` in an empty directory, as a user does; returns a CommandResult."""
+
+    def run(*arguments: str | Path, timeout_seconds: float = 300.0, cwd: Path | None = None) -> CommandResult:
+        done = subprocess.run(
+            [sys.executable, "-m", "ernie5", *map(str, arguments)],
+            cwd=cwd or tmp_path, capture_output=True, text=True, timeout=timeout_seconds,
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        return CommandResult(done.returncode, done.stdout, done.stderr)
+
+    return run

@@ -22,6 +22,7 @@ def figure_card(figure: Figure) -> str:
     chip = '<span class="chip good">beats it</span>' if figure.is_reached else '<span class="chip bad">not yet</span>'
     top = max(figure.value, figure.baseline, 1e-9)
     goal = "" if figure.goal is None else f" · goal {format_value(figure.goal, figure.unit)}"
+    counted = "bytes" if "byte" in figure.unit else "cases"
     better = "lower is better" if figure.lower_is_better else "higher is better"
     return (
         f'<div class="card"><div class="top"><h3>{html.escape(figure.title)}</h3>{chip}</div>'
@@ -31,7 +32,7 @@ def figure_card(figure: Figure) -> str:
         f'<span>{html.escape(figure.baseline_name)}</span><div class="base">'
         f'<i style="width:{100 * figure.baseline / top:.1f}%"></i></div>'
         f"<em>{format_value(figure.baseline, figure.unit)}</em></div>"
-        f'<p class="note">{better}{goal} · {figure.samples:,} {"bytes" if "byte" in figure.unit else "cases"}</p></div>'
+        f'<p class="note">{better}{goal} · {figure.samples:,} {counted}</p></div>'
     )
 
 

@@ -53,7 +53,7 @@ if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   fi
 fi
 # --use-pep517: without it Python 3.11's stock tools run `setup.py develop`, which misses kernels/ -> ernie5_kernels.
-"${pip[@]}" --use-pep517 -e ".${extra:+[$extra]}"
+PYTHONWARNINGS=ignore "${pip[@]}" --use-pep517 -e ".${extra:+[$extra]}"
 (cd / && "$root/.venv/bin/python" -c 'import ernie5_kernels, ernie5, torch, deepspeed' >/dev/null 2>&1) || {
   echo "EnvironmentFault: the installation is damaged. Remove $root/.venv and run this command again." >&2
   exit 3

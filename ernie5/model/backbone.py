@@ -1,0 +1,239 @@
+"""The unified model: embeddings, layers, heads, and one forward pass from Batch to ModelOutput."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ernie5.model.block import DenseBlock, MoEBlock
+from ernie5.model.config import ModelConfig
+from ernie5.model.embedding import InputEmbedding
+from ernie5.model.heads import AudioHead
+from ernie5.model.init import initialize
+from ernie5.model.interfaces import KeyValueCache, LayerInputs
+from ernie5.model.moe.balance import LayerRouting
+from ernie5.model.moe.layer import MoELayer
+from ernie5.model.moe.router import Router
+from ernie5.model.mtp import MTPModule
+from ernie5.model.norm import RMSNorm
+from ernie5.model.rope import rotation
+from ernie5.records import AudioFrames, Batch, ModelOutput, RoutingStats, SubNetwork, TokenKind
+from ernie5_kernels.attention import plan_attention
+
+
+class UnifiedModel(nn.Module):
+    """Text, image, video and audio, in and out, over one sparse decoder (SPEC sections 1 and 2)."""
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        self.config = config
+        self.embedding = InputEmbedding(config)
+        self.layers = nn.ModuleList(
+            [(DenseBlock if i < config.dense_layers else MoEBlock)(config, layer=i) for i in range(config.layers)]
+        )
+        self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
+        self.text_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
+        self.bit_head = nn.Linear(config.width, config.visual.bits, bias=False) if config.has_visual else None
+        self.audio_head = AudioHead(config) if config.has_audio else None
+        self.mtp = nn.ModuleList([MTPModule(config, depth=d) for d in range(config.mtp.depth)])
+
+    @property
+    def text_weight(self) -> torch.Tensor:
+        """The text head [V, D], the text embedding where tied."""
+        return self.embedding.text.weight if self.text_head is None else self.text_head.weight
+
+    def as_layers(self) -> tuple[nn.Module, ...]:
+        """Embedding, decoder layers and final norm, in order of execution: the units of pipeline and checkpointing."""
+        return (self.embedding, *self.layers, self.final_norm)
+
+    def moe_layers(self) -> tuple[MoELayer, ...]:
+        """The mixture-of-experts layers, in order; index i is row i of RoutingStats.loads."""
+        return tuple(layer.moe for layer in self.layers if isinstance(layer, MoEBlock))
+
+    def routers(self) -> tuple[Router, ...]:
+        """The routers, in the same order, for `update_balance`."""
+        return tuple(layer.router for layer in self.moe_layers())
+
+    def embed(self, batch: Batch) -> torch.Tensor:
+        """Batch -> hidden states [B, T, D] before the first layer."""
+        return self.embedding(batch)
+
+    def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of the last layer [..., D] -> logits [..., V], at least fp32."""
+        logits = nn.functional.linear(self.final_norm(hidden), self.text_weight)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def bit_logits(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Output of the last layer [..., D] -> logits of one bits [..., d], at least fp32."""
+        logits = self.bit_head(self.final_norm(hidden))
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def audio_logits_level(self, hidden: torch.Tensor, *, level: int) -> torch.Tensor:
+        """Output of layer L-Q+level (0-based) [..., D] -> logits [..., C+1], at least fp32; class C is the end."""
+        logits = self.audio_head.logits(hidden, level=level)
+        return logits.to(torch.promote_types(logits.dtype, torch.float32))
+
+    def audio_code_embedding(self, codes: torch.Tensor, *, level: int) -> torch.Tensor:
+        """Codes [...] predicted at level 0 .. Q-2 -> [..., D], to be added after layer L-Q+level."""
+        return self.audio_head.embed_target(codes, level=level)
+
+    def layer_inputs(
+        self,
+        positions: torch.Tensor,
+        *,
+        intervals: torch.Tensor | None,
+        kinds: torch.Tensor | None = None,
+        subnetwork: SubNetwork | None = None,
+        cache: KeyValueCache | None = None,
+        first_layer: int = 0,
+    ) -> LayerInputs:
+        """What the layers share: positions [B, T, 3]; intervals [B, S, 4] over cached and new columns, None for all
+        visible; kinds [B, T], None for tokens without padding.
+        """
+        config, (batch_rows, tokens) = self.config, positions.shape[:2]
+        wide = torch.promote_types(self.final_norm.weight.dtype, torch.float32)
+        cached = 0 if cache is None else cache.length(first_layer)
+        plan = plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=cached + tokens)
+        active = None
+        if subnetwork is not None and subnetwork.experts is not None:
+            active = torch.zeros(config.moe.num_experts, dtype=torch.bool)
+            active[list(subnetwork.experts)] = True
+            active = active.to(positions.device)
+        return LayerInputs(
+            rotation=rotation(positions.to(wide), head_width=config.head_width, base=config.rope_base),
+            plan=plan,
+            kinds=torch.full((batch_rows, tokens), int(TokenKind.TEXT), device=positions.device)
+            if kinds is None
+            else kinds,
+            active_experts=active,
+            top_k=(subnetwork.top_k if subnetwork is not None else None) or config.moe.top_k,
+            cache=cache,
+        )
+
+    @torch.no_grad()
+    def run_layers(
+        self,
+        hidden: torch.Tensor,
+        *,
+        positions: torch.Tensor,
+        intervals: torch.Tensor | None = None,
+        cache: KeyValueCache | None = None,
+        start_layer: int = 0,
+        stop_layer: int | None = None,
+        subnetwork: SubNetwork | None = None,
+    ) -> torch.Tensor:
+        """Run layers start_layer .. stop_layer-1 over new tokens, for generation.
+
+        hidden [B, T, D]; positions [B, T, 3] fp32; intervals [B, S, 4] over the S cached and new columns, rows counted
+        from the first cached token, or None where each new token sees every cached and every new one (a single token,
+        or one visual block). Keys and values go into `cache`. Returns [B, T, D].
+        """
+        inputs = self.layer_inputs(
+            positions, intervals=intervals, cache=cache, subnetwork=subnetwork, first_layer=start_layer
+        )
+        stop = self.config.layers if stop_layer is None else stop_layer
+        for index in _chosen(subnetwork, total=self.config.layers):
+            if start_layer <= index < stop:
+                hidden = self.layers[index](hidden, inputs=inputs)[0]
+        return hidden
+
+    def forward(self, batch: Batch, *, subnetwork: SubNetwork | None = None) -> ModelOutput:
+        """One packed micro-batch -> hidden states and logits where targets are, and what the routers did."""
+        hidden = self.embed(batch)
+        inputs = self.layer_inputs(
+            batch.positions, intervals=batch.intervals, kinds=batch.kinds, subnetwork=subnetwork
+        )
+        hidden, audio_logits, routings = self._layers(
+            hidden, inputs=inputs, audio=batch.audio_targets, layers=_chosen(subnetwork, total=self.config.layers)
+        )
+        flat = hidden.flatten(0, 1)
+        mtp_hidden, state = [], hidden
+        embeddings = self.embedding.text(batch.token_ids) if self.mtp else hidden
+        for module, targets in zip(self.mtp, batch.mtp_targets, strict=True):
+            state = module(state, embeddings=embeddings, inputs=inputs)
+            mtp_hidden.append(self.final_norm(state.flatten(0, 1).index_select(0, targets.rows)))
+        bits = flat.new_zeros(0, self.config.visual.bits)
+        if self.bit_head is not None:
+            bits = self.bit_head(self.final_norm(flat.index_select(0, batch.bit_targets.rows)))
+        return ModelOutput(
+            text_hidden=self.final_norm(flat.index_select(0, batch.text_targets.rows)),
+            text_weight=self.text_weight,
+            mtp_hidden=tuple(mtp_hidden),
+            bit_logits=bits,
+            audio_logits=audio_logits,
+            routing=self._stats(routings, like=flat),
+            touched=self._touch(batch, ran=_chosen(subnetwork, total=self.config.layers)),
+        )
+
+    def _layers(
+        self, hidden: torch.Tensor, *, inputs: LayerInputs, audio: AudioFrames, layers: tuple[int, ...]
+    ) -> tuple[torch.Tensor, torch.Tensor, dict[int, LayerRouting]]:
+        """Run the layers, reading audio levels off the top ones and adding the target codes already known there."""
+        logits, routings = [], {}
+        for index in layers:
+            hidden, routing = self.layers[index](hidden, inputs=inputs)
+            if routing is not None:
+                routings[index] = routing
+            level = None if self.audio_head is None else self.audio_head.level_after(index)
+            if level is None:
+                continue
+            flat = hidden.flatten(0, 1)
+            logits.append(self.audio_head.logits(flat.index_select(0, audio.rows), level=level))
+            if level + 1 < self.audio_head.num_levels and audio.rows.numel():
+                known = self.audio_head.embed_target(audio.codes[:, level], level=level)
+                hidden = flat.index_add(0, audio.rows, known).view_as(hidden)
+        empty = hidden.new_zeros(0, self.config.audio.levels, self.config.audio.codes + 1)
+        return hidden, torch.stack(logits, dim=1) if logits else empty, routings
+
+    def _stats(self, routings: dict[int, LayerRouting], *, like: torch.Tensor) -> RoutingStats:
+        """Stack the layers' statistics; layers that did not run have zero loads and count in no mean."""
+        experts = self.config.moe.num_experts
+        absent = torch.zeros(len(TokenKind) - 1, experts, dtype=torch.float32, device=like.device)
+        loads = [routings[i].group_loads if i in routings else absent for i in self.config.moe_layers]
+        groups = torch.stack(loads) if loads else absent.new_zeros(0, *absent.shape)
+        ran = list(routings.values())
+        zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+        means = [
+            torch.stack(losses).mean() if losses else zero
+            for losses in (
+                [r.switch_loss for r in ran],
+                [r.sequence_loss for r in ran],
+                [r.z_loss for r in ran],
+            )
+        ]
+        return RoutingStats(groups.sum(1), groups, *means)
+
+    def _touch(self, batch: Batch, *, ran: tuple[int, ...]) -> torch.Tensor:
+        """A zero with a gradient path to every parameter that this batch or sub-network left out of the graph."""
+        idle: list[nn.Module] = [self.layers[i] for i in range(self.config.layers) if i not in ran]
+        if self.embedding.vision is not None:
+            vision = self.embedding.vision
+            images, videos = batch.image_patches.rows.numel(), batch.video_patches.rows.numel()
+            idle += [] if images else [vision.image_merger]
+            idle += [] if videos else [vision.video_merger]
+            idle += [] if images or videos else [vision.vit, vision.cnn]
+            idle += [] if batch.visual_cells.rows.numel() else [self.embedding.cells]
+        if self.embedding.audio is not None:
+            idle += [] if batch.audio_frames.rows.numel() else [self.embedding.audio.code]
+            idle += [] if batch.speakers.rows.numel() else [self.embedding.audio.speaker]
+            idle += [] if batch.audio_targets.rows.numel() else [self.audio_head.targets]
+        total = torch.zeros((), device=batch.token_ids.device)
+        for module in idle:
+            for parameter in module.parameters():
+                total = total + parameter.flatten()[:1].sum() * 0.0
+        return total
+
+
+def _chosen(subnetwork: SubNetwork | None, *, total: int) -> tuple[int, ...]:
+    if subnetwork is None or subnetwork.layers is None:
+        return tuple(range(total))
+    return subnetwork.layers
+
+
+def build_model(config: ModelConfig, *, seed: int) -> UnifiedModel:
+    """Construct the model in fp32 on CPU and initialise every parameter from (seed, its name)."""
+    with torch.device("meta"):
+        model = UnifiedModel(config)
+    model.to_empty(device="cpu")
+    initialize(model, config=config, seed=seed)
+    return model

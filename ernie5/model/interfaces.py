@@ -1,0 +1,97 @@
+"""The seams of the model: what attention, dispatch and expert arithmetic must look like to be exchanged from outside.
+
+The model does not know whether it is parallel, cached or quantised (DESIGN section 1.3): `parallel/` and `quantize/`
+replace the objects behind these protocols, `generate/` passes a cache.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Protocol
+
+import torch
+
+from ernie5_kernels.attention import AttentionPlan
+
+
+class AttentionOp(Protocol):
+    """Softmax attention; `attention` of ernie5_kernels by default."""
+
+    def __call__(
+        self, query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
+    ) -> torch.Tensor:
+        """query [B, T, H, C], key and value [B, S, G, C] -> [B, T, H, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class Routing:
+    """A router's decision for N tokens. choices [N, K] int64 global expert ids; weights [N, K] at least fp32,
+    differentiable; scores [N, E] and logits [N, E] at least fp32, differentiable, for the auxiliary losses.
+    """
+
+    choices: torch.Tensor
+    weights: torch.Tensor
+    scores: torch.Tensor
+    logits: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchedRows:
+    """Rows grouped by expert, ready for the experts of this rank, and what `combine` needs to bring them back.
+
+    rows [R, D]; row_weights [R]; offsets [e] int64 cumulative ends; sources [R] int64 the token of each row; places
+    [N, K] int64 the row of each token's choice.
+    """
+
+    rows: torch.Tensor
+    row_weights: torch.Tensor
+    offsets: torch.Tensor
+    sources: torch.Tensor
+    places: torch.Tensor
+
+
+class TokenDispatcher(Protocol):
+    """Brings tokens to their experts and back; both ways differentiable, nothing dropped."""
+
+    def dispatch(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> DispatchedRows:
+        """hidden [N, D] -> rows grouped by expert."""
+
+    def combine(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
+        """Weighted expert outputs rows [R, D] -> their sum per token [N, D]."""
+
+
+class ExpertCompute(Protocol):
+    """The arithmetic of all local experts over grouped rows."""
+
+    def __call__(
+        self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """rows [R, D], row_weights [R], offsets [e] -> [R, D], each row multiplied by its weight."""
+
+
+class KeyValueCache(Protocol):
+    """Keys and values of the tokens seen so far, per layer."""
+
+    def length(self, layer: int) -> int:
+        """Tokens that layer `layer` holds already."""
+
+    def extend(
+        self, layer: int, *, key: torch.Tensor, value: torch.Tensor
+    ) -> tuple[torch.Tensor, torch.Tensor]:
+        """Append key and value [B, T, G, C] (rotated, normed) and return all of the layer's, [B, S, G, C]."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LayerInputs:
+    """What every layer of one forward pass shares.
+
+    rotation [B, T, C/2] complex; plan of the attention; kinds [B, T] int64 TokenKind (0 = padding, which counts in no
+    load and no loss); active_experts [E] bool or None for all; top_k experts per token; cache or None.
+    """
+
+    rotation: torch.Tensor
+    plan: AttentionPlan
+    kinds: torch.Tensor
+    active_experts: torch.Tensor | None
+    top_k: int
+    cache: KeyValueCache | None

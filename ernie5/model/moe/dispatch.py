@@ -1,0 +1,78 @@
+"""Tokens to experts and back on one device: one sort per layer, then contiguous segments.
+
+Every token has exactly K rows, so gathering rows and summing rows per token are adjoint to each other: neither pass
+needs a scattered addition.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ernie5.model.interfaces import DispatchedRows, Routing
+
+
+class SpreadRows(torch.autograd.Function):
+    """rows[r] = x[sources[r]]; the gradient of x[n] is the sum over the rows places[n]."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return x.index_select(0, sources)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return sum_places(grad, places=ctx.saved_tensors[0]), None, None
+
+
+class GatherRows(torch.autograd.Function):
+    """out[n] = sum over k of rows[places[n, k]]; the gradient of rows[r] is that of its token."""
+
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(sources)
+        return sum_places(rows, places=places)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None
+
+
+def sum_places(rows: torch.Tensor, *, places: torch.Tensor) -> torch.Tensor:
+    """Sum over k of rows[places[n, k]] for rows [R, D] and places [N, K], without an [N, K, D] copy."""
+    return torch.nn.functional.embedding_bag(places, rows.contiguous(), mode="sum")
+
+
+class LocalDispatcher:
+    """The TokenDispatcher of a process that holds every expert."""
+
+    def dispatch(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> DispatchedRows:
+        """Sort the N*K choices by expert (stable, so that the order of tokens within an expert is fixed)."""
+        num_tokens, top_k = routing.choices.shape
+        flat = routing.choices.flatten()
+        ordered, order = torch.sort(flat, stable=True)
+        places = torch.empty_like(order)
+        places[order] = torch.arange(order.numel(), device=order.device)
+        sources = order // top_k
+        experts = torch.arange(num_experts, device=flat.device)
+        offsets = torch.searchsorted(ordered, experts, right=True)
+        row_weights = SpreadWeights.apply(routing.weights.flatten(), order, places)
+        places = places.view(num_tokens, top_k)
+        rows = SpreadRows.apply(hidden, sources, places)
+        return DispatchedRows(rows=rows, row_weights=row_weights, offsets=offsets, sources=sources, places=places)
+
+    def combine(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
+        """Sum each token's K rows."""
+        return GatherRows.apply(rows, dispatched.sources, dispatched.places)
+
+
+class SpreadWeights(torch.autograd.Function):
+    """A permutation of one number per row, and its inverse as gradient."""
+
+    @staticmethod
+    def forward(ctx, weights: torch.Tensor, order: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+        ctx.save_for_backward(places)
+        return weights.index_select(0, order)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return grad.index_select(0, ctx.saved_tensors[0]), None, None

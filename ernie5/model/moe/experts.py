@@ -1,0 +1,28 @@
+"""All routed experts of a layer as two stacked weights and two grouped products."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ernie5.model.config import MoEConfig
+from ernie5_kernels.grouped_gemm import grouped_gemm
+from ernie5_kernels.swiglu import swiglu
+
+
+class RoutedExperts(nn.Module):
+    """E SwiGLU experts: gate_up [E, 2F, D] (gate first) and down [E, D, F], the layout of transformers' ERNIE 4.5."""
+
+    def __init__(self, config: MoEConfig, *, width: int, backend: str) -> None:
+        super().__init__()
+        self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_width, width))
+        self.down = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
+        self.backend = backend
+
+    def forward(
+        self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
+    ) -> torch.Tensor:
+        """rows [R, D] grouped by expert, row_weights [R], offsets [E] -> weighted outputs [R, D]."""
+        gate_up = grouped_gemm(rows, weight=self.gate_up, offsets=offsets, backend=self.backend)
+        activated = swiglu(gate_up, row_weights=row_weights)
+        return grouped_gemm(activated, weight=self.down, offsets=offsets, backend=self.backend)

@@ -1,0 +1,43 @@
+"""The mixture-of-experts layer: route, dispatch, compute, combine, and the always-on shared experts."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from ernie5.model.config import ModelConfig
+from ernie5.model.interfaces import LayerInputs, TokenDispatcher
+from ernie5.model.mlp import SwiGLU
+from ernie5.model.moe.balance import LayerRouting, measure_routing
+from ernie5.model.moe.dispatch import LocalDispatcher
+from ernie5.model.moe.experts import RoutedExperts
+from ernie5.model.moe.router import Router
+
+
+class MoELayer(nn.Module):
+    """sum over chosen experts of weight * expert(x), plus shared(x). Nothing is ever dropped.
+
+    `dispatcher` and `experts` are the TokenDispatcher and ExpertCompute seams.
+    """
+
+    def __init__(self, config: ModelConfig) -> None:
+        super().__init__()
+        moe = config.moe
+        self.balance = moe.balance
+        self.router = Router(moe, width=config.width)
+        self.experts = RoutedExperts(moe, width=config.width, backend=config.expert_backend)
+        self.shared = (
+            SwiGLU(config.width, hidden_width=moe.shared_experts * moe.expert_width) if moe.shared_experts else None
+        )
+        self.dispatcher: TokenDispatcher = LocalDispatcher()
+
+    def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting]:
+        """[B, T, D] -> [B, T, D] and the routing's statistics."""
+        flat = hidden.flatten(0, 1)
+        routing = self.router(flat, top_k=inputs.top_k, active=inputs.active_experts)
+        dispatched = self.dispatcher.dispatch(flat, routing=routing, num_experts=routing.scores.shape[1])
+        rows = self.experts(dispatched.rows, row_weights=dispatched.row_weights, offsets=dispatched.offsets)
+        out = self.dispatcher.combine(rows, dispatched=dispatched).view_as(hidden)
+        if self.shared is not None:
+            out = out + self.shared(hidden)
+        return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance)

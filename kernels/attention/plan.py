@@ -1,0 +1,112 @@
+"""Which keys each chunk of query rows needs: made once per batch from row intervals, used by every layer.
+
+Chunks end at document borders where that leaves them large enough, so short packed documents cost their own length
+squared and no more. Building a plan reads the intervals on the host: one synchronisation per batch on a GPU.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+CHUNK_ROWS = 256
+SMALLEST_CHUNK = 64
+KEPT_MASK_BYTES = 64 << 20
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Query rows [query_from, query_until) of batch row `row` need keys [key_from, key_until) and no others.
+
+    Queries count from the first query, keys from the first key. hidden [queries, keys] bool marks what may not be
+    seen; None where it is remade on use (long rows) or where `is_full`, nothing being hidden.
+    """
+
+    row: int
+    query_from: int
+    query_until: int
+    key_from: int
+    key_until: int
+    is_full: bool
+    hidden: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
+class AttentionPlan:
+    """intervals [B, S, 4] on the device of the tensors (None: everything is visible), and the chunks."""
+
+    intervals: torch.Tensor | None
+    query_start: int
+    query_tokens: int
+    chunks: tuple[Chunk, ...]
+
+    def hidden_of(self, chunk: Chunk) -> torch.Tensor | None:
+        """The mask [queries, keys] of a chunk, True where hidden; None where all is visible."""
+        if chunk.is_full or chunk.hidden is not None:
+            return chunk.hidden
+        rows = self.query_start + torch.arange(chunk.query_from, chunk.query_until, device=self.intervals.device)
+        return hidden_mask(self.intervals[chunk.row, chunk.key_from : chunk.key_until], rows=rows)
+
+
+def hidden_mask(intervals: torch.Tensor, *, rows: torch.Tensor) -> torch.Tensor:
+    """True [Q, S] where a row of `rows` [Q] must not see the key column with intervals [S, 4]."""
+    rows = rows.to(intervals.dtype).unsqueeze(1)
+    visible_from, hidden_from, hidden_until, visible_until = intervals.unbind(-1)
+    return (rows < visible_from) | (rows >= visible_until) | ((hidden_from <= rows) & (rows < hidden_until))
+
+
+def plan_attention(
+    intervals: torch.Tensor | None,
+    *,
+    batch_rows: int,
+    query_tokens: int,
+    key_tokens: int,
+    chunk_rows: int = CHUNK_ROWS,
+) -> AttentionPlan:
+    """Plan attention of the last `query_tokens` of `key_tokens` positions.
+
+    intervals [B, S, 4] integer over all S = key_tokens columns, rows and columns counted from the first key (records
+    .Batch); None lets every query see every key, which is right for one token or one visual block after a cache.
+    """
+    query_start = key_tokens - query_tokens
+    if intervals is None:
+        chunks = [
+            Chunk(row, start, min(start + chunk_rows, query_tokens), 0, key_tokens, True, None)
+            for row in range(batch_rows)
+            for start in range(0, query_tokens, chunk_rows)
+        ]
+        return AttentionPlan(None, query_start, query_tokens, tuple(chunks))
+    host = intervals.detach().cpu()
+    keep = batch_rows * query_tokens * min(key_tokens, 4 * chunk_rows) <= KEPT_MASK_BYTES
+    chunks = []
+    for row in range(batch_rows):
+        for start, end in _cuts(host[row, :, 3], first=query_start, last=key_tokens, chunk_rows=chunk_rows):
+            chunks.append(_chunk(host[row], row=row, start=start, end=end, query_start=query_start, keep=keep))
+    device = intervals.device
+    moved = (
+        dataclasses.replace(c, hidden=None if c.hidden is None else c.hidden.to(device, non_blocking=True))
+        for c in chunks
+    )
+    return AttentionPlan(intervals, query_start, query_tokens, tuple(moved))
+
+
+def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int) -> list[tuple[int, int]]:
+    borders = (visible_until[1:] != visible_until[:-1]).nonzero().flatten().add(1).tolist()
+    cuts, start = [], first
+    for border in [*borders, last]:
+        if border - start >= SMALLEST_CHUNK or border == last:
+            pieces = -(-(border - start) // chunk_rows)
+            size = -(-(border - start) // max(1, pieces))
+            cuts.extend((begin, min(begin + size, border)) for begin in range(start, border, max(1, size)))
+            start = max(start, border)
+    return cuts
+
+
+def _chunk(columns: torch.Tensor, *, row: int, start: int, end: int, query_start: int, keep: bool) -> Chunk:
+    needed = ((columns[:, 0] < end) & (columns[:, 3] > start)).nonzero().flatten()
+    key_from, key_until = (int(needed[0]), int(needed[-1]) + 1) if needed.numel() else (start, end)
+    hidden = hidden_mask(columns[key_from:key_until], rows=torch.arange(start, end))
+    is_full = not bool(hidden.any())
+    kept = hidden if keep and not is_full else None
+    return Chunk(row, start - query_start, end - query_start, key_from, key_until, is_full, kept)

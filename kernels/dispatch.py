@@ -1,0 +1,43 @@
+"""Which implementation of an op runs: the one asked for by name or an error, never a silent fallback.
+
+Names: `reference` is the plain truth, slow and memory-hungry; `torch` the production path in PyTorch on any device;
+`triton` a hand-written kernel for NVIDIA GPUs; `auto` the first of an op's list that can run on the tensor's device.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+
+import torch
+
+from ernie5.errors import KernelError
+
+BACKENDS = ("auto", "torch", "reference", "triton")
+
+
+def choose_backend(requested: str, *, op: str, offered: tuple[str, ...], device: torch.device) -> str:
+    """Return the backend that runs `op` on `device`.
+
+    requested: one of BACKENDS; offered: what the op has, fastest first. Raises KernelError for an unknown name, for a
+    backend that the op does not have, and for triton where it cannot run.
+    """
+    if requested not in BACKENDS:
+        raise KernelError(f"kernel {op}: unknown backend {requested!r}. Known: {', '.join(BACKENDS)}")
+    if requested == "auto":
+        return next(name for name in offered if name != "triton" or triton_runs_on(device))
+    if requested not in offered:
+        raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
+    if requested == "triton" and not triton_runs_on(device):
+        raise KernelError(
+            f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and the triton package (or "
+            "TRITON_INTERPRET=1 for tests); use auto or torch"
+        )
+    return requested
+
+
+def triton_runs_on(device: torch.device) -> bool:
+    """Whether a Triton kernel can run on `device`: a GPU, or any device under Triton's interpreter."""
+    if importlib.util.find_spec("triton") is None:
+        return False
+    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"

@@ -1,0 +1,29 @@
+"""Products of contiguous groups of rows with one weight each: the arithmetic of mixture-of-experts layers."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dispatch import choose_backend
+from .reference import grouped_gemm_reference
+from .segments import SegmentedGemm
+
+OFFERED = ("torch", "reference")
+
+
+def grouped_gemm(
+    rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor, backend: str = "auto"
+) -> torch.Tensor:
+    """Return y [R, M] with y[r] = weight[g] @ rows[r] for offsets[g-1] <= r < offsets[g].
+
+    rows [R, K] sorted by group; weight [E, M, K] of the same dtype; offsets [E] integer, cumulative ends, the last at
+    most R. Rows past the last offset give zero and get a zero gradient; a group without rows gives its weight a zero
+    gradient. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    if rows.ndim != 2 or weight.ndim != 3 or weight.shape[2] != rows.shape[1] or offsets.shape != weight.shape[:1]:
+        raise ValueError(
+            f"grouped_gemm: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, offsets {tuple(offsets.shape)}"
+        )
+    if choose_backend(backend, op="grouped_gemm", offered=OFFERED, device=rows.device) == "reference":
+        return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
+    return SegmentedGemm.apply(rows, weight, offsets)

@@ -1,0 +1,23 @@
+"""RMSNorm over the last dimension (Zhang and Sennrich 2019, arXiv:1910.07467)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dispatch import choose_backend
+from .fused import FusedRMSNorm
+from .reference import rms_norm_reference
+
+OFFERED = ("torch", "reference")
+
+
+def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
+    """Normalise x [..., D] by its root mean square and scale by weight [D]; accumulates in at least fp32.
+
+    Returns [..., D] in x's dtype. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    if weight.shape != x.shape[-1:]:
+        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    if choose_backend(backend, op="rms_norm", offered=OFFERED, device=x.device) == "reference":
+        return rms_norm_reference(x, weight=weight, eps=eps)
+    return FusedRMSNorm.apply(x, weight, eps)

@@ -1,0 +1,32 @@
+"""Rotary position embedding, interleaved pairs (0,1),(2,3).. (Su et al. 2021, arXiv:2104.09864).
+
+The caller computes the angles once per batch from (t, h, w); this op only turns pairs, as one complex product.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ..dispatch import choose_backend
+from .reference import rope3d_reference
+
+OFFERED = ("torch", "reference")
+
+
+def rotation_of(angles: torch.Tensor) -> torch.Tensor:
+    """Unit complex numbers exp(i angle) for angles [B, T, C/2] (fp32 or fp64), shared by every layer of a batch."""
+    return torch.polar(torch.ones_like(angles), angles)
+
+
+def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+    """Rotate the pairs of x [B, T, H, C] by rotation [B, T, C/2] complex; computes in at least fp32.
+
+    Returns [B, T, H, C] in x's dtype. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    if rotation.shape != (*x.shape[:2], x.shape[-1] // 2) or x.shape[-1] % 2:
+        raise ValueError(f"rope3d: rotation {tuple(rotation.shape)} does not fit x {tuple(x.shape)}")
+    if choose_backend(backend, op="rope3d", offered=OFFERED, device=x.device) == "reference":
+        return rope3d_reference(x, angles=rotation.angle())
+    wide = x.to(torch.promote_types(x.dtype, torch.float32))
+    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)

@@ -1,0 +1,25 @@
+"""SwiGLU activation over a fused gate-and-up projection (Shazeer 2020, arXiv:2002.05202)."""
+
+from __future__ import annotations
+
+import torch
+
+from ..dispatch import choose_backend
+from .fused import FusedSwiGLU
+from .reference import swiglu_reference
+
+OFFERED = ("torch", "reference")
+
+
+def swiglu(
+    gate_up: torch.Tensor, *, row_weights: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """Return silu(gate) * up [..., F] for gate_up [..., 2F] (gate first), times row_weights [...] where given.
+
+    Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    if gate_up.shape[-1] % 2 or (row_weights is not None and row_weights.shape != gate_up.shape[:-1]):
+        raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)} needs an even last dim and one weight per row")
+    if choose_backend(backend, op="swiglu", offered=OFFERED, device=gate_up.device) == "reference":
+        return swiglu_reference(gate_up, row_weights=row_weights)
+    return FusedSwiGLU.apply(gate_up, row_weights)

@@ -34,9 +34,6 @@ class VisualTokenizerConfig(Config):
     encoder_blocks: int = field(2, doc="residual blocks at stride 8 of the encoder", kind="architecture")
     decoder_blocks: int = field(4, doc="residual blocks at stride 8 of the decoder", kind="architecture")
     head_blocks: int = field(2, doc="residual blocks at stride 4 of the decoder", kind="architecture")
-    expansion: int = field(3, doc="inner width of a residual block over its width", kind="architecture")
-    kernel: int = field(5, doc="side of the depthwise kernels", check=positive, kind="architecture")
-    num_labels: int = field(0, doc="labels of the semantic branch; set from the corpus in training", kind="derived")
 
     commitment_weight: float = field(0.1, doc="pull of the latents towards their codes", check=non_negative)
     entropy_weight: float = field(0.02, doc="sure bits per cell, even bits over the batch", check=non_negative)

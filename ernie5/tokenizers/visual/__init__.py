@@ -1,0 +1,1 @@
+"""The visual tokenizer: causal convolutional codec and multi-scale bit-wise quantiser."""

@@ -1,0 +1,80 @@
+"""The DeepSpeed configuration of a run, and the two settings DeepSpeed cannot keep its promise for, refused.
+
+Torch-free, so that a test can compare it with a golden text and `--validate` can refuse early.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+from ernie5.engine.config import EngineConfig
+from ernie5.errors import ConfigError
+from ernie5.optim.config import OptimConfig
+
+BUCKET_ELEMENTS = 50_000_000
+
+
+@dataclasses.dataclass(frozen=True)
+class DeepSpeedPlan:
+    """Sizes that DeepSpeed wants to know: micro-batches per rank and step, rows in each, ranks, parameters."""
+
+    micro_batches: int
+    micro_sequences: int
+    dp: int
+    num_params: int
+
+
+def deepspeed_config(
+    engine: EngineConfig, *, optim: OptimConfig, plan: DeepSpeedPlan
+) -> dict[str, object]:
+    """Return DeepSpeed's JSON configuration; raises ConfigError for combinations that would not equal `local`.
+
+    Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
+    where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole.
+    """
+    check_combination(engine, optim=optim)
+    bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
+    result: dict[str, object] = {
+        "train_micro_batch_size_per_gpu": plan.micro_sequences,
+        "gradient_accumulation_steps": plan.micro_batches,
+        "train_batch_size": plan.micro_sequences * plan.micro_batches * plan.dp,
+        "gradient_clipping": optim.clip_norm if engine.zero_stage > 0 else 0.0,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+        "wall_clock_breakdown": False,
+        "zero_optimization": {
+            "stage": engine.zero_stage,
+            "overlap_comm": False,
+            "contiguous_gradients": True,
+            "reduce_scatter": True,
+            "reduce_bucket_size": bucket,
+            "allgather_bucket_size": bucket,
+        },
+    }
+    if engine.zero_stage == 3:
+        zero = result["zero_optimization"]
+        assert isinstance(zero, dict)
+        zero["stage3_prefetch_bucket_size"] = bucket
+        zero["stage3_param_persistence_threshold"] = 0
+    if engine.precision == "bf16":
+        result["bf16"] = {"enabled": True}
+        result["data_types"] = {"grad_accum_dtype": "fp32"}
+    return result
+
+
+def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
+    """Refuse what DeepSpeed runs with other results than the local engine."""
+    if engine.precision == "bf16" and engine.zero_stage == 0:
+        engine.fail(
+            "zero_stage",
+            "with bf16, DeepSpeed accumulates the gradients of stage 0 in bf16, which loses small ones. "
+            "Set engine.zero_stage: 1 (with one rank it costs nothing)",
+        )
+    if optim.name == "muon" and engine.zero_stage > 0:
+        engine.fail(
+            "zero_stage",
+            "optim.name = muon needs whole matrices, and ZeRO cuts parameters into flat pieces. "
+            "Set engine.zero_stage: 0 or optim.name: adamw",
+            error=ConfigError,
+        )

@@ -1,0 +1,179 @@
+"""DeepSpeed behind the engine interface: data parallelism with ZeRO 0 to 3, equal to the local engine.
+
+DeepSpeed averages gradients over ranks; the losses here are already divided by global counts, so each rank's share is
+multiplied by the number of ranks and the average becomes the sum. DeepSpeed's own division by the number of
+micro-batches is switched off for the same reason.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+from ernie5.engine.config import EngineConfig
+from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
+from ernie5.engine.deepspeed_launch import log_to_file, start_processes
+from ernie5.engine.deepspeed_state import DeepSpeedState
+from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
+from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.model.moe.balance import update_balance
+from ernie5.objectives.mix import mean_losses, update_magnitudes
+from ernie5.optim.build import build_optimizer
+from ernie5.optim.clip import clip_gradients
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import build_groups
+from ernie5.records import Batch
+
+
+class DeepSpeedEngine(Engine):
+    """One rank of a DeepSpeed run; a single process needs no launcher."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        engine: EngineConfig,
+        optim: OptimConfig,
+        settings: StepSettings,
+        device: torch.device,
+        micro_batches: int,
+        micro_sequences: int,
+        log_path: Path | None = None,
+    ) -> None:
+        start_processes(device)
+        import deepspeed
+
+        if log_path is not None:
+            log_to_file(log_path)
+        self.model, self.device, self._settings = model, device, settings
+        self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.magnitudes = settings.magnitudes.to(device)
+        self._stage = engine.zero_stage
+        model.to(device)
+        buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
+        groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
+        step = MicroStep(model, config=settings.objectives)
+        plan = DeepSpeedPlan(
+            micro_batches=micro_batches,
+            micro_sequences=micro_sequences,
+            dp=self.world_size,
+            num_params=sum(parameter.numel() for parameter in model.parameters()),
+        )
+        self._engine, _, _, _ = deepspeed.initialize(
+            model=step,
+            optimizer=build_optimizer(groups, config=optim),
+            config=deepspeed_config(engine, optim=optim, plan=plan),
+            dist_init_required=False,
+        )
+        _restore_buffers(model, buffers=buffers)
+        if self._stage == 3:
+            step.prepare_head = lambda weight: _register_head(step, weight=weight)
+        self._state = DeepSpeedState(self._engine, model=model, stage=self._stage)
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
+        """Forward and backward over this rank's micro-batches; the last backward reduces gradients over ranks."""
+        self._engine.train()
+        counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
+        builder = SumsBuilder(counts)
+        for index, batch in enumerate(micro_batches):
+            batch = batch.to(self.device)
+            if index + 1 < len(micro_batches):
+                self._engine.step()
+            share, terms, routing = self._engine(batch, counts, self.magnitudes)
+            self._engine.backward(share * self.world_size, scale_wrt_gas=False)
+            builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
+        return builder.finish(reduce=self.sum_over_ranks)
+
+    def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
+        """Clip, step, move balance bias and magnitudes; a norm that is not finite skips all of it on every rank."""
+        for group in self._engine.optimizer.param_groups:
+            group["lr"] = learning_rate
+        norm = self._step_whole() if self._stage == 0 else self._step_sharded()
+        skipped = not math.isfinite(norm)
+        if not skipped:
+            self._state.updates += 1
+            update_balance(self.model, sums.routing.loads, speed=self._settings.balance_speed)
+            self.magnitudes = update_magnitudes(
+                self.magnitudes,
+                means=mean_losses(sums.terms, counts=sums.counts),
+                decay=self._settings.objectives.ema_decay,
+            )
+        return StepReport(sums=sums, grad_norm=torch.tensor(norm), skipped=skipped)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Full reduced fp32 gradients by name; collective."""
+        return self._state.gradients()
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Batch) -> StepSums:
+        """Forward without gradients on every rank's own batch."""
+        self._engine.eval()
+        batch = batch.to(self.device)
+        counts = global_counts([batch], reduce=self.sum_over_ranks)
+        builder = SumsBuilder(counts)
+        share, terms, routing = self._engine(batch, counts, self.magnitudes)
+        builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
+        return builder.finish(reduce=self.sum_over_ranks)
+
+    def state(self) -> EngineState:
+        """Full state on the CPU of every rank; collective."""
+        return self._state.collect(magnitudes=self.magnitudes)
+
+    def load_state(self, state: EngineState) -> None:
+        """Continue from `state`; collective."""
+        self._state.load(state)
+        self.magnitudes = state.magnitudes.to(self.device)
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """All-reduced sum; one rank skips the collective."""
+        if self.world_size > 1:
+            values = values.clone()
+            dist.all_reduce(values)
+        return values
+
+    def close(self) -> None:
+        """Leave the process group (a group of one has nothing to leave)."""
+        if self.world_size > 1 and dist.is_initialized():
+            dist.destroy_process_group()
+
+    def _step_whole(self) -> float:
+        """Stage 0: gradients are whole on every rank, so clip them as the local engine does."""
+        parameters = [p for p in self.model.parameters() if p.grad is not None]
+        norm = float(clip_gradients([p.grad for p in parameters], max_norm=self._settings.clip_norm))
+        if not math.isfinite(norm):
+            for parameter in parameters:
+                parameter.grad = None
+        self._engine.step()
+        return norm
+
+    def _step_sharded(self) -> float:
+        self._engine.step()
+        norm = self._engine.get_global_grad_norm()
+        return float(norm) if self._engine.was_step_applied() else math.inf
+
+
+def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:
+    """Undo DeepSpeed's cast of buffers to bf16: the balance bias moves by 1e-4, which bf16 would round away."""
+    for module_name, module in model.named_modules():
+        for name, buffer in _own_buffers(module):
+            full = f"{module_name}.{name}" if module_name else name
+            if buffer.dtype != buffers[full].dtype:
+                setattr(module, name, buffers[full].to(buffer.device))
+
+
+def _own_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
+    yield from list(module.named_buffers(recurse=False))
+
+
+def _register_head(step: MicroStep, *, weight: torch.Tensor) -> None:
+    """ZeRO-3: keep the text head whole while the losses, which run outside the backbone, use it."""
+    import deepspeed
+
+    if isinstance(weight, torch.nn.Parameter):
+        deepspeed.zero.register_external_parameter(step, weight)
+        if weight.ds_status != deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
+            weight.all_gather()

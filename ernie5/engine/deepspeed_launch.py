@@ -1,0 +1,56 @@
+"""Starting DeepSpeed: process group with or without a launcher, its log into a file, no compilation at start."""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+
+
+def start_processes(device: torch.device) -> None:
+    """Join the process group of the launcher, or make a group of one that needs no port.
+
+    With a launcher, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set; without, the store lives in
+    memory.
+    """
+    if device.type == "cpu":
+        os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    os.environ.setdefault("LOCAL_RANK", "0")
+    os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
+    if not dist.is_initialized():
+        backend = "nccl" if device.type == "cuda" else "gloo"
+        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+            dist.init_process_group(backend)
+        else:
+            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    _join_deepspeed()
+
+
+def log_to_file(path: Path) -> None:
+    """Send DeepSpeed's messages to `path` instead of the terminal."""
+    from deepspeed.utils import logger
+
+    path.parent.mkdir(parents=True, exist_ok=True)
+    for handler in list(logger.handlers):
+        logger.removeHandler(handler)
+    handler = logging.FileHandler(path, encoding="utf-8", delay=True)
+    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    logger.addHandler(handler)
+
+
+def _join_deepspeed() -> None:
+    """Give DeepSpeed the existing process group, without its shared-memory op.
+
+    That op serves collectives of tensor-parallel inference on one host, which training never calls, and compiling it
+    takes 78 s at the first start on two cores.
+    """
+    import deepspeed
+    from deepspeed.accelerator import get_accelerator
+
+    builder = get_accelerator().create_op_builder("ShareMemCommBuilder")
+    if builder is not None:
+        deepspeed.ops.__compatible_ops__[builder.NAME] = False
+    deepspeed.init_distributed(dist_backend=dist.get_backend(), auto_mpi_discovery=False, verbose=False)

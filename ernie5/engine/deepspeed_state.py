@@ -1,0 +1,112 @@
+"""Full fp32 state and gradients of a DeepSpeed engine by parameter name, whatever the ZeRO stage.
+
+DeepSpeed keeps masters and moments as flat pieces; its `safe_*` functions assemble one parameter at a time. Moments
+exist only after the first step, so loading creates them first. The attribute names below are of DeepSpeed 0.19.8,
+which setup.py pins; the equality tests guard them.
+"""
+
+from __future__ import annotations
+
+import torch
+
+from ernie5.engine.interface import EngineState, check_names
+from ernie5.engine.local import load_buffers, persistent_buffers
+from ernie5.optim.adamw import MOMENTS, create_state
+
+
+class DeepSpeedState:
+    """Reads and writes the state behind a DeepSpeed engine; every method is collective."""
+
+    def __init__(self, engine: object, *, model: torch.nn.Module, stage: int) -> None:
+        self._engine, self._model, self._stage = engine, model, stage
+        self.updates = 0
+        self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        for master in self._masters():
+            create_state(self._inner(), parameter=master)
+        if stage in (1, 2):
+            self._optimizer()._lazy_init_hp_params_optimizer_state()
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Full fp32 gradients, before clipping."""
+        return {name: self._gradient(parameter).float().clone() for name, parameter in self._names.items()}
+
+    def collect(self, *, magnitudes: torch.Tensor) -> EngineState:
+        """Everything on the CPU."""
+        parameters, moments = {}, {}
+        for name, parameter in self._names.items():
+            parameters[name] = self._read(parameter, key=None).to("cpu", torch.float32, copy=True)
+            for key in self._keys(parameter):
+                moments[f"{key}/{name}"] = self._read(parameter, key=key).to("cpu", torch.float32, copy=True)
+        return EngineState(
+            parameters=parameters,
+            buffers=persistent_buffers(self._model),
+            moments=moments,
+            updates=self.updates,
+            magnitudes=magnitudes.cpu().clone(),
+        )
+
+    @torch.no_grad()
+    def load(self, state: EngineState) -> None:
+        """Write `state` into masters, moments, counters, parameters and buffers after checking names and shapes."""
+        own = self.collect(magnitudes=state.magnitudes)
+        check_names(state.parameters, expected=own.parameters, what="parameters")
+        check_names(state.moments, expected=own.moments, what="optimizer tensors")
+        load_buffers(self._model, buffers=state.buffers)
+        for name, parameter in self._names.items():
+            self._write(parameter, value=state.parameters[name], key=None)
+            for key in self._keys(parameter):
+                self._write(parameter, value=state.moments[f"{key}/{name}"], key=key)
+        for master in self._masters():
+            entry = self._inner().state[master]
+            if "step" in entry:
+                entry["step"].fill_(state.updates)
+        self.updates = state.updates
+
+    def _keys(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
+        if self._stage == 0:
+            return tuple(key for key in self._inner().state[parameter] if key != "step")
+        return MOMENTS
+
+    def _read(self, parameter: torch.nn.Parameter, *, key: str | None) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state
+
+        if self._stage == 0:
+            return parameter.detach() if key is None else self._inner().state[parameter][key]
+        if key is None:
+            return safe_get_full_fp32_param(parameter).detach()
+        return safe_get_full_optimizer_state(parameter, key)
+
+    def _write(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
+        import deepspeed
+        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
+
+        value = value.to(parameter.device)
+        if self._stage == 0:
+            (parameter if key is None else self._inner().state[parameter][key]).copy_(value)
+        elif key is not None:
+            safe_set_full_optimizer_state(parameter, value, key)
+        else:
+            safe_set_full_fp32_param(parameter, value)
+            gather = [parameter] if self._stage == 3 else []
+            with deepspeed.zero.GatheredParameters(gather, modifier_rank=0, enabled=bool(gather)):
+                parameter.data.copy_(value)
+
+    def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        from deepspeed.utils import safe_get_full_grad
+
+        if self._stage in (1, 2):
+            return parameter.get_full_hp_grad()
+        return safe_get_full_grad(parameter)
+
+    def _optimizer(self) -> torch.optim.Optimizer:
+        return self._engine.optimizer
+
+    def _inner(self) -> torch.optim.Optimizer:
+        """The client's optimizer inside DeepSpeed's wrapper."""
+        return self._optimizer() if self._stage == 0 else self._optimizer().optimizer
+
+    def _masters(self) -> list[torch.Tensor]:
+        """The tensors that the client's optimizer steps: whole parameters, or flat fp32 pieces."""
+        if self._stage == 3:
+            return list(self._optimizer().fp32_partitioned_groups_flat)
+        return [parameter for group in self._inner().param_groups for parameter in group["params"]]

@@ -1,0 +1,135 @@
+"""What an engine is: it turns the micro-batches of one optimizer step into one update of the model.
+
+An engine owns the model, the optimizer and the running magnitudes of the losses. The rest of the system sees sums of
+nats, counts and loads that are already global, and full fp32 tensors by parameter name; how they are spread over ranks
+is the engine's secret.
+"""
+
+from __future__ import annotations
+
+import abc
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ernie5.errors import CheckpointError
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts, TensorRecord
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSums(TensorRecord):
+    """What one step or one evaluation batch added up to, over its micro-batches and all ranks, detached.
+
+    terms: sums of nats, 0-d fp64; counts: their divisors; routing: loads summed, routing losses averaged by tokens;
+    objective: the optimised value, 0-d fp64.
+    """
+
+    terms: LossTerms
+    counts: TargetCounts
+    routing: RoutingStats
+    objective: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepReport:
+    """One optimizer step: its sums, the gradient norm before clipping (0-d fp32), and whether it was skipped because
+    the norm was not finite (parameters, moments, balance bias and magnitudes are then as before)."""
+
+    sums: StepSums
+    grad_norm: torch.Tensor
+    skipped: bool
+
+
+@dataclasses.dataclass
+class EngineState:
+    """Everything an engine needs to continue, layout-free, on the CPU.
+
+    parameters: fp32 master weights by global name; buffers: persistent buffers (balance bias); moments: optimizer
+    state as `<kind>/<parameter name>`, fp32; updates: optimizer steps applied; magnitudes [4] fp64.
+    """
+
+    parameters: dict[str, torch.Tensor]
+    buffers: dict[str, torch.Tensor]
+    moments: dict[str, torch.Tensor]
+    updates: int
+    magnitudes: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class StepSettings:
+    """What the update needs beside the optimizer: losses, clipping, bias speed and the even-guess magnitudes."""
+
+    objectives: ObjectivesConfig
+    clip_norm: float
+    balance_speed: float
+    magnitudes: torch.Tensor
+
+
+class Engine(abc.ABC):
+    """Interface of `local.py` and `deepspeed_engine.py`, which are tested to be equal."""
+
+    model: torch.nn.Module
+    device: torch.device
+    rank: int
+    world_size: int
+    magnitudes: torch.Tensor
+
+    def train_step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
+        """Run one optimizer step on this rank's micro-batches (the same number on every rank)."""
+        sums = self.accumulate(micro_batches)
+        return self.update(sums, learning_rate=learning_rate)
+
+    @abc.abstractmethod
+    def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
+        """Forward and backward over `micro_batches`; gradients of the global objective are then in place."""
+
+    @abc.abstractmethod
+    def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
+        """Clip, step, move balance bias and magnitudes, clear gradients."""
+
+    @abc.abstractmethod
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Full fp32 gradients by parameter name, between `accumulate` and `update`, before clipping."""
+
+    @abc.abstractmethod
+    def evaluate_batch(self, batch: Batch) -> StepSums:
+        """Forward without gradients; sums over all ranks (every rank passes its own batch)."""
+
+    @abc.abstractmethod
+    def state(self) -> EngineState:
+        """Collect the state; collective, and only rank 0's return value is complete."""
+
+    @abc.abstractmethod
+    def load_state(self, state: EngineState) -> None:
+        """Continue from `state`, which every rank passes. Raises CheckpointError naming every mismatch."""
+
+    @abc.abstractmethod
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum of `values` over the data-parallel ranks."""
+
+    @abc.abstractmethod
+    def close(self) -> None:
+        """Release process groups."""
+
+    @property
+    def is_main(self) -> bool:
+        """True on the one rank that writes files and prints."""
+        return self.rank == 0
+
+
+def check_names(found: dict[str, torch.Tensor], *, expected: dict[str, torch.Tensor], what: str) -> None:
+    """Compare names and shapes; raises CheckpointError that lists every difference."""
+    problems = [f"{name} is missing" for name in expected if name not in found]
+    problems += [f"{name} is unknown to the model" for name in found if name not in expected]
+    problems += [
+        f"{name} has shape {list(found[name].shape)}, the model wants {list(tensor.shape)}"
+        for name, tensor in expected.items()
+        if name in found and found[name].shape != tensor.shape
+    ]
+    if problems:
+        raise CheckpointError(
+            f"{len(problems)} {what} of the checkpoint do not fit the model: {'; '.join(problems)}. A checkpoint loads "
+            "only into the architecture it was written by; compare `ernie5 inspect CKPT` with the configuration"
+        )

@@ -1,0 +1,186 @@
+"""The yardstick: one process, plain PyTorch, nothing clever. Every other engine is tested as equal to this one."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+
+import torch
+
+from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
+from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.model.moe.balance import update_balance
+from ernie5.objectives.mix import mean_losses, update_magnitudes
+from ernie5.optim.adamw import materialise_state
+from ernie5.optim.build import build_optimizer
+from ernie5.optim.clip import clip_gradients
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import build_groups
+from ernie5.records import Batch
+
+
+class LocalEngine(Engine):
+    """fp32, or bf16 parameters under fp32 masters with fp32 accumulation of gradients."""
+
+    def __init__(
+        self,
+        model: torch.nn.Module,
+        *,
+        optim: OptimConfig,
+        settings: StepSettings,
+        precision: str,
+        device: torch.device,
+    ) -> None:
+        self.model, self.device, self.rank, self.world_size = model, device, 0, 1
+        self._settings = settings
+        self.magnitudes = settings.magnitudes.to(device)
+        model.to(device)
+        self._masters = _make_masters(model, precision=precision)
+        groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
+        groups = [
+            dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
+            for group in groups
+        ]
+        self._optimizer = build_optimizer(groups, config=optim)
+        if optim.name == "adamw":
+            materialise_state(self._optimizer)
+        self._step = MicroStep(model, config=settings.objectives)
+        self._updates = 0
+
+    def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
+        """Forward and backward over `micro_batches`, gradients summed in fp32."""
+        self.model.train()
+        counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
+        builder = SumsBuilder(counts)
+        for batch in micro_batches:
+            batch = batch.to(self.device)
+            share, terms, routing = self._step(batch, counts, self.magnitudes)
+            share.backward()
+            self._move_gradients()
+            builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
+        return builder.finish(reduce=self.sum_over_ranks)
+
+    def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
+        """Clip, step, copy masters to the model, move balance bias and magnitudes."""
+        gradients = [master.grad for master in self._masters.values() if master.grad is not None]
+        norm = clip_gradients(gradients, max_norm=self._settings.clip_norm)
+        skipped = not bool(torch.isfinite(norm))
+        if not skipped:
+            for group in self._optimizer.param_groups:
+                group["lr"] = learning_rate
+            self._optimizer.step()
+            self._updates += 1
+            self._copy_masters()
+            update_balance(self.model, sums.routing.loads, speed=self._settings.balance_speed)
+            self.magnitudes = update_magnitudes(
+                self.magnitudes,
+                means=mean_losses(sums.terms, counts=sums.counts),
+                decay=self._settings.objectives.ema_decay,
+            )
+        self._optimizer.zero_grad(set_to_none=True)
+        return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
+
+    def gradients(self) -> dict[str, torch.Tensor]:
+        """Copies of the accumulated fp32 gradients."""
+        return {name: master.grad.clone() for name, master in self._masters.items() if master.grad is not None}
+
+    @torch.no_grad()
+    def evaluate_batch(self, batch: Batch) -> StepSums:
+        """Forward without gradients."""
+        self.model.eval()
+        batch = batch.to(self.device)
+        counts = global_counts([batch], reduce=self.sum_over_ranks)
+        builder = SumsBuilder(counts)
+        share, terms, routing = self._step(batch, counts, self.magnitudes)
+        builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
+        return builder.finish(reduce=self.sum_over_ranks)
+
+    def state(self) -> EngineState:
+        """Copies of masters, buffers, moments and magnitudes on the CPU."""
+        moments = {
+            f"{kind}/{name}": value.detach().to("cpu", torch.float32, copy=True)
+            for name, master in self._masters.items()
+            for kind, value in self._optimizer.state[master].items()
+            if kind != "step"
+        }
+        return EngineState(
+            parameters={name: m.detach().to("cpu", copy=True) for name, m in self._masters.items()},
+            buffers=persistent_buffers(self.model),
+            moments=moments,
+            updates=self._updates,
+            magnitudes=self.magnitudes.cpu().clone(),
+        )
+
+    @torch.no_grad()
+    def load_state(self, state: EngineState) -> None:
+        """Copy `state` in, after checking every name and shape."""
+        own = self.state()
+        check_names(state.parameters, expected=own.parameters, what="parameters")
+        check_names(state.moments, expected=own.moments, what="optimizer tensors")
+        load_buffers(self.model, buffers=state.buffers)
+        for name, master in self._masters.items():
+            master.copy_(state.parameters[name])
+            for kind, value in self._optimizer.state[master].items():
+                if kind == "step":
+                    value.fill_(state.updates)
+                else:
+                    value.copy_(state.moments[f"{kind}/{name}"])
+        self._copy_masters()
+        self._updates = state.updates
+        self.magnitudes = state.magnitudes.to(self.device)
+
+    def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        """One rank: the values themselves."""
+        return values
+
+    def close(self) -> None:
+        """Nothing to release."""
+
+    def _move_gradients(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            master = self._masters.get(name)
+            if master is None or master is parameter or parameter.grad is None:
+                continue
+            gradient = parameter.grad.float()
+            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+            parameter.grad = None
+
+    @torch.no_grad()
+    def _copy_masters(self) -> None:
+        for name, parameter in self.model.named_parameters():
+            master = self._masters.get(name)
+            if master is not None and master is not parameter:
+                parameter.copy_(master)
+
+
+def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    """Copies on the CPU of the buffers that a checkpoint keeps."""
+    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
+    return {
+        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if name not in parameters
+    }
+
+
+def load_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:
+    """Copy `buffers` into the model's persistent buffers. Raises CheckpointError naming every mismatch."""
+    expected = persistent_buffers(model)
+    check_names(buffers, expected=expected, what="buffers")
+    own = dict(model.named_buffers())
+    for name, value in buffers.items():
+        own[name].copy_(value)
+
+
+def cast_parameters(model: torch.nn.Module, *, precision: str) -> None:
+    """Make floating parameters bf16 if asked; buffers (balance bias) stay fp32, whose small steps bf16 would lose."""
+    if precision == "bf16":
+        for parameter in model.parameters():
+            parameter.data = parameter.data.to(torch.bfloat16)
+
+
+def _make_masters(model: torch.nn.Module, *, precision: str) -> dict[str, torch.nn.Parameter]:
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if precision == "fp32":
+        return trainable
+    masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in trainable.items()}
+    cast_parameters(model, precision=precision)
+    return masters

@@ -1,0 +1,96 @@
+"""Forward pass plus losses of one micro-batch, as one module, and the book-keeping of a step's sums.
+
+One module, because ZeRO-3 gathers parameters around modules: the text head that the loss applies in chunks must be
+whole while the loss runs. Both engines call the same code, so that they can differ only in how they step.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ernie5.engine.interface import StepSums
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import combine, combine_routing, losses
+from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts
+
+Sum = Callable[[torch.Tensor], torch.Tensor]
+
+
+class MicroStep(torch.nn.Module):
+    """Model and objectives. `prepare_head` is called with the text head before the losses use it."""
+
+    def __init__(self, model: torch.nn.Module, *, config: ObjectivesConfig) -> None:
+        super().__init__()
+        self.model = model
+        self._config = config
+        self.prepare_head: Callable[[torch.Tensor], None] = lambda weight: None
+
+    def forward(
+        self, batch: Batch, counts: TargetCounts, divisors: torch.Tensor
+    ) -> tuple[torch.Tensor, LossTerms, RoutingStats]:
+        """Return (share of the step's objective 0-d fp32, sums of nats, routing); counts are the whole step's."""
+        output = self.model(batch)
+        self.prepare_head(output.text_weight)
+        terms = losses(output, batch)
+        share = combine(terms, counts=counts, divisors=divisors, config=self._config)
+        share = share + combine_routing(
+            output.routing, tokens=batch.counts().tokens, total_tokens=counts.tokens, config=self._config
+        )
+        return share + output.touched.float(), terms, output.routing
+
+
+def global_counts(micro_batches: Sequence[Batch], *, reduce: Sum) -> TargetCounts:
+    """Targets of the whole step: summed over micro-batches, then over ranks by `reduce`."""
+    total = micro_batches[0].counts()
+    for batch in micro_batches[1:]:
+        total = total + batch.counts()
+    names = [f.name for f in dataclasses.fields(TargetCounts)]
+    summed = reduce(torch.stack([getattr(total, name) for name in names]))
+    return TargetCounts(**dict(zip(names, summed.unbind(), strict=True)))
+
+
+class SumsBuilder:
+    """Adds up the micro-batches of a step on the device; one all-reduce at the end."""
+
+    def __init__(self, counts: TargetCounts) -> None:
+        self._counts = counts
+        self._parts: list[list[torch.Tensor]] = []
+        self._shape = torch.Size((0, 0))
+
+    def add(self, share: torch.Tensor, *, terms: LossTerms, routing: RoutingStats, tokens: torch.Tensor) -> None:
+        """Record one micro-batch; `tokens` weighs its routing losses."""
+        self._shape = routing.loads.shape
+        weight = tokens / self._counts.tokens.clamp(min=1)
+        scalars = [getattr(terms, f.name) for f in dataclasses.fields(LossTerms)] + [share]
+        weighted = [routing.switch_loss * weight, routing.sequence_loss * weight, routing.z_loss * weight]
+        self._parts.append(
+            [
+                torch.stack([value.detach().double() for value in scalars + weighted]),
+                routing.loads.detach().double().flatten(),
+                routing.group_loads.detach().double().flatten(),
+            ]
+        )
+
+    def finish(self, *, reduce: Sum) -> StepSums:
+        """Sum over micro-batches and, by `reduce`, over ranks."""
+        summed = [torch.stack(column).sum(0) for column in zip(*self._parts, strict=True)]
+        sizes = [part.numel() for part in summed]
+        scalars, loads, group_loads = reduce(torch.cat(summed)).split(sizes)
+        names = [f.name for f in dataclasses.fields(LossTerms)]
+        switch, sequence, z = scalars[len(names) + 1 :].float().unbind()
+        layers, experts = self._shape
+        return StepSums(
+            terms=LossTerms(**dict(zip(names, scalars[: len(names)].unbind(), strict=True))),
+            counts=self._counts,
+            routing=RoutingStats(
+                loads=loads.view(layers, experts).float(),
+                group_loads=group_loads.view(layers, -1, experts).float() if layers else group_loads.view(0, 6, experts),
+                switch_loss=switch,
+                sequence_loss=sequence,
+                z_loss=z,
+            ),
+            objective=scalars[len(names)],
+        )

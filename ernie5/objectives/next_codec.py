@@ -1,0 +1,15 @@
+"""Next-codec prediction: Q codes of one audio frame, level by level (SPEC section 2, audio)."""
+
+from __future__ import annotations
+
+import torch
+import torch.nn.functional as functional
+
+from ernie5.records import Batch, ModelOutput
+
+
+def next_codec_loss(output: ModelOutput, *, batch: Batch) -> torch.Tensor:
+    """Sum over frames and levels of -log p(code), in nats, 0-d fp32; the end code C is a class like any other."""
+    codes_NQ = batch.audio_targets.codes
+    logits = output.audio_logits.float().reshape(-1, output.audio_logits.shape[-1])
+    return functional.cross_entropy(logits, codes_NQ.reshape(-1), reduction="sum")

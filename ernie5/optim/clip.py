@@ -1,0 +1,35 @@
+"""Gradient clipping by the global norm."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+
+import torch
+
+Reduce = Callable[[torch.Tensor], torch.Tensor]
+EPSILON = 1e-6
+
+
+def global_norm(gradients: Iterable[torch.Tensor], *, reduce: Reduce | None = None) -> torch.Tensor:
+    """Euclidean norm over all gradients, 0-d fp32.
+
+    reduce: maps this rank's sum of squares to the sum over the ranks that hold different parameters (the caller
+    counts replicated parameters once); None where one process holds everything.
+    """
+    norms = torch._foreach_norm([gradient.float() for gradient in gradients])
+    squares = torch.stack(norms).square().sum()
+    return (squares if reduce is None else reduce(squares)).sqrt()
+
+
+def clip_gradients(
+    gradients: Iterable[torch.Tensor], *, max_norm: float, reduce: Reduce | None = None
+) -> torch.Tensor:
+    """Scale `gradients` in place by min(1, max_norm / (norm + 1e-6)) and return the norm before, 0-d fp32.
+
+    max_norm 0 only measures. The 1e-6 is torch's and DeepSpeed's, so that all engines clip alike.
+    """
+    gradients = list(gradients)
+    norm = global_norm(gradients, reduce=reduce)
+    if max_norm > 0:
+        torch._foreach_mul_(gradients, (max_norm / (norm + EPSILON)).clamp(max=1.0))
+    return norm

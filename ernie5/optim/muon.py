@@ -1,0 +1,89 @@
+"""Muon: momentum whose update is orthogonalised by Newton-Schulz iterations, for hidden matrices.
+
+Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); scale after
+arXiv:2502.16982, equation 4: 0.2 * sqrt(max(rows, columns)), which gives updates the root mean square of AdamW's, so
+that learning rate and weight decay carry over. Everything that is not a hidden matrix is stepped by AdamW.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+
+import torch
+
+from ernie5.optim.adamw import build_adamw, materialise_state
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import ParameterGroup
+
+COEFFICIENTS = (3.4445, -4.7750, 2.0315)
+
+
+def orthogonalise(matrix: torch.Tensor, *, steps: int) -> torch.Tensor:
+    """Nearest semi-orthogonal matrix to `matrix` [.., M, N], roughly: singular values land in about [0.7, 1.2].
+
+    Quintic Newton-Schulz iteration X <- aX + (bA + cA^2) X with A = X X^T, in fp32 on the CPU and bf16 on a GPU.
+    """
+    a, b, c = COEFFICIENTS
+    work = matrix.bfloat16() if matrix.is_cuda else matrix.float()
+    tall = work.shape[-2] > work.shape[-1]
+    work = work.mT if tall else work
+    work = work / (torch.linalg.matrix_norm(work.float(), keepdim=True).to(work.dtype) + 1e-7)
+    for _ in range(steps):
+        gram = work @ work.mT
+        work = a * work + (b * gram + c * gram @ gram) @ work
+    return (work.mT if tall else work).to(matrix.dtype)
+
+
+class Muon(torch.optim.Optimizer):
+    """Muon for groups of hidden matrices, AdamW inside for all others; one `step`, one `param_groups` list."""
+
+    def __init__(self, groups: Sequence[ParameterGroup], *, config: OptimConfig) -> None:
+        super().__init__(
+            [
+                {"params": list(g.parameters), "weight_decay": g.weight_decay, "name": g.name, "is_matrix": g.is_matrix}
+                for g in groups
+            ],
+            {"lr": config.learning_rate},
+        )
+        self._config = config
+        others = [group for group in groups if not group.is_matrix]
+        self._adamw = build_adamw(others, config=config) if others else None
+        if self._adamw is not None:
+            self._adamw.state = self.state
+
+        self.materialise()
+
+    def materialise(self) -> None:
+        """Create all state at once: momentum for matrices, AdamW's moments and counters for the others."""
+        for group in self.param_groups:
+            if group["is_matrix"]:
+                for parameter in group["params"]:
+                    self.state[parameter] = {"momentum": torch.zeros_like(parameter)}
+        if self._adamw is not None:
+            materialise_state(self._adamw)
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> None:
+        """Apply one update to every parameter that has a gradient."""
+        if closure is not None:
+            raise TypeError("Muon takes no closure")
+        for group in self.param_groups:
+            if group["is_matrix"]:
+                self._step_matrices(group)
+        if self._adamw is not None:
+            rates = [group["lr"] for group in self.param_groups if not group["is_matrix"]]
+            for group, rate in zip(self._adamw.param_groups, rates, strict=True):
+                group["lr"] = rate
+            self._adamw.step()
+
+    def _step_matrices(self, group: dict) -> None:
+        for parameter in group["params"]:
+            if parameter.grad is None:
+                continue
+            state = self.state[parameter]
+            state["momentum"].lerp_(parameter.grad, 1.0 - self._config.muon_momentum)
+            nesterov = parameter.grad.lerp(state["momentum"], self._config.muon_momentum)
+            update = orthogonalise(nesterov, steps=self._config.muon_steps)
+            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+            parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])))

@@ -77,8 +77,8 @@ class Block:
 class Document:
     """n positions, see Batch of records.py for every field; `intervals` [n, 4] counts rows from the document's start.
 
-    key names the sample; task the key of the mixture; is_text: nothing but text, may be cut anywhere; tail_id: the id
-    that follows where a text was cut, else -1; num_frames: frames of the ViT in this document.
+    key names the sample; task the key of the mixture; is_text: nothing but text, may be cut anywhere; num_frames:
+    frames of the ViT in this document.
     """
 
     key: str

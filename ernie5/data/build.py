@@ -1,0 +1,178 @@
+"""`ernie5 data build`: a user's own files become shards, checked, counted and written all at once or not at all."""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import hashlib
+import itertools
+import json
+import os
+import shutil
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+from tqdm import tqdm
+
+from ernie5.data.decode import MediaInfo, probe_audio, probe_image, probe_video
+from ernie5.data.samples import Sample, split_of
+from ernie5.data.shards import ShardWriter
+from ernie5.data.sources import Scan, SourceFile, load_source, scan_folder
+from ernie5.errors import DataError
+
+MANIFEST = "manifest.json"
+FORMAT = 1
+PROBLEMS_SHOWN = 8
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildOptions:
+    """What to build. max_audio_seconds and max_video_frames are what a training row must hold at most."""
+
+    source: Path
+    out: Path
+    language: str = "en"
+    max_audio_seconds: float = 20.0
+    max_video_frames: int = 17
+    shard_mebibytes: float = 64.0
+    compression: str = "none"
+    force: bool = False
+    skip_bad: bool = False
+    progress: bool = True
+
+
+@dataclasses.dataclass(frozen=True)
+class BuildReport:
+    """What was built: shard names, samples per task, files that no rule recognised, bad files left out."""
+
+    shards: tuple[str, ...]
+    samples: dict[str, int]
+    ignored: tuple[Path, ...]
+    problems: tuple[str, ...]
+
+
+def build_corpus(options: BuildOptions) -> BuildReport:
+    """Read `options.source`, check every file, and write shards and a manifest to `options.out`.
+
+    The output folder appears only when everything is written. Raises DataError when it exists already (unless
+    `force`), and one DataError that names all files which cannot be used (unless `skip_bad`).
+    """
+    if options.out.exists() and not options.force:
+        raise DataError(f"the output folder {options.out} exists. Choose another one, or add --force to replace it.")
+    scan = scan_folder(options.source)
+    partial = options.out.with_name(f"{options.out.name}.partial-{os.getpid()}")
+    partial.mkdir(parents=True)
+    try:
+        report = _write_shards(scan, options=options, folder=partial)
+        if options.out.exists():
+            _remove(options.out)
+        partial.rename(options.out)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+    return report
+
+
+def _remove(path: Path) -> None:
+    if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
+        raise DataError(f"{path} was not written by `ernie5 data build` (it has no {MANIFEST}); remove it yourself.")
+    if path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+
+
+def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildReport:
+    tally = _Tally()
+    problems: list[str] = []
+    shards: list[Path] = []
+    with tqdm(scan.files, unit="file", desc="build", disable=not options.progress, file=sys.stderr) as bar:
+        for task, files in _by_task(bar):
+            max_bytes = int(options.shard_mebibytes * 2**20)
+            writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=options.compression)
+            with writer:
+                for source in files:
+                    for sample in _checked(source, options=options, problems=problems):
+                        writer.write(sample)
+                        tally.add(sample)
+            shards += writer.paths
+    if problems and not options.skip_bad:
+        shown = " | ".join(problems[:PROBLEMS_SHOWN])
+        more = f" | and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
+        raise DataError(f"{len(problems)} of {len(scan.files)} files cannot be used (--skip-bad leaves them out): {shown}{more}")
+    if not tally.samples:
+        raise DataError(f"no sample is left of {len(scan.files)} files: {' | '.join(problems[:PROBLEMS_SHOWN])}")
+    (folder / MANIFEST).write_text(json.dumps(tally.manifest(shards), indent=1, ensure_ascii=False) + "\n", "utf-8")
+    return BuildReport(tuple(p.name for p in shards), dict(tally.samples), scan.ignored, tuple(problems))
+
+
+def _by_task(files: Iterator[SourceFile]) -> Iterator[tuple[str, Iterator[SourceFile]]]:
+    return itertools.groupby(files, key=lambda source: source.task)
+
+
+def _checked(source: SourceFile, *, options: BuildOptions, problems: list[str]) -> Iterator[Sample]:
+    """The samples of one file that fit; what does not is added to `problems`."""
+    try:
+        for sample in load_source(source, language=options.language):
+            yield _measure(sample, source=source, options=options)
+    except (DataError, OSError) as error:
+        problems.append(str(error))
+
+
+def _measure(sample: Sample, *, source: SourceFile, options: BuildOptions) -> Sample:
+    info, name = MediaInfo(), str(source.path)
+    for media in sample.media:
+        if sample.meta.task == "audio":
+            info = probe_audio(media.data, name=name)
+        elif sample.meta.task == "video":
+            info = probe_video(media.data, name=name, max_frames=options.max_video_frames)
+        else:
+            probe_image(media.data, name=name)
+    if sample.meta.task == "audio" and info.seconds > options.max_audio_seconds:
+        raise DataError(
+            f"{name} lasts {info.seconds:.1f} s; a sample may last {options.max_audio_seconds:g} s at most. "
+            f"Cut it, or raise --max-audio-seconds (and data.sequence_tokens with it)."
+        )
+    if sample.meta.task == "video" and info.frames > options.max_video_frames:
+        raise DataError(
+            f"{name} has more than {options.max_video_frames} frames. Cut it into clips and lower its rate, for "
+            f"instance `ffmpeg -i IN -vf fps=8 -frames:v {options.max_video_frames} OUT.mp4`, or raise "
+            f"--max-video-frames."
+        )
+    seconds = None if info.seconds is None else round(info.seconds, 3)
+    return dataclasses.replace(sample, meta=dataclasses.replace(sample.meta, seconds=seconds, frames=info.frames))
+
+
+class _Tally:
+    """Counts for the manifest."""
+
+    def __init__(self) -> None:
+        self.samples: collections.Counter[str] = collections.Counter()
+        self.splits: collections.Counter[str] = collections.Counter()
+        self.languages: collections.Counter[str] = collections.Counter()
+        self.seconds: collections.Counter[str] = collections.Counter()
+
+    def add(self, sample: Sample) -> None:
+        """Count one sample."""
+        meta = sample.meta
+        self.samples[meta.task] += 1
+        self.splits[f"{meta.task}/{meta.split or split_of(sample.key)}"] += 1
+        self.languages[f"{meta.task}/{meta.language}"] += 1
+        if meta.seconds is not None:
+            self.seconds[meta.task] += meta.seconds
+
+    def manifest(self, shards: list[Path]) -> dict:
+        """What stands in manifest.json."""
+        return {
+            "format": FORMAT,
+            "samples": dict(sorted(self.samples.items())),
+            "splits": dict(sorted(self.splits.items())),
+            "languages": dict(sorted(self.languages.items())),
+            "seconds": {task: round(seconds, 1) for task, seconds in sorted(self.seconds.items())},
+            "shards": [_shard_entry(path) for path in shards],
+        }
+
+
+def _shard_entry(path: Path) -> dict:
+    data = path.read_bytes()
+    return {"name": path.name, "bytes": len(data), "sha256": hashlib.sha256(data).hexdigest()}

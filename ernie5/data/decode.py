@@ -1,0 +1,152 @@
+"""Decode pictures, clips and speech to tensors; the only place of the data path that knows the media libraries.
+
+All functions raise DataError that names the sample, never a library's own exception.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+
+import av
+import numpy as np
+import soundfile
+import torch
+from PIL import Image, UnidentifiedImageError
+
+from ernie5.errors import DataError
+
+SAMPLE_RATE = 16_000
+WHITE = (255, 255, 255)
+CENTRE = (0.5, 0.5)
+
+
+@dataclasses.dataclass(frozen=True)
+class MediaInfo:
+    """What `data build` must know before it accepts a file: seconds (audio, video) and frames (video)."""
+
+    seconds: float | None = None
+    frames: int | None = None
+
+
+def decode_image(
+    data: bytes, *, pixels: int, name: str = "?", background: tuple[int, int, int] = WHITE, crop: tuple = CENTRE
+) -> torch.Tensor:
+    """A picture as [3, pixels, pixels] fp32 in [-1, 1].
+
+    Transparency is laid over `background` (RGB 0..255). The picture is resized (antialiased) until its shorter side
+    has `pixels`, and a square is cut out; `crop` (x, y) in 0..1 says where. Raises DataError naming `name`.
+    """
+    try:
+        with Image.open(io.BytesIO(data)) as opened:
+            image = _flatten(opened, background=background)
+    except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
+        raise DataError(f"sample {name}: the picture cannot be decoded ({error}).") from error
+    return _to_tensor(_fit_square(image, pixels=pixels, crop=crop))
+
+
+def decode_video(
+    data: bytes, *, pixels: int, frames: int = 17, name: str = "?", crop: tuple = CENTRE
+) -> torch.Tensor:
+    """A clip as [3, frames, pixels, pixels] fp32 in [-1, 1]: its first frames, the last one repeated if it is short.
+
+    Each frame is resized and cut like a picture. Raises DataError naming `name`.
+    """
+    decoded: list[torch.Tensor] = []
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            for frame in container.decode(video=0):
+                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                decoded.append(_to_tensor(_fit_square(image, pixels=pixels, crop=crop)))
+                if len(decoded) == frames:
+                    break
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DataError(f"sample {name}: the clip cannot be decoded ({error}).") from error
+    if not decoded:
+        raise DataError(f"sample {name}: the clip holds no frame.")
+    decoded += [decoded[-1]] * (frames - len(decoded))
+    return torch.stack(decoded, dim=1)
+
+
+def decode_audio(data: bytes, *, name: str = "?") -> torch.Tensor:
+    """Sound as [samples] fp32, mono, 16 kHz, nominally in [-1, 1]. Raises DataError naming `name`."""
+    samples = _read_wave(data)
+    if samples is None:
+        samples = _read_any_audio(data, name=name)
+    if not len(samples):
+        raise DataError(f"sample {name}: the sound is empty.")
+    if not np.isfinite(samples).all():
+        raise DataError(f"sample {name}: the sound holds values that are not finite.")
+    return torch.from_numpy(np.ascontiguousarray(samples, dtype=np.float32))
+
+
+def probe_image(data: bytes, *, name: str) -> MediaInfo:
+    """Decode a picture once to prove that it is readable. Raises DataError."""
+    decode_image(data, pixels=8, name=name)
+    return MediaInfo()
+
+
+def probe_video(data: bytes, *, name: str, max_frames: int) -> MediaInfo:
+    """Decode a clip and count its frames, stopping once there are more than `max_frames`. Raises DataError."""
+    frames, rate = 0, 8.0
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            stream = container.streams.video[0]
+            rate = float(stream.average_rate or rate)
+            for _ in container.decode(stream):
+                frames += 1
+                if frames > max_frames:
+                    break
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DataError(f"sample {name}: the clip cannot be decoded ({error}).") from error
+    if frames == 0:
+        raise DataError(f"sample {name}: the clip holds no frame.")
+    return MediaInfo(seconds=frames / rate, frames=frames)
+
+
+def probe_audio(data: bytes, *, name: str) -> MediaInfo:
+    """Decode a sound and measure it. Raises DataError."""
+    return MediaInfo(seconds=len(decode_audio(data, name=name)) / SAMPLE_RATE)
+
+
+def _flatten(image: Image.Image, *, background: tuple[int, int, int]) -> Image.Image:
+    if "A" in image.getbands() or "transparency" in image.info:
+        image = image.convert("RGBA")
+        return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")
+    return image.convert("RGB")
+
+
+def _fit_square(image: Image.Image, *, pixels: int, crop: tuple) -> Image.Image:
+    if image.size == (pixels, pixels):
+        return image
+    side = min(image.size)
+    left, top = (crop[0] * (image.width - side), crop[1] * (image.height - side))
+    box = (left, top, left + side, top + side)
+    return image.resize((pixels, pixels), Image.Resampling.LANCZOS, box=box)
+
+
+def _to_tensor(image: Image.Image) -> torch.Tensor:
+    array = np.array(image, dtype=np.float32)
+    return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
+
+
+def _read_wave(data: bytes) -> np.ndarray | None:
+    """The quick path: a 16 kHz mono file that soundfile reads; None means that it needs the general path."""
+    try:
+        samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
+    except soundfile.LibsndfileError:
+        return None
+    return samples.mean(axis=1) if rate == SAMPLE_RATE else None
+
+
+def _read_any_audio(data: bytes, *, name: str) -> np.ndarray:
+    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
+    pieces = []
+    try:
+        with av.open(io.BytesIO(data)) as container:
+            for frame in container.decode(audio=0):
+                pieces += [part.to_ndarray()[0] for part in resampler.resample(frame)]
+        pieces += [part.to_ndarray()[0] for part in resampler.resample(None)]
+    except (av.FFmpegError, IndexError, ValueError) as error:
+        raise DataError(f"sample {name}: the sound cannot be decoded ({error}).") from error
+    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)

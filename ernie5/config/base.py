@@ -55,6 +55,10 @@ class Config:
                 self.fail(name, problem)
         self.validate()
 
+    def __deepcopy__(self, _: dict[int, object]) -> Config:
+        """Itself: it is frozen, and modules that hold one are copied (averaged weights)."""
+        return self
+
     def validate(self) -> None:
         """Check rules between fields; call `self.fail` for the key to blame. Nested configs are valid already."""
 

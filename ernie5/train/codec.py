@@ -62,7 +62,6 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
             bar.update(int(100 * clock.fraction) - bar.n)
         if state.step % config.validate_every_steps == 0 or ended:
             facts = _validate(task, state, out=out)
-            last_tick = time.monotonic()
     bar.close()
     return facts if facts is not None else _facts(task, state, task.validate(state.average))
 

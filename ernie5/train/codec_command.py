@@ -1,0 +1,60 @@
+"""`ernie5 tokenizer train CONFIG [a.b=c ...] --out DIR`: train a text, visual or audio tokenizer."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie5.config.load import load_config
+from ernie5.errors import EXIT_DONE
+from ernie5.tokenizers.config import TokenizerRunConfig
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb and return the exit code. Raises Ernie5Error for anything the user can act on."""
+    arguments = _parser().parse_args(argv)
+    config = load_config(arguments.config, schema=TokenizerRunConfig, overrides=tuple(arguments.overrides))
+    out = Path(arguments.out if arguments.out else f"runs/tokenizer_{config.tokenizer.kind}")
+    if config.tokenizer.kind == "text":
+        _train_text(config, out=out)
+    else:
+        _train_codec(config, out=out, progress=not arguments.quiet)
+    return EXIT_DONE
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="ernie5 tokenizer",
+        description="Train a tokenizer; the same command continues a run that was stopped.",
+    )
+    parser.add_argument("action", choices=("train",))
+    parser.add_argument("config", metavar="CONFIG", help="YAML, for example configs/tokenizer/visual.yaml")
+    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    parser.add_argument("--out", metavar="DIR", help="where everything is written (default runs/tokenizer_KIND)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    return parser
+
+
+def _train_codec(config: TokenizerRunConfig, *, out: Path, progress: bool) -> None:
+    import torch
+
+    from ernie5.train.codec import train_codec
+
+    if config.train.threads:
+        torch.set_num_threads(config.train.threads)
+    if config.tokenizer.kind == "visual":
+        from ernie5.train.codec_visual import build_visual_task as build_task
+    else:
+        from ernie5.train.codec_audio import build_audio_task as build_task
+    task = build_task(config)
+    facts = train_codec(task, config=config.train, out=out, progress=progress)
+    figures = ", ".join(f"{name} {value:.2f}" for name, value in facts.quality.items())
+    print(f"{facts.steps} steps, {facts.minutes:.1f} minutes: {figures}\nThe tokenizer is in {out / 'export'}", flush=True)
+
+
+def _train_text(config: TokenizerRunConfig, *, out: Path) -> None:
+    from ernie5.train.text_vocabulary import train_text_vocabulary
+
+    print(train_text_vocabulary(config, out=out), file=sys.stdout, flush=True)

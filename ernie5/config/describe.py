@@ -42,7 +42,8 @@ def describe_fields(config: Config, *, path: str = "", default: Config | None = 
         value, info, full = vars(config)[name], info_of(type(config), name), f"{path}.{name}" if path else name
         declared = info.default if default is None else vars(default)[name]
         if isinstance(value, Config):
-            yield from describe_fields(value, path=full, default=declared if isinstance(declared, type(value)) else None)
+            inner = declared if isinstance(declared, type(value)) else None
+            yield from describe_fields(value, path=full, default=inner)
         elif isinstance(value, tuple) and value and isinstance(value[0], Config):
             for i, item in enumerate(value):
                 yield from describe_fields(item, path=f"{full}[{i}]")

@@ -81,7 +81,7 @@ def parse_file(path: Path) -> Node:
     if node.value is None and not node.is_mapping:
         return Node(None, Place(str(path), 1), {})
     if not node.is_mapping:
-        raise ConfigError(f"{path}: expected keys with values at the top level, found {node.show()[:60]} ({node.place})")
+        raise ConfigError(f"expected keys with values at the top level, found {node.show()[:60]} ({node.place})")
     return node
 
 

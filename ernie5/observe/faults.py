@@ -86,5 +86,6 @@ def keep_tracebacks(run_dir: Path) -> Iterator[None]:
     except Exception as error:
         if classify(error).is_bug:
             with contextlib.suppress(OSError):  # a full disk must not hide the bug itself
-                error.add_note(f"This is a bug of ernie5; the traceback is kept in {save_traceback(error, run_dir=run_dir)}")
+                path = save_traceback(error, run_dir=run_dir)
+                error.add_note(f"This is a bug of ernie5; the traceback is kept in {path}")
         raise

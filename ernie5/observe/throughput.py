@@ -62,7 +62,7 @@ def measure_matrix_rate(device: torch.device, *, dtype: torch.dtype) -> MatrixRa
 def matrix_rate(
     run_dir: Path, *, device: torch.device, dtype: torch.dtype, peak_tflops: float | None = None
 ) -> MatrixRate:
-    """The rate that mfu of this run refers to, written to RUN_DIR/matrix_rate.json; `peak_tflops` replaces measuring."""
+    """The rate that mfu refers to, written to RUN_DIR/matrix_rate.json; `peak_tflops` replaces measuring."""
     if peak_tflops is not None:
         rate = MatrixRate(peak_tflops * 1e12, 0, str(dtype).removeprefix("torch."), device.type, 0)
     else:

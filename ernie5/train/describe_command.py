@@ -49,17 +49,16 @@ def short_count(count: float) -> str:
 
 
 def _counts_text(config: RootConfig) -> str:
-    counts, parts = model_counts(config), param_counts(config.model)
-    share = 100 * counts["num_active_params"] / counts["num_params_without_mtp"]
+    counts = model_counts(config)
+    rows = dict(vars(param_counts(config.model)))
+    rows["total"] = counts["num_params"]
+    rows["without MTP"] = counts["num_params_without_mtp"]
+    rows["active"] = counts["num_active_params"]
     lines = ["", "parameters"]
-    for name, count in vars(parts).items():
-        lines.append(f"  {name:<18}{count:>22,}  {short_count(count)}")
-    lines += [
-        f"  {'total':<18}{counts['num_params']:>22,}  {short_count(counts['num_params'])}",
-        f"  {'without MTP':<18}{counts['num_params_without_mtp']:>22,}  {short_count(counts['num_params_without_mtp'])}",
-        f"  {'active':<18}{counts['num_active_params']:>22,}  {short_count(counts['num_active_params'])} ({share:.2f} %)",
-        f"training FLOPs per token at {config.data.sequence_tokens} tokens: {counts['flops_per_token']:.4g}",
-    ]
+    lines += [f"  {name:<18}{count:>22,}  {short_count(count)}" for name, count in rows.items()]
+    share = 100 * counts["num_active_params"] / counts["num_params_without_mtp"]
+    lines[-1] += f" ({share:.2f} % of the total without MTP)"
+    lines.append(f"training FLOPs per token at {config.data.sequence_tokens} tokens: {counts['flops_per_token']:.4g}")
     return "\n".join(lines) + "\n"
 
 

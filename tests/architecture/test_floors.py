@@ -74,13 +74,13 @@ def test_every_import_inside_ernie5_goes_to_a_lower_floor(package_sources: tuple
     assert not complaints, "\n" + "\n".join(complaints)
 
 
-def test_kernels_import_nothing_of_ernie5(package_sources: tuple) -> None:
+def test_kernels_import_nothing_of_ernie5_but_its_errors(package_sources: tuple) -> None:
     complaints = [
         source.at(found.line, f"kernels may not import {found.module}")
         for source in package_sources
         if source.path.startswith("kernels/")
         for found in source.imports()
-        if found.module.split(".")[0] == "ernie5"
+        if found.module.split(".")[0] == "ernie5" and found.module != "ernie5.errors"  # both stand on floor 0
     ]
     assert not complaints, "\n" + "\n".join(complaints)
 

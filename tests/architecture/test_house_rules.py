@@ -84,8 +84,9 @@ def test_every_folder_has_a_readme(repository: Path) -> None:
 
 def test_every_subfolder_with_python_is_a_package(repository: Path) -> None:
     folders = {path.parent for path in (repository / "ernie5").rglob("*.py")}
-    missing = [folder.relative_to(repository).as_posix() for folder in folders if not (folder / "__init__.py").is_file()]
-    assert not missing, f"folders that would not be installed, they lack __init__.py: {', '.join(sorted(missing))}"
+    bare = sorted(folder for folder in folders if not (folder / "__init__.py").is_file())
+    missing = [folder.relative_to(repository).as_posix() for folder in bare]
+    assert not missing, f"folders that would not be installed, they lack __init__.py: {', '.join(missing)}"
 
 
 def test_no_init_file_stands_under_tests(repository: Path) -> None:

@@ -81,7 +81,7 @@ class DeepSpeedEngine(Engine):
         builder = SumsBuilder(counts)
         for index, batch in enumerate(micro_batches):
             batch = batch.to(self.device)
-            if index + 1 < len(micro_batches):
+            if index > 0:
                 self._engine.step()
             share, terms, routing = self._engine(batch, counts, self.magnitudes)
             self._engine.backward(share * self.world_size, scale_wrt_gas=False)
@@ -96,7 +96,7 @@ class DeepSpeedEngine(Engine):
         skipped = not math.isfinite(norm)
         if not skipped:
             self._state.updates += 1
-            update_balance(self.model, sums.routing.loads, speed=self._settings.balance_speed)
+            update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
             self.magnitudes = update_magnitudes(
                 self.magnitudes,
                 means=mean_losses(sums.terms, counts=sums.counts),

@@ -71,7 +71,7 @@ class LocalEngine(Engine):
             self._optimizer.step()
             self._updates += 1
             self._copy_masters()
-            update_balance(self.model, sums.routing.loads, speed=self._settings.balance_speed)
+            update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
             self.magnitudes = update_magnitudes(
                 self.magnitudes,
                 means=mean_losses(sums.terms, counts=sums.counts),

@@ -1,0 +1,65 @@
+"""Names on disk: directories of steps, files in them, keys of tensors. Everything is global; no rank occurs."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+from ernie5.errors import CheckpointError
+
+MODEL_FILE = "model.safetensors"
+OPTIMIZER_FILE = "optimizer.safetensors"
+STATE_FILE = "state.json"
+CONFIG_FILE = "config.yaml"
+MANIFEST_FILE = "manifest.json"
+LATEST_FILE = "latest"
+MASTER_PREFIX = "master/"
+STEP_PATTERN = re.compile(r"step-(\d{8,})")
+
+
+def step_name(step: int) -> str:
+    """Directory name of a checkpoint after `step` optimizer steps."""
+    return f"step-{step:08d}"
+
+
+def step_of(name: str) -> int | None:
+    """The step in a directory name, None for any other name."""
+    match = STEP_PATTERN.fullmatch(name)
+    return int(match.group(1)) if match else None
+
+
+def find_checkpoint(path: Path | str) -> Path:
+    """Return the checkpoint directory meant by `path`: itself, or the `latest` of a directory or run directory.
+
+    Raises CheckpointError where there is none.
+    """
+    path = Path(path)
+    if (path / MANIFEST_FILE).is_file():
+        return path
+    for folder in (path, path / "checkpoints"):
+        newest = latest_checkpoint(folder)
+        if newest is not None:
+            return newest
+    raise CheckpointError(
+        f"{path} holds no checkpoint. Expected a directory with {MANIFEST_FILE}, a directory of step-* checkpoints, or "
+        "a run directory. List the run directory to see what is there"
+    )
+
+
+def latest_checkpoint(folder: Path) -> Path | None:
+    """The checkpoint that `folder`/latest names, or, if that file is gone or stale, the newest complete one."""
+    marker = folder / LATEST_FILE
+    if marker.is_file():
+        named = folder / marker.read_text(encoding="utf-8").strip()
+        if step_of(named.name) is not None and (named / MANIFEST_FILE).is_file():
+            return named
+    complete = [path for path in list_checkpoints(folder) if (path / MANIFEST_FILE).is_file()]
+    return complete[-1] if complete else None
+
+
+def list_checkpoints(folder: Path) -> list[Path]:
+    """Checkpoint directories in `folder`, oldest first; temporary ones are not listed."""
+    if not folder.is_dir():
+        return []
+    found = [path for path in folder.iterdir() if step_of(path.name) is not None]
+    return sorted(found, key=lambda path: step_of(path.name) or 0)

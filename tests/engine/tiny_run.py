@@ -1,0 +1,118 @@
+"""Build a tiny engine on synthetic batches, take two steps, and write what happened: run by the tests, and by every
+rank of the multi-process tests as `python tiny_run.py JOB.json`.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ernie5.data.document import Shapes
+from ernie5.data.synthetic import synthetic_batch
+from ernie5.engine.config import EngineConfig
+from ernie5.engine.interface import Engine, StepSettings
+from ernie5.engine.local import LocalEngine
+from ernie5.model.backbone import build_model
+from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, VisualModelConfig
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import uniform_magnitudes
+from ernie5.optim.config import OptimConfig
+from ernie5.records import Batch
+from ernie5.tokenizers.vocab import Vocab
+
+VOCAB = Vocab(text_size=300, audio_levels=2, audio_codes=16)
+MODEL = ModelConfig(
+    layers=3,
+    width=32,
+    query_heads=2,
+    kv_heads=1,
+    head_width=16,
+    vocab_size=VOCAB.size_head,
+    dense_width=48,
+    moe=MoEConfig(num_experts=8, top_k=2, expert_width=16),
+    visual=VisualModelConfig(
+        bits=4, num_scales=4, patch_pixels=2, encoder_channels=6, vit_width=16, vit_layers=1, vit_heads=2
+    ),
+    audio=AudioModelConfig(levels=2, codes=16),
+)
+SHAPES = Shapes(patch_pixels=2, feature_channels=6, bits=4, num_scales=4, audio_levels=2, audio_codes=16)
+
+
+def make_batches(rows_per_batch: list[int], *, seed: int = 0) -> list[Batch]:
+    """Consecutive slices of the same global rows: one micro-batch per entry."""
+    batches = []
+    row = 0
+    for rows in rows_per_batch:
+        parts = [_row(seed=1000 * seed + row + i) for i in range(rows)]
+        batches.append(parts[0] if rows == 1 else _row(seed=1000 * seed + row, rows=rows))
+        row += rows
+    return batches
+
+
+def _row(*, seed: int, rows: int = 1) -> Batch:
+    return synthetic_batch(VOCAB, shapes=SHAPES, rows=rows, sequence_tokens=160, seed=seed)
+
+
+def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: float = 0.05, micro: int = 4,
+                optimizer: str = "adamw") -> Engine:
+    """A tiny engine; every call starts from the same weights."""
+    model = build_model(MODEL, seed=3)
+    settings = StepSettings(
+        objectives=ObjectivesConfig(ema_decay=0.5),
+        clip_norm=clip,
+        balance_speed=0.01,
+        magnitudes=uniform_magnitudes(vocab_size=MODEL.vocab_size, audio_codes=MODEL.audio.codes),
+    )
+    optim = OptimConfig(learning_rate=1e-2, clip_norm=clip, name=optimizer)
+    device = torch.device("cpu")
+    if kind == "local":
+        return LocalEngine(model, optim=optim, settings=settings, precision=precision, device=device)
+    from ernie5.engine.deepspeed_engine import DeepSpeedEngine
+
+    return DeepSpeedEngine(
+        model,
+        engine=EngineConfig(zero_stage=stage, precision=precision),
+        optim=optim,
+        settings=settings,
+        device=device,
+        micro_batches=micro,
+        micro_sequences=1,
+        log_path=Path(os.devnull),
+    )
+
+
+def two_steps(engine: Engine, *, rank: int = 0, ranks: int = 1, poison: bool = False) -> dict[str, object]:
+    """Run two steps of four rows; return losses, norms, first gradients and final state (tensors)."""
+    result: dict[str, object] = {"losses": [], "norms": [], "skipped": []}
+    for step in range(2):
+        batches = make_batches([1, 1, 1, 1], seed=step)[rank::ranks]
+        sums = engine.accumulate(batches)
+        if step == 0:
+            result["gradients"] = engine.gradients()
+        report = engine.update(sums, learning_rate=1e-2)
+        result["losses"].append([float(sums.terms.text), float(sums.terms.image), float(sums.terms.video),
+                                 float(sums.terms.audio), float(sums.terms.mtp), float(sums.objective)])
+        result["norms"].append(float(report.grad_norm))
+        result["skipped"].append(report.skipped)
+        result["loads"] = sums.routing.loads
+    result["state"] = engine.state()
+    return result
+
+
+def main(path: str) -> None:
+    """One rank of a multi-process test."""
+    torch.set_num_threads(1)
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    engine = make_engine("deepspeed", stage=job["stage"], precision=job["precision"], micro=4 // job["ranks"])
+    result = two_steps(engine, rank=int(os.environ["RANK"]), ranks=job["ranks"])
+    if engine.is_main:
+        torch.save(result, job["out"])
+    engine.close()
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

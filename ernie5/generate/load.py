@@ -1,0 +1,42 @@
+"""From a checkpoint to a `Generation`: the one place where generation meets checkpoints."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import torch
+
+from ernie5.checkpoint.load import check_tokenizers, load_model
+from ernie5.config.base import Config
+from ernie5.generate.config import GenerateConfig
+from ernie5.generate.interleave import Generation
+from ernie5.tokenizers.bundle import load_tokenizers
+
+
+@dataclasses.dataclass(frozen=True)
+class LoadedGeneration:
+    """A model ready to answer; config: the RootConfig it was trained with; step: its optimizer steps."""
+
+    generation: Generation
+    config: Config
+    step: int
+
+
+def load_generation(
+    path: Path | str, *, changes: dict[str, float | int] | None = None, device: torch.device | str | None = None,
+    batch_rows: int = 32,
+) -> LoadedGeneration:
+    """Load model and tokenizers of the checkpoint at `path` on `device` (default: a GPU where there is one).
+
+    changes: fields of GenerateConfig to replace. Raises CheckpointError and TokenizerError.
+    """
+    place = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    loaded = load_model(path, device=place)
+    tokenizers = load_tokenizers(loaded.config.tokenizers)
+    check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))
+    config: GenerateConfig = dataclasses.replace(loaded.config.generate, **(changes or {}))
+    generation = Generation(
+        loaded.model, tokenizers=tokenizers, data=loaded.config.data, config=config, batch_rows=batch_rows
+    )
+    return LoadedGeneration(generation, loaded.config, loaded.manifest.step)

@@ -25,7 +25,7 @@ from ernie5.tokenizers.audio.losses import (
 from ernie5.tokenizers.audio.quality import intelligibility, log_mel_distance
 from ernie5.tokenizers.audio.rvq import CodebookAverages
 from ernie5.tokenizers.audio.tokenizer import AudioTokenizer, save_audio_tokenizer
-from ernie5.tokenizers.config import AudioTokenizerConfig
+from ernie5.tokenizers.config import AudioTokenizerConfig, TokenizerRunConfig
 from ernie5.train.codec_task import CodecClock, CodecFacts, CodecLosses, CodecTask
 
 # Clips are recorded at different levels, and users' clips will be: loudness is drawn between -9 and +3 dB.
@@ -247,3 +247,13 @@ class AudioCodecTask(CodecTask):
         save_audio_tokenizer(codec.tokenizer, directory=directory)
         quality = {"steps": facts.steps, "minutes": facts.minutes, **facts.quality}
         (directory / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+
+
+def build_audio_task(config: TokenizerRunConfig) -> AudioCodecTask:
+    """The task that `config` describes, its first weights drawn from train.seed. Raises DataError without speech."""
+    torch.manual_seed(config.train.seed)
+    return AudioCodecTask(
+        config.tokenizer.audio,
+        train=load_speech(config.data.shards, split="train"),
+        validation=load_speech(config.data.shards, split="validation"),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 from torch.nn import functional
 
-from ernie5.tokenizers.audio.mel import LogMel, SAMPLE_RATE, amplitude, short_time_spectrum
+from ernie5.tokenizers.audio.mel import AMPLITUDE_FLOOR, SAMPLE_RATE, LogMel, amplitude, short_time_spectrum
 
 STOI_BANDS = 15
 STOI_LOWEST_HERTZ = 150.0
@@ -39,7 +39,7 @@ def intelligibility(waveform: torch.Tensor, *, target: torch.Tensor) -> float:
         return float("nan")
     clean = clean.unfold(1, STOI_SEGMENT_FRAMES, 1)
     degraded = degraded.unfold(1, STOI_SEGMENT_FRAMES, 1)
-    gain = clean.norm(dim=2, keepdim=True) / degraded.norm(dim=2, keepdim=True).clamp(min=1e-9)
+    gain = clean.norm(dim=2, keepdim=True) / degraded.norm(dim=2, keepdim=True).clamp(min=AMPLITUDE_FLOOR)
     degraded = torch.minimum(degraded * gain, clean * STOI_CLIP)
     clean = clean - clean.mean(2, keepdim=True)
     degraded = degraded - degraded.mean(2, keepdim=True)

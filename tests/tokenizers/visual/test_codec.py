@@ -1,0 +1,128 @@
+import pytest
+import torch
+
+from ernie5.errors import TokenizerError
+from ernie5.tokenizers.config import VisualTokenizerConfig
+from ernie5.tokenizers.visual.tokenizer import (
+    UNTRAINED,
+    VisualTokenizer,
+    load_visual_tokenizer,
+    save_visual_tokenizer,
+)
+
+
+@pytest.fixture
+def tokenizer() -> VisualTokenizer:
+    torch.manual_seed(0)
+    made = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6)).eval()
+    with torch.no_grad():  # make every path count, the zero-initialised temporal ones too
+        for parameter in made.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return made.requires_grad_(False)
+
+
+def clip(*, frames: int, height: int = 16, width: int = 24) -> torch.Tensor:
+    return torch.rand(2, 3, frames, height, width, generator=torch.Generator().manual_seed(1)) * 2 - 1
+
+
+@pytest.mark.parametrize("frames", [1, 5, 9, 17])
+def test_shapes_follow_the_strides(tokenizer, frames):
+    features = tokenizer.encode_features(clip(frames=frames))
+    latents = tokenizer.to_latents(features)
+    groups = 1 + (frames - 1) // 4
+    assert features.shape == (2, 6, groups, 2, 3) and latents.shape == (2, 16, groups, 2, 3)
+    assert tokenizer.decode(latents).shape == (2, 3, frames, 16, 24)
+    assert tokenizer.reconstruct(clip(frames=frames)).abs().max() <= 1.0
+
+
+def test_a_picture_is_exactly_the_first_frame_of_a_clip(tokenizer):
+    video = clip(frames=9)
+    features = tokenizer.encode_features(video)
+    # fp32 sums may be ordered otherwise for other batch sizes
+    torch.testing.assert_close(features[:, :, 0], tokenizer.encode_frames(video[:, :, 0]), atol=1e-5, rtol=1e-5)
+    latents = tokenizer.quantize(tokenizer.to_latents(features))
+    first = tokenizer.decode(latents[:, :, :1])
+    torch.testing.assert_close(tokenizer.decode(latents)[:, :, :1], first, atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.parametrize("changed", range(9))
+def test_encoder_and_decoder_never_look_ahead(tokenizer, changed):
+    video = clip(frames=9)
+    other = video.clone()
+    other[:, :, changed] = 0.0
+    group = (changed + 3) // 4
+    before, after = tokenizer.encode_features(video), tokenizer.encode_features(other)
+    assert torch.equal(before[:, :, :group], after[:, :, :group])
+    assert not torch.equal(before[:, :, group], after[:, :, group])
+
+
+@pytest.mark.parametrize("group", range(3))
+def test_the_decoder_never_looks_ahead(tokenizer, group):
+    latents = torch.randn(1, 16, 3, 2, 2, generator=torch.Generator().manual_seed(2))
+    other = latents.clone()
+    other[:, :, group] += 1.0
+    before, after = tokenizer.decoder(latents), tokenizer.decoder(other)
+    first = 0 if group == 0 else 4 * group - 3
+    assert torch.equal(before[:, :, :first], after[:, :, :first])
+    assert not torch.equal(before[:, :, first], after[:, :, first])
+
+
+def test_a_fresh_codec_treats_the_frames_of_a_clip_as_pictures():
+    torch.manual_seed(0)
+    fresh = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6)).eval()
+    video = clip(frames=5)
+    latents = fresh.to_latents(fresh.encode_features(video))
+    alone = fresh.to_latents(fresh.encode_features(video[:, :, 4:5]))
+    torch.testing.assert_close(latents[:, :, 1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_samples_of_a_batch_do_not_mix(tokenizer):
+    video = clip(frames=5)
+    together, alone = tokenizer.encode_features(video), tokenizer.encode_features(video[1:])
+    torch.testing.assert_close(together[1:], alone, atol=1e-5, rtol=1e-5)
+
+
+def test_every_parameter_gets_a_gradient_from_a_clip():
+    torch.manual_seed(0)
+    fresh = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6))
+    latents = fresh.to_latents(fresh.encode_features(clip(frames=5)))
+    fresh.decoder(latents).square().mean().backward()
+    assert [name for name, p in fresh.named_parameters() if p.grad is None] == []
+
+
+@pytest.mark.parametrize("shape", [(1, 3, 1, 20, 16), (1, 3, 2, 16, 16), (1, 3, 4, 16, 16), (1, 3, 1, 0, 16),
+                                   (3, 1, 16, 16), (1, 1, 1, 16, 16)])
+def test_sizes_that_the_strides_do_not_divide_are_refused(tokenizer, shape):
+    with pytest.raises(TokenizerError):
+        tokenizer.encode_features(torch.zeros(shape))
+
+
+def test_saving_and_loading_gives_the_same_pictures_and_a_stable_identity(tokenizer, tmp_path):
+    assert tokenizer.identity == UNTRAINED
+    save_visual_tokenizer(tokenizer, tmp_path, dtype=torch.float32)
+    loaded, again = load_visual_tokenizer(tmp_path), load_visual_tokenizer(tmp_path / "weights.safetensors")
+    assert loaded.identity == again.identity and len(loaded.identity) == 64
+    assert torch.equal(loaded.reconstruct(clip(frames=5)), tokenizer.reconstruct(clip(frames=5)))
+    assert not any(p.requires_grad for p in loaded.parameters())
+
+
+def test_damaged_missing_and_foreign_files_are_named(tokenizer, tmp_path):
+    with pytest.raises(TokenizerError, match="no visual tokenizer at"):
+        load_visual_tokenizer(tmp_path / "nowhere")
+    path = save_visual_tokenizer(tokenizer, tmp_path)
+    content = path.read_bytes()
+    path.write_bytes(content[: len(content) // 2])
+    with pytest.raises(TokenizerError, match="cannot be read"):
+        load_visual_tokenizer(tmp_path)
+    path.write_bytes(content.replace(b'\\"kind\\": \\"visual\\"', b'\\"kind\\": \\"sounds\\"'))
+    with pytest.raises(TokenizerError, match="not a visual tokenizer"):
+        load_visual_tokenizer(tmp_path)
+
+
+def test_weights_of_another_shape_are_refused(tokenizer, tmp_path):
+    from ernie5.tokenizers.weights import load_weights
+
+    save_visual_tokenizer(tokenizer, tmp_path)
+    other = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=16, feature_channels=6))
+    with pytest.raises(TokenizerError, match="differ in name or shape"):
+        load_weights(tmp_path, kind="visual").fill(other)

@@ -1,0 +1,120 @@
+"""Frozen tokenizer features of media, computed once and kept.
+
+Encoding a picture or clip costs far more than everything else in the data path, and the tokenizers do not change during
+a run. Each medium is encoded by itself, so that what comes out does not depend on its neighbours in a batch.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import threading
+from collections.abc import Callable
+
+import torch
+
+from ernie5.data.patches import merge_patches, pad_frames
+from ernie5.data.document import Patches
+from ernie5.errors import DataError
+from ernie5.tokenizers.audio.mel import speaker_features
+from ernie5.tokenizers.bundle import TokenizerBundle
+
+FRAMES_PER_GROUP = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class SeenPicture:
+    """A picture or clip to be understood: pixels [3, F, H, W] uint8, features [F, A, h, w] fp32."""
+
+    pixels: torch.Tensor
+    features: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class DrawnPicture:
+    """A picture or clip to be drawn: latents [d, f, h, w] fp32 before quantisation."""
+
+    latents: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True)
+class Speech:
+    """Sound: codes [n, Q] int64 of the levels in use, speaker [160] fp32."""
+
+    codes: torch.Tensor
+    speaker: torch.Tensor
+
+
+Features = SeenPicture | DrawnPicture | Speech
+
+
+class FeatureCache:
+    """Features by (sample, purpose), the least recently used ones dropped beyond `max_bytes`. Safe for threads."""
+
+    def __init__(self, max_bytes: int) -> None:
+        self._max_bytes = max_bytes
+        self._bytes = 0
+        self._items: collections.OrderedDict[tuple[str, str], Features] = collections.OrderedDict()
+        self._lock = threading.Lock()
+        self.hits = 0
+        self.misses = 0
+
+    def get(self, key: str, *, purpose: str, compute: Callable[[], Features]) -> Features:
+        """The features of `key` for `purpose`, computed where they are not kept."""
+        with self._lock:
+            found = self._items.get((key, purpose))
+            if found is not None:
+                self._items.move_to_end((key, purpose))
+                self.hits += 1
+                return found
+            self.misses += 1
+        made = compute()
+        with self._lock:
+            if (key, purpose) not in self._items:
+                self._items[(key, purpose)] = made
+                self._bytes += _size(made)
+            while self._bytes > self._max_bytes:
+                self._bytes -= _size(self._items.popitem(last=False)[1])
+        return made
+
+
+class MediaEncoder:
+    """Decoded media to features, through the frozen tokenizers. Inputs as data/decode.py returns them."""
+
+    def __init__(self, tokenizers: TokenizerBundle) -> None:
+        self._visual = tokenizers.visual
+        self._audio = tokenizers.audio
+        self._levels = tokenizers.audio_levels
+
+    @torch.no_grad()
+    def see(self, video: torch.Tensor) -> SeenPicture:
+        """Encode video [3, F, H, W] fp32 in [-1, 1] frame by frame; clips (F > 1) are first padded to 4n frames."""
+        if video.shape[1] > 1:
+            video = pad_frames(video, multiple=FRAMES_PER_GROUP)
+        features = self._visual.encode_frames(video.movedim(1, 0))
+        return SeenPicture(((video + 1.0) * 127.5).round().to(torch.uint8), features)
+
+    @torch.no_grad()
+    def draw(self, video: torch.Tensor) -> DrawnPicture:
+        """Encode video [3, F, H, W] fp32 in [-1, 1], F = 1+4n, through the causal encoder."""
+        return DrawnPicture(self._visual.to_latents(self._visual.encode_features(video[None]))[0].contiguous())
+
+    @torch.no_grad()
+    def hear(self, waveform: torch.Tensor) -> Speech:
+        """Encode waveform [samples] fp32 at 16 kHz. Raises DataError for an empty one."""
+        if not waveform.numel():
+            raise DataError("the sound is empty, so it has no codes.")
+        codes = self._audio.encode(waveform[None])[0, :, : self._levels]
+        return Speech(codes.contiguous(), speaker_features(waveform[None])[0])
+
+
+def patches_of(seen: SeenPicture) -> Patches:
+    """Understanding positions of a picture (one frame) or a clip (groups of four frames)."""
+    frames = seen.pixels.shape[1]
+    pixels = seen.pixels.float() / 127.5 - 1.0
+    return merge_patches(pixels, features=seen.features, frames_per_group=FRAMES_PER_GROUP if frames > 1 else 1)
+
+
+def _size(features: Features) -> int:
+    tensors = [getattr(features, field.name) for field in dataclasses.fields(features)]
+    return sum(tensor.numel() * tensor.element_size() for tensor in tensors)

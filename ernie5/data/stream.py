@@ -1,0 +1,86 @@
+"""One logical stream: tickets to samples to documents to rows, a pure function of (seed, stream, row number)."""
+
+from __future__ import annotations
+
+import logging
+import threading
+
+from ernie5.data.collate import Row
+from ernie5.data.config import DataConfig
+from ernie5.data.document import Document
+from ernie5.data.examples import POOLS, ExampleMaker
+from ernie5.data.mixture import Mixture, SampleOrder, Ticket
+from ernie5.data.pack import Packer, PackState
+from ernie5.data.shards import Corpus, SampleRef
+from ernie5.errors import DataError, TokenizerError
+
+LOG = logging.getLogger(__name__)
+
+
+class SampleSource:
+    """Documents of a corpus by ticket, for all streams of a process. Safe for threads; counts what it skips."""
+
+    def __init__(self, corpus: Corpus, *, config: DataConfig, maker: ExampleMaker, seed: int) -> None:
+        shares = vars(config.mixture)
+        self.shares = {task: shares[task] for task, pool in POOLS.items() if shares[task] and corpus.samples(pool)}
+        if not self.shares:
+            raise DataError(
+                f"no task of data.mixture has samples: the shards hold {', '.join(corpus.tasks())}. Give the mixture a "
+                "share for one of them, or add shards."
+            )
+        self.maker = maker
+        self._corpus = corpus
+        counts = {task: len(corpus.samples(POOLS[task])) for task in self.shares}
+        self._order = SampleOrder(counts, seed=seed, streams=config.streams)
+        self._lock = threading.Lock()
+        self._named: set[str] = set()
+
+    @property
+    def num_skipped(self) -> int:
+        """Samples that could not be used so far, each counted once."""
+        return len(self._named)
+
+    def fetch(self, ticket: Ticket, *, stream: int) -> Document | None:
+        """The document of `ticket`; None, with one line in the log per sample, when it cannot be used."""
+        place = self._order.place(ticket, stream=stream)
+        ref = self._corpus.samples(POOLS[ticket.task])[place.number]
+        try:
+            with self._lock:  # a corpus seeks in one open file per shard
+                sample = self._corpus.read(ref)
+            return self.maker.build_document(sample, task=ticket.task, epoch=place.epoch)
+        except (DataError, TokenizerError) as error:
+            self._skip(ref, error)
+            return None
+
+    def _skip(self, ref: SampleRef, error: Exception) -> None:
+        with self._lock:
+            known = ref.key in self._named
+            self._named.add(ref.key)
+        if not known:
+            LOG.warning("skipped sample %s (%d so far): %s", ref.key, self.num_skipped, error)
+
+
+class Stream:
+    """The rows of one stream, in order, with a state that resumes behind the last row taken."""
+
+    def __init__(self, number: int, *, source: SampleSource, config: DataConfig, seed: int) -> None:
+        self.number = number
+        self._packer = Packer(
+            Mixture(source.shares, seed=seed, stream=number),
+            fetch=lambda ticket: source.fetch(ticket, stream=number),
+            row_tokens=config.sequence_tokens,
+            window=config.pack_window,
+            text_tokens=config.text_tokens,
+        )
+
+    def next_row(self) -> Row:
+        """The next packed row."""
+        return self._packer.next_row()
+
+    def state(self) -> PackState:
+        """The cursor behind the last row."""
+        return self._packer.state()
+
+    def restore(self, state: PackState) -> None:
+        """Continue from `state`."""
+        self._packer.restore(state)

@@ -20,34 +20,41 @@ for argument in "$@"; do
 done
 bash launch/install.sh
 export PATH="$root/.venv/bin:$PATH"
-started=$SECONDS
-say() { printf '\n== %s (%d s)\n' "$1" $((SECONDS - started)); }
+mkdir -p "$run_dir"
+
+part() {  # name, command: runs it under a heading and notes the time it took for the report
+  local name="$1" started=$SECONDS
+  shift
+  printf '\n== %s: %s\n' "$name" "$*"
+  "$@"
+  printf '{"name": "%s", "seconds": %d}\n' "$name" $((SECONDS - started)) >>"$run_dir/timings.jsonl"
+}
 
 if [[ "$from_scratch" == yes ]]; then
   for kind in text visual audio; do
-    say "training the $kind tokenizer"
-    ernie5 tokenizer train "configs/tokenizer/$kind.yaml" "train.run_dir=$run_dir/tokenizers/$kind"
-    overrides+=("tokenizers.$kind=$run_dir/tokenizers/$kind")
+    out="$run_dir/tokenizers/$kind"
+    part "train the $kind tokenizer" ernie5 tokenizer train "configs/tokenizer/$kind.yaml" --out "$out"
+    overrides+=("tokenizers.$kind=$out/export")
   done
 fi
 
-say "pretraining: configs/pretrain/quickstart.yaml ${overrides[*]:-}"
-ernie5 train configs/pretrain/quickstart.yaml ${overrides[@]+"${overrides[@]}"}
-
-say "evaluating"
-ernie5 evaluate "$run_dir" --data sample --json > "$run_dir/evaluation.json.part"
-mv "$run_dir/evaluation.json.part" "$run_dir/evaluation.json"
-
-say "generating"
-mkdir -p "$run_dir/samples"
-ernie5 generate "$run_dir" --prompt "red apple" --to image --out "$run_dir/samples/image.png"
-ernie5 generate "$run_dir" --prompt "a ball moves" --to video --out "$run_dir/samples/video.mp4"
-ernie5 generate "$run_dir" --prompt "hello" --to audio --out "$run_dir/samples/audio.wav"
-ernie5 generate "$run_dir" --prompt "The" --to text --out "$run_dir/samples/text.txt"
-
-say "writing the report"
+train() { ernie5 train configs/pretrain/quickstart.yaml ${overrides[@]+"${overrides[@]}"}; }
+evaluate() {
+  ernie5 evaluate "$run_dir" --data sample --json >"$run_dir/evaluation.json.part"
+  mv "$run_dir/evaluation.json.part" "$run_dir/evaluation.json"
+}
+generate() {
+  local samples="$run_dir/samples"
+  mkdir -p "$samples"
+  ernie5 generate "$run_dir" --prompt "red apple" --to image --out "$samples/image.png"
+  ernie5 generate "$run_dir" --prompt "a ball moves" --to video --out "$samples/video.mp4"
+  ernie5 generate "$run_dir" --prompt "hello" --to audio --out "$samples/audio.wav"
+  ernie5 generate "$run_dir" --prompt "The" --to text --out "$samples/text.txt"
+}
+part pretrain train
+part evaluate evaluate
+part generate generate
 ernie5 report "$run_dir"
-say "done"
 cat <<END
 Open the report in a browser:   $root/$run_dir/report.html
 Look at the samples:            $run_dir/samples/

@@ -55,7 +55,7 @@ def describe_fields(config: Config, *, path: str = "", default: Config | None = 
 
 
 def describe_text(config: Config, *, with_places: bool = True) -> str:
-    """The tree as text: `key: value  # [kind] doc; default; where it was set`. It is valid YAML."""
+    """The tree as text: `key: value  # [kind] doc; default; where it was set`. It is YAML, lists of sections aside."""
     lines: list[str] = []
     open_sections: tuple[str, ...] = ()
     for leaf in describe_fields(config):

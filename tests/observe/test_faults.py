@@ -1,0 +1,56 @@
+"""Every exception has one exit code; bugs keep their traceback, the machine's faults name the way out."""
+
+from __future__ import annotations
+
+import errno
+from pathlib import Path
+
+import pytest
+
+from ernie5.errors import CheckpointError, EnvironmentFault, Interrupted, NumericsError, PeerError
+from ernie5.observe.faults import classify, keep_tracebacks
+
+
+@pytest.mark.parametrize(
+    ("error", "code"),
+    [
+        (CheckpointError("x"), 2),
+        (EnvironmentFault("x"), 3),
+        (NumericsError("x"), 4),
+        (PeerError("x"), 5),
+        (Interrupted("x"), 75),
+        (KeyboardInterrupt(), 75),
+        (MemoryError(), 3),
+        (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 3),
+        (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 3),
+        (RuntimeError("I/O error: No space left on device (os error 28)"), 3),
+        (FileNotFoundError(errno.ENOENT, "No such file", "x"), 1),
+        (ValueError("x"), 1),
+        (RuntimeError("shape mismatch"), 1),
+    ],
+)
+def test_an_exception_maps_to_the_exit_code_of_its_kind(error: BaseException, code: int) -> None:
+    fault = classify(error)
+    assert fault.exit_code == code and fault.is_bug == (code == 1)
+
+
+def test_the_machines_faults_name_the_file_and_the_way_out() -> None:
+    line = classify(OSError(errno.ENOSPC, "No space left on device", "runs/a.bin")).line()
+    assert line.startswith("EnvironmentFault: runs/a.bin: the disk is full. Free some space")
+
+
+def test_a_bug_is_saved_and_noted_and_a_user_error_is_not(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError), keep_tracebacks(tmp_path):
+        raise CheckpointError("gone")
+    assert not (tmp_path / "errors").exists()
+    with pytest.raises(ZeroDivisionError) as caught, keep_tracebacks(tmp_path):
+        print(1 / 0)
+    (kept,) = (tmp_path / "errors").iterdir()
+    assert "ZeroDivisionError" in kept.read_text(encoding="utf-8") and str(kept) in caught.value.__notes__[0]
+
+
+def test_a_bug_on_a_full_or_forbidden_disk_stays_the_bug(tmp_path: Path) -> None:
+    (tmp_path / "errors").write_text("a file in the way", encoding="utf-8")
+    with pytest.raises(ZeroDivisionError), keep_tracebacks(tmp_path):
+        print(1 / 0)

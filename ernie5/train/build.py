@@ -1,0 +1,267 @@
+"""From a configuration to a run that is ready to step: one line per folder, in the order of the floors."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+
+import torch
+
+from ernie5.checkpoint.load import LoadedRun, check_tokenizers, load_run
+from ernie5.config.load import config_to_yaml
+from ernie5.config.registry import resolve
+from ernie5.data.loader import Loader, build_loader
+from ernie5.engine.interface import Engine, StepSettings
+from ernie5.errors import ConfigError, EnvironmentFault
+from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.model.config import flops_per_token
+from ernie5.objectives.mix import uniform_magnitudes
+from ernie5.observe.log import get_log
+from ernie5.observe.metrics import Figures, Metrics
+from ernie5.observe.sinks import keep_until_step, open_sinks
+from ernie5.observe.throughput import matrix_rate
+from ernie5.records import Batch
+from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
+from ernie5.train.config import RootConfig
+from ernie5.train.hooks import (
+    AlarmHook,
+    CheckpointHook,
+    CheckpointIdentity,
+    FiguresBoard,
+    RecordHook,
+    RoutingHook,
+    StepFiguresHook,
+    ValidationHook,
+)
+from ernie5.train.loop import Hook
+from ernie5.train.state import Progression
+
+ROUTING_FILE = "routing.jsonl"
+
+
+@dataclasses.dataclass(frozen=True)
+class Run:
+    """Everything the loop needs, and the checkpoint folder for messages."""
+
+    config: RootConfig
+    run_dir: Path
+    checkpoints: Path
+    engine: Engine
+    loader: Loader
+    progression: Progression
+    hooks: tuple[Hook, ...]
+
+
+def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) -> Run:
+    """Load tokenizers and data, build model and engine, restore `resume_from`, open sinks, list hooks.
+
+    Raises ConfigError, DataError, TokenizerError, CheckpointError or LayoutError.
+    """
+    world_size = int(os.environ.get("WORLD_SIZE", "1"))
+    dp = config.derive_dp(world_size)
+    device = choose_device(config.engine.device)
+    refuse_unavailable(config, world_size=world_size)
+    if config.engine.cpu_threads:
+        torch.set_num_threads(config.engine.cpu_threads)
+    loaded = load_run(resume_from) if resume_from is not None else None
+    tokenizers = load_tokenizers(config.tokenizers)
+    check_widths(config, tokenizers=tokenizers)
+    identities = dataclasses.asdict(tokenizers.identities)
+    if loaded is not None:
+        check_tokenizers(loaded.manifest, identities=identities)
+    model = build_model(config.model, seed=config.train.seed)
+    engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
+    loader = open_loader(config, tokenizers=tokenizers, split="train", engine=engine)
+    progression = Progression()
+    if loaded is not None:
+        restore(loaded, engine=engine, loader=loader, progression=progression)
+    checkpoints = checkpoint_folder(config, run_dir=run_dir)
+    identity = CheckpointIdentity(config_to_yaml(config), config.engine.precision, identities)
+    hooks = build_hooks(
+        config,
+        run_dir=run_dir,
+        engine=engine,
+        loader=loader,
+        validation=validation_batches(config, tokenizers=tokenizers, engine=engine),
+        progression=progression,
+        identity=identity,
+    )
+    return Run(config, run_dir, checkpoints, engine, loader, progression, hooks)
+
+
+def build_engine(
+    config: RootConfig, *, model: UnifiedModel, device: torch.device, dp: int, run_dir: Path
+) -> Engine:
+    """The engine that the configuration names, around `model`."""
+    speed = config.model.moe.balance.speed
+    settings = StepSettings(
+        objectives=config.objectives,
+        clip_norm=config.optim.clip_norm,
+        balance_speed=max(1e-4, 0.3 / config.train.steps) if speed is None else speed,
+        magnitudes=uniform_magnitudes(vocab_size=config.model.vocab_size, audio_codes=config.model.audio.codes),
+    )
+    engine_class = resolve("engine", name=config.engine.kind)
+    if config.engine.kind == "local":
+        return engine_class(
+            model, optim=config.optim, settings=settings, precision=config.engine.precision, device=device
+        )
+    return engine_class(
+        model,
+        engine=config.engine,
+        optim=config.optim,
+        settings=settings,
+        device=device,
+        micro_batches=config.batch.global_sequences // (dp * config.batch.micro_sequences),
+        micro_sequences=config.batch.micro_sequences,
+        log_path=run_dir / "deepspeed.log",
+    )
+
+
+def build_hooks(
+    config: RootConfig,
+    *,
+    run_dir: Path,
+    engine: Engine,
+    loader: Loader,
+    validation: tuple[Batch, ...],
+    progression: Progression,
+    identity: CheckpointIdentity,
+) -> tuple[Hook, ...]:
+    """What happens after each step, in this order: figures, validation, routing, writing, alarms, checkpoint."""
+    last_step = progression.step
+    if engine.is_main:
+        keep_until_step(run_dir / ROUTING_FILE, last_step=last_step)
+    sinks = open_sinks(config.observe, run_dir=run_dir, last_step=last_step) if engine.is_main else ()
+    metrics = Metrics(sinks, flush_every_steps=config.observe.flush_every_steps)
+    dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
+    rate = matrix_rate(run_dir, device=engine.device, dtype=dtype, peak_tflops=config.observe.peak_tflops)
+    flops = flops_per_token(config.model, sequence_tokens=config.data.sequence_tokens)
+    board = FiguresBoard(Figures(0))
+    return (
+        StepFiguresHook(
+            board,
+            engine=engine,
+            progression=progression,
+            objectives=config.objectives,
+            flops_per_token=flops,
+            rate=rate,
+        ),
+        ValidationHook(
+            board,
+            engine=engine,
+            batches=validation,
+            every=config.train.eval_every_steps,
+            objectives=config.objectives,
+        ),
+        RoutingHook(run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main),
+        RecordHook(board, metrics=metrics, log_every=config.observe.log_every_steps),
+        AlarmHook(
+            config.observe.alarms,
+            progression=progression,
+            retries=config.train.spike_retries,
+            objectives=config.objectives,
+        ),
+        CheckpointHook(
+            checkpoint_folder(config, run_dir=run_dir),
+            config=config.checkpoint,
+            engine=engine,
+            progression=progression,
+            data=loader,
+            identity=identity,
+            metrics=metrics,
+        ),
+    )
+
+
+def open_loader(config: RootConfig, *, tokenizers: TokenizerBundle, split: str, engine: Engine) -> Loader:
+    """The stream of this rank's micro-batches of one split."""
+    return build_loader(
+        config.data,
+        tokenizers=tokenizers,
+        global_sequences=config.batch.global_sequences,
+        micro_sequences=config.batch.micro_sequences,
+        mtp_depth=config.model.mtp.depth,
+        split=split,
+        seed=config.train.seed,
+        dp_rank=engine.rank,
+        dp_size=engine.world_size,
+    )
+
+
+def validation_batches(
+    config: RootConfig, *, tokenizers: TokenizerBundle, engine: Engine
+) -> tuple[Batch, ...]:
+    """The first `eval_batches` steps of the validation stream, kept in memory; empty where validation is off."""
+    if not config.train.eval_every_steps:
+        return ()
+    loader = open_loader(config, tokenizers=tokenizers, split="validation", engine=engine)
+    return tuple(batch for _ in range(config.train.eval_batches) for batch in loader.next_step())
+
+
+def restore(loaded: LoadedRun, *, engine: Engine, loader: Loader, progression: Progression) -> None:
+    """Continue from a checkpoint: engine, data cursor, counters, random generators."""
+    engine.load_state(loaded.engine)
+    loader.load_state_dict(loaded.run.data)
+    progression.restore(loaded.run)
+    get_log().info("resumed from %s at step %d", loaded.directory, progression.step)
+
+
+def checkpoint_folder(config: RootConfig, *, run_dir: Path) -> Path:
+    """checkpoint.dir, by default RUN_DIR/checkpoints."""
+    return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+
+
+def choose_device(name: str) -> torch.device:
+    """The device of this rank. Raises EnvironmentFault where a GPU is asked for and absent."""
+    available = torch.cuda.is_available()
+    if name == "cuda" and not available:
+        raise EnvironmentFault("engine.device = cuda, but torch sees no GPU. Set engine.device: auto")
+    if name == "cpu" or not available:
+        return torch.device("cpu")
+    index = int(os.environ.get("LOCAL_RANK", "0"))
+    torch.cuda.set_device(index)
+    return torch.device("cuda", index)
+
+
+def refuse_unavailable(config: RootConfig, *, world_size: int) -> None:
+    """Refuse settings that this version would have to ignore."""
+    if config.engine.kind == "local" and world_size > 1:
+        config.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
+    if config.observe.alarms.on_spike == "skip":
+        config.fail("observe.alarms.on_spike", "dropping a finite update is not available in this version. Use warn")
+    if config.objectives.orthogonality_weight and config.engine.kind == "deepspeed" and config.engine.zero_stage:
+        config.fail(
+            "objectives.orthogonality_weight",
+            "the decoupled router step needs whole fp32 weights. Set engine.zero_stage: 0 or engine.kind: local",
+        )
+    balance, weights = config.model.moe.balance, config.objectives
+    for name, on, weight in (
+        ("switch", balance.switch_loss, weights.switch_weight),
+        ("sequence", balance.sequence_loss, weights.sequence_weight),
+        ("z", balance.z_loss, weights.z_weight),
+    ):
+        if weight and not on:
+            config.fail(
+                f"objectives.{name}_weight", f"this loss is not computed. Set model.moe.balance.{name}_loss: true"
+            )
+
+
+def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:
+    """Raise ConfigError where the model's widths are not those of its tokenizers."""
+    visual, audio, model = tokenizers.visual, tokenizers.audio, config.model
+    wanted = [("vocab_size", model.vocab_size, tokenizers.vocab.size_head)]
+    if model.has_visual:
+        wanted += [
+            ("visual.bits", model.visual.bits, visual.bits),
+            ("visual.patch_pixels", model.visual.patch_pixels, visual.stride),
+            ("visual.encoder_channels", model.visual.encoder_channels, visual.feature_channels),
+        ]
+    if model.has_audio:
+        wanted += [
+            ("audio.levels", model.audio.levels, tokenizers.audio_levels),
+            ("audio.codes", model.audio.codes, audio.codes),
+        ]
+    for key, value, needed in wanted:
+        if value != needed:
+            config.fail(f"model.{key}", f"the tokenizers need {needed}. Set model.{key}: {needed}", error=ConfigError)

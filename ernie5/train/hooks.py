@@ -1,0 +1,268 @@
+"""What happens after a step, as an explicit ordered list (`build_hooks` in build.py): figures, validation, writing,
+alarms, checkpoints, samples. Each hook is small, owns its rhythm, and runs on every rank.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.engine.interface import Engine, StepSums
+from ernie5.errors import EnvironmentFault, NumericsError
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import mean_losses, weighted_loss
+from ernie5.observe.alarms import LossAlarm, load_alarm
+from ernie5.observe.config import AlarmsConfig
+from ernie5.observe.experts import bias_spread, summarise_loads
+from ernie5.observe.log import get_log
+from ernie5.observe.metrics import Figures, Metrics
+from ernie5.observe.throughput import MatrixRate, step_speed
+from ernie5.records import Batch, LossTerms, Modality, RoutingStats, TargetCounts
+from ernie5.train.loop import Hook, StepContext
+from ernie5.train.state import Progression
+
+
+class Cursor(Protocol):
+    """The part of a loader that a checkpoint needs."""
+
+    def state_dict(self) -> object:
+        """JSON-able position in the data."""
+
+
+@dataclasses.dataclass
+class FiguresBoard:
+    """The figures of the current step, filled by the hooks before RecordHook."""
+
+    current: Figures
+
+
+class StepFiguresHook(Hook):
+    """Losses, norms, rates and balance of the step."""
+
+    def __init__(
+        self,
+        board: FiguresBoard,
+        *,
+        engine: Engine,
+        progression: Progression,
+        objectives: ObjectivesConfig,
+        flops_per_token: float,
+        rate: MatrixRate,
+    ) -> None:
+        self._board, self._engine, self._progression = board, engine, progression
+        self._objectives, self._flops, self._rate = objectives, flops_per_token, rate
+
+    def after_step(self, context: StepContext) -> None:
+        """Start the step's figures."""
+        sums, figures = context.report.sums, Figures(context.step)
+        speed = step_speed(
+            int(sums.counts.tokens),
+            seconds=context.seconds,
+            flops_per_token=self._flops,
+            rate=self._rate,
+            devices=self._engine.world_size,
+        )
+        figures.add("tokens", self._progression.tokens)
+        add_losses(figures, sums=sums, objectives=self._objectives, prefix="")
+        figures.add("loss/objective", sums.objective)
+        figures.add("grad_norm", context.report.grad_norm)
+        figures.add("lr", context.learning_rate)
+        figures.add("tokens_per_second", speed.tokens_per_second)
+        figures.add("mfu", speed.mfu)
+        figures.add("step_seconds", speed.step_seconds)
+        figures.add("data_seconds", context.data_seconds)
+        figures.add("skipped", int(context.report.skipped))
+        for modality in Modality:
+            figures.add(f"magnitude/{modality.name.lower()}", self._engine.magnitudes[modality])
+        if sums.routing.loads.shape[0]:
+            self._add_balance(figures, loads=sums.routing.loads)
+        self._board.current = figures
+
+    def _add_balance(self, figures: Figures, *, loads: torch.Tensor) -> None:
+        summary = summarise_loads(loads)
+        bias = torch.stack([router.balance_bias for router in self._engine.model.routers()])
+        figures.add("moe/load_entropy", summary.entropy.nanmean())
+        figures.add("moe/max_load_ratio", summary.max_ratio.max())
+        figures.add("moe/dead_experts", summary.dead.sum())
+        figures.add("moe/bias_spread", bias_spread(bias).max())
+
+
+class ValidationHook(Hook):
+    """Losses on fixed batches of the validation split."""
+
+    def __init__(
+        self, board: FiguresBoard, *, engine: Engine, batches: Sequence[Batch], every: int, objectives: ObjectivesConfig
+    ) -> None:
+        self._board, self._engine, self._batches = board, engine, tuple(batches)
+        self._every, self._objectives = every, objectives
+
+    def after_step(self, context: StepContext) -> None:
+        """Evaluate on the steps of the rhythm and on the last one."""
+        if self._every and self._batches and (context.step % self._every == 0 or context.is_last):
+            sums = add_sums([self._engine.evaluate_batch(batch) for batch in self._batches])
+            add_losses(self._board.current, sums=sums, objectives=self._objectives, prefix="validation/")
+
+
+class RoutingHook(Hook):
+    """Expert loads by token kind, summed between snapshots, appended to RUN_DIR/routing.jsonl."""
+
+    def __init__(self, path: Path, *, every: int, is_main: bool) -> None:
+        self._path, self._every, self._is_main = path, every, is_main
+        self._sum: torch.Tensor | None = None
+
+    def after_step(self, context: StepContext) -> None:
+        """Add this step's loads; write and start over on the steps of the rhythm."""
+        loads = context.report.sums.routing.group_loads
+        if not (self._every and self._is_main and loads.shape[0]):
+            return
+        self._sum = loads.clone() if self._sum is None else self._sum + loads
+        if context.step % self._every == 0 or context.is_last:
+            line = json.dumps({"step": context.step, "group_loads": self._sum.long().tolist()})
+            with self._path.open("a", encoding="utf-8") as file:
+                file.write(line + "\n")
+            self._sum = None
+
+
+class RecordHook(Hook):
+    """Writes the figures to the sinks, and a line of the log now and then."""
+
+    def __init__(self, board: FiguresBoard, *, metrics: Metrics, log_every: int) -> None:
+        self._board, self._metrics, self._log_every = board, metrics, log_every
+
+    def after_step(self, context: StepContext) -> None:
+        """Hand the figures over."""
+        for row in self._metrics.record(self._board.current):
+            if row.step % self._log_every == 0 or context.is_last:
+                get_log().info(
+                    "step %d: loss %.4f, gradient norm %.3f, %.0f tokens/s",
+                    row.step, row.value("loss"), row.value("grad_norm"), row.value("tokens_per_second"),
+                )
+
+    def finish(self) -> None:
+        """Flush and close the sinks."""
+        self._metrics.close()
+
+    def save_now(self) -> str:
+        """Flush, so that the metrics reach as far as the checkpoint that is about to be written."""
+        self._metrics.flush()
+        return ""
+
+
+class AlarmHook(Hook):
+    """Warns of spikes and imbalance; ends the run on too many steps that are not finite."""
+
+    def __init__(self, config: AlarmsConfig, *, progression: Progression, retries: int,
+                 objectives: ObjectivesConfig) -> None:
+        self._config, self._progression, self._retries = config, progression, retries
+        self._objectives, self._loss = objectives, LossAlarm(config)
+
+    def after_step(self, context: StepContext) -> None:
+        """Check loss, gradient norm and loads."""
+        sums = context.report.sums
+        loss = float(weighted_loss(mean_losses(sums.terms, counts=sums.counts), config=self._objectives))
+        if not bool(torch.isfinite(sums.objective)):
+            loss = float("nan")
+        alarm = self._loss.check(loss, grad_norm=float(context.report.grad_norm), step=context.step)
+        if alarm is not None:
+            in_row = self._progression.skipped_in_row
+            if alarm.action == "stop" or in_row > self._retries:
+                raise NumericsError(
+                    f"{alarm.message}; {in_row} steps in a row were skipped, train.spike_retries = {self._retries}. "
+                    "Lower optim.learning_rate, or resume from an earlier checkpoint with --resume"
+                )
+            get_log().warning(alarm.message)
+        if sums.routing.loads.shape[0] and self._config.load_ratio:
+            ratios = summarise_loads(sums.routing.loads).max_ratio.tolist()
+            load = load_alarm(ratios, config=self._config, step=context.step)
+            if load is not None:
+                get_log().info(load.message)
+
+
+class CheckpointHook(Hook):
+    """Saves on the steps of the rhythm, at the end, and on request."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: CheckpointConfig,
+        engine: Engine,
+        progression: Progression,
+        data: Cursor,
+        identity: CheckpointIdentity,
+        metrics: Metrics,
+    ) -> None:
+        self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
+        self._data, self._identity, self._metrics = data, identity, metrics
+        self._saved_step, self._saved_path = -1, ""
+
+    def after_step(self, context: StepContext) -> None:
+        """Save if it is time; never in the middle of skipped steps."""
+        due = self._config.every_steps and context.step % self._config.every_steps == 0
+        if context.is_last or (due and not context.report.skipped):
+            self.save_now()
+
+    def save_now(self) -> str:
+        """Save the present state once and return the path. Raises EnvironmentFault on every rank if it fails."""
+        if self._saved_step == self._progression.step:
+            return self._saved_path
+        self._metrics.flush()
+        contents = Contents(
+            engine=self._engine.state(),
+            run=self._progression.snapshot(data=self._data.state_dict()),
+            config_yaml=self._identity.config_yaml,
+            precision=self._identity.precision,
+            tokenizers=self._identity.tokenizers,
+        )
+        fault = None
+        if self._engine.is_main:
+            try:
+                self._saved_path = str(save_checkpoint(self._folder, contents=contents, config=self._config))
+            except EnvironmentFault as error:
+                fault = error
+        failed = self._engine.sum_over_ranks(torch.tensor(float(fault is not None), device=self._engine.device))
+        if fault is not None:
+            raise fault
+        if bool(failed > 0):
+            raise EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
+        self._saved_step = self._progression.step
+        return self._saved_path
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointIdentity:
+    """What a checkpoint says about the run: resolved configuration, precision, identities of tokenizers by name."""
+
+    config_yaml: str
+    precision: str
+    tokenizers: dict[str, str]
+
+
+def add_losses(figures: Figures, *, sums: StepSums, objectives: ObjectivesConfig, prefix: str) -> None:
+    """Add `loss` (user weight x raw, summed) and `loss/<modality>` in nats per target; absent ones are NaN."""
+    means = mean_losses(sums.terms, counts=sums.counts)
+    figures.add(f"{prefix}loss", weighted_loss(means, config=objectives))
+    for field in dataclasses.fields(LossTerms):
+        figures.add(f"{prefix}loss/{field.name}", getattr(means, field.name))
+
+
+def add_sums(parts: Sequence[StepSums]) -> StepSums:
+    """Sums over several evaluation batches; routing losses are averaged."""
+    total = parts[0]
+    for part in parts[1:]:
+        terms = LossTerms(
+            *(getattr(total.terms, f.name) + getattr(part.terms, f.name) for f in dataclasses.fields(LossTerms))
+        )
+        routing = RoutingStats(
+            *(getattr(total.routing, f.name) + getattr(part.routing, f.name) for f in dataclasses.fields(RoutingStats))
+        )
+        counts: TargetCounts = total.counts + part.counts
+        total = StepSums(terms=terms, counts=counts, routing=routing, objective=total.objective + part.objective)
+    return total

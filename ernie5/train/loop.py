@@ -1,0 +1,126 @@
+"""The loop of every workflow: one batch, one step, the hooks in order, until the last step or a signal."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Sequence
+from typing import Protocol
+
+import torch
+
+from ernie5.engine.interface import Engine, StepReport
+from ernie5.errors import Interrupted
+from ernie5.observe.progress import Progress
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.schedule import learning_rate
+from ernie5.records import Batch
+from ernie5.train.recover import StopRequest
+from ernie5.train.state import Progression
+
+
+class StepSource(Protocol):
+    """Where batches come from (data/loader.py)."""
+
+    def next_step(self) -> list[Batch]:
+        """This rank's micro-batches of the next optimizer step."""
+
+
+@dataclasses.dataclass(frozen=True)
+class StepContext:
+    """What hooks see of one step; `step` counts from 1. seconds: the whole step; data_seconds: waiting for data."""
+
+    step: int
+    is_last: bool
+    report: StepReport
+    learning_rate: float
+    seconds: float
+    data_seconds: float
+
+
+class Hook:
+    """Something that happens after steps. Hooks run on every rank, in the order of the list."""
+
+    def after_step(self, context: StepContext) -> None:
+        """Called after every step."""
+
+    def save_now(self) -> str:
+        """Called when the run must stop early; returns the checkpoint that resumes it, "" if this hook saves none."""
+        return ""
+
+    def finish(self) -> None:
+        """Called when the run ends, also by an error."""
+
+
+@dataclasses.dataclass(frozen=True)
+class LoopSettings:
+    """Length of the run and the learning rate."""
+
+    steps: int
+    optim: OptimConfig
+    progress: str = "auto"
+    title: str = "train"
+
+
+def run_steps(
+    engine: Engine,
+    *,
+    data: StepSource,
+    progression: Progression,
+    hooks: Sequence[Hook],
+    settings: LoopSettings,
+    stop: StopRequest,
+) -> None:
+    """Run steps until `settings.steps` are done.
+
+    Raises Interrupted after a signal, once a checkpoint is saved; errors of engine, data and hooks pass through.
+    """
+    mode = settings.progress if engine.is_main else "off"
+    try:
+        with Progress(settings.steps, title=settings.title, done=progression.step, mode=mode) as bar:
+            while progression.step < settings.steps:
+                context = _run_step(engine, data=data, progression=progression, settings=settings)
+                for hook in hooks:
+                    hook.after_step(context)
+                bar.advance(note=f"objective {float(context.report.sums.objective):.3f}")
+                if not context.is_last and _must_stop(engine, stop=stop):
+                    _interrupt(hooks, stop=stop, step=progression.step)
+    finally:
+        for hook in hooks:
+            hook.finish()
+
+
+def _run_step(
+    engine: Engine, *, data: StepSource, progression: Progression, settings: LoopSettings
+) -> StepContext:
+    started = time.perf_counter()
+    batches = data.next_step()
+    data_seconds = time.perf_counter() - started
+    rate = learning_rate(progression.step, config=settings.optim, total_steps=settings.steps)
+    report = engine.train_step(batches, learning_rate=rate)
+    progression.step += 1
+    progression.tokens += int(report.sums.counts.tokens)
+    progression.skipped_in_row = progression.skipped_in_row + 1 if report.skipped else 0
+    return StepContext(
+        step=progression.step,
+        is_last=progression.step >= settings.steps,
+        report=report,
+        learning_rate=rate,
+        seconds=time.perf_counter() - started,
+        data_seconds=data_seconds,
+    )
+
+
+def _must_stop(engine: Engine, *, stop: StopRequest) -> bool:
+    """True on every rank as soon as one of them has received a signal."""
+    if engine.world_size == 1:
+        return stop.requested
+    flags = torch.tensor(float(stop.requested), device=engine.device)
+    return bool(engine.sum_over_ranks(flags) > 0)
+
+
+def _interrupt(hooks: Sequence[Hook], *, stop: StopRequest, step: int) -> None:
+    saved = [path for path in (hook.save_now() for hook in hooks) if path]
+    cause = stop.name or "a signal on another rank"
+    where = f"saved {saved[-1]}" if saved else "no checkpoint is kept by this run"
+    raise Interrupted(f"{cause} after step {step}; {where}. The same command goes on from there")

@@ -1,16 +1,18 @@
 """Grouped matrix product over contiguous segments, on CPU, with zeros where a group has no rows.
 
-Measured on two CPU cores (fp32 and bf16, 512 rows per group): a loop of products into one preallocated output runs as
-fast as `torch._grouped_mm`, whose unaligned shapes and rows past the end are undefined. With few rows per group the
-calls dominate, and one batched product over padded groups wins; bf16 most (README).
+In fp32 a loop of products into one preallocated output is as fast as `torch._grouped_mm`, whose unaligned shapes and
+rows past the end are undefined. In bf16 on CPU the library prepares a kernel for every new number of rows, which costs
+more than the product; there the groups are padded to one multiple of ROUND_ROWS and multiplied as one batch (README).
 """
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 
-PADDED_MEAN_ROWS = 96
-PADDED_WASTE = 2.0
+ROUND_ROWS = 64
+LARGEST_WASTE = 4
 
 
 class SegmentedGemm(torch.autograd.Function):
@@ -19,16 +21,62 @@ class SegmentedGemm(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ctx.ends = offsets.tolist()
+        ctx.slots = _slots(rows, ends=ctx.ends)
         ctx.save_for_backward(rows, weight)
+        if ctx.slots is not None:
+            return ctx.slots.take(torch.bmm(ctx.slots.spread(rows), weight.transpose(1, 2)))
         return _multiply(rows, weight=weight.transpose(1, 2), ends=ctx.ends)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
-        grad = grad.contiguous()
+        grad, slots = grad.contiguous(), ctx.slots
+        if slots is not None:
+            spread = slots.spread(grad)
+            return (
+                slots.take(torch.bmm(spread, weight)) if ctx.needs_input_grad[0] else None,
+                torch.bmm(spread.transpose(1, 2), slots.spread(rows)) if ctx.needs_input_grad[1] else None,
+                None,
+            )
         grad_rows = _multiply(grad, weight=weight, ends=ctx.ends) if ctx.needs_input_grad[0] else None
         grad_weight = _outer(grad, rows=rows, weight=weight, ends=ctx.ends) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
+
+
+@dataclasses.dataclass(frozen=True)
+class PaddedSlots:
+    """Slot index [R] of every row in a grid of groups x height rows; rows past the last group have none."""
+
+    index: torch.Tensor
+    groups: int
+    height: int
+    num_rows: int
+
+    def spread(self, rows: torch.Tensor) -> torch.Tensor:
+        """rows [R, K] -> [groups, height, K], zero where no row is."""
+        grid = rows.new_zeros(self.groups * self.height, rows.shape[1])
+        grid.index_copy_(0, self.index, rows[: self.index.numel()])
+        return grid.view(self.groups, self.height, -1)
+
+    def take(self, grid: torch.Tensor) -> torch.Tensor:
+        """[groups, height, M] -> [R, M], zero past the last group."""
+        taken = grid.flatten(0, 1).index_select(0, self.index)
+        missing = self.num_rows - self.index.numel()
+        return torch.nn.functional.pad(taken, (0, 0, 0, missing)) if missing else taken
+
+
+def _slots(rows: torch.Tensor, *, ends: list[int]) -> PaddedSlots | None:
+    """Where padding pays: narrow types on CPU, unless one group is so large that the grid would be mostly empty."""
+    if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16) or ends[-1] == 0:
+        return None
+    counts = torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    height = -(-int(counts.max()) // ROUND_ROWS) * ROUND_ROWS
+    if len(ends) * height > LARGEST_WASTE * ends[-1] + len(ends) * ROUND_ROWS:
+        return None
+    groups = torch.arange(len(ends))
+    shift = groups * height - (torch.tensor(ends) - counts)
+    index = torch.arange(ends[-1]) + shift.repeat_interleave(counts)
+    return PaddedSlots(index, len(ends), height, rows.shape[0])
 
 
 def _multiply(rows: torch.Tensor, *, weight: torch.Tensor, ends: list[int]) -> torch.Tensor:

@@ -43,21 +43,13 @@ evaluate() {
   ernie5 evaluate "$run_dir" --data sample --json >"$run_dir/evaluation.json.part"
   mv "$run_dir/evaluation.json.part" "$run_dir/evaluation.json"
 }
-generate() {
-  local samples="$run_dir/samples"
-  mkdir -p "$samples"
-  ernie5 generate "$run_dir" --prompt "red apple" --to image --out "$samples/image.png"
-  ernie5 generate "$run_dir" --prompt "a ball moves" --to video --out "$samples/video.mp4"
-  ernie5 generate "$run_dir" --prompt "hello" --to audio --out "$samples/audio.wav"
-  ernie5 generate "$run_dir" --prompt "The" --to text --out "$samples/text.txt"
-}
 part pretrain train
 part evaluate evaluate
-part generate generate
+part generate ernie5 generate "$run_dir" --gallery "$run_dir/samples/final"
 ernie5 report "$run_dir"
 cat <<END
 Open the report in a browser:   $root/$run_dir/report.html
-Look at the samples:            $run_dir/samples/
+Look at the samples:            $run_dir/samples/final/
 Ask it for something:           .venv/bin/ernie5 generate $run_dir --prompt "a cat" --to image --out cat.png
 Watch the curves:               .venv/bin/tensorboard --logdir $run_dir/tensorboard
 Train longer:                   bash launch/quickstart.sh train.steps=1000

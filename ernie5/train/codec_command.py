@@ -14,7 +14,7 @@ from ernie5.tokenizers.config import TokenizerRunConfig
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code. Raises Ernie5Error for anything the user can act on."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     config = load_config(arguments.config, schema=TokenizerRunConfig, overrides=tuple(arguments.overrides))
     out = Path(arguments.out if arguments.out else f"runs/tokenizer_{config.tokenizer.kind}")
     if config.tokenizer.kind == "text":

@@ -85,6 +85,12 @@ class RootConfig(Config):
                 "parallel.dp", "the local engine is one process. Set engine.kind: deepspeed or parallel.dp: 1",
                 error=LayoutError,
             )
+        if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:
+            self.fail(
+                "tokenizers.audio_levels",
+                f"differs from model.audio.levels = {self.model.audio.levels}. The model predicts exactly the levels "
+                "that the tokenizer gives it. Set both to the same number",
+            )
         self.check_layout(self.parallel.dp or 1)
 
     def check_layout(self, dp: int) -> None:

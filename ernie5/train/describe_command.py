@@ -18,7 +18,7 @@ UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
 
 def main(argv: Sequence[str]) -> int:
     """Print the tree (text, or one JSON object with --json) and return 0. Raises ConfigError."""
-    arguments = _parser().parse_args(argv)
+    arguments = _parser().parse_intermixed_args(argv)
     kind = "tokenizer" if "tokenizer" in peek_keys(arguments.config) else "train"
     config = load_config(arguments.config, schema=resolve("root", name=kind), overrides=arguments.overrides)
     counts = model_counts(config) if isinstance(config, RootConfig) else {}

@@ -164,6 +164,8 @@ class ExampleMaker:
 
     def _features(self, key: str, *, media: Media, medium: str, purpose: str) -> SeenPicture | DrawnPicture | Speech:
         config, name = self._config, f"{key}.{media.name}"
+        if medium == "image" and purpose == "draw":  # one encoder pass serves both directions of a picture
+            return self._encoder.project(self._features(key, media=media, medium=medium, purpose="see"))
 
         def compute() -> SeenPicture | DrawnPicture | Speech:
             if medium == "audio":

@@ -100,6 +100,11 @@ class MediaEncoder:
         return DrawnPicture(self._visual.to_latents(self._visual.encode_features(video[None]))[0].contiguous())
 
     @torch.no_grad()
+    def project(self, seen: SeenPicture) -> DrawnPicture:
+        """Latents of a picture of one frame from its features; equal to `draw` of the same pixels."""
+        return DrawnPicture(self._visual.to_latents(seen.features.movedim(0, 1)[None])[0].contiguous())
+
+    @torch.no_grad()
     def hear(self, waveform: torch.Tensor) -> Speech:
         """Encode waveform [samples] fp32 at 16 kHz. Raises DataError for an empty one."""
         if not waveform.numel():

@@ -39,12 +39,8 @@ if [[ "$from_scratch" == yes ]]; then
 fi
 
 train() { ernie5 train configs/pretrain/quickstart.yaml ${overrides[@]+"${overrides[@]}"}; }
-evaluate() {
-  ernie5 evaluate "$run_dir" --data sample --json >"$run_dir/evaluation.json.part"
-  mv "$run_dir/evaluation.json.part" "$run_dir/evaluation.json"
-}
 part pretrain train
-part evaluate evaluate
+part evaluate ernie5 evaluate "$run_dir"
 part generate ernie5 generate "$run_dir" --gallery "$run_dir/samples/final"
 ernie5 report "$run_dir"
 cat <<END

@@ -9,17 +9,15 @@ import itertools
 import json
 import os
 import shutil
-import sys
 from collections.abc import Iterator
 from pathlib import Path
-
-from tqdm import tqdm
 
 from ernie5.data.decode import MediaInfo, probe_audio, probe_image, probe_video
 from ernie5.data.samples import Sample, split_of
 from ernie5.data.shards import ShardWriter
 from ernie5.data.sources import Scan, SourceFile, load_source, scan_folder
 from ernie5.errors import DataError
+from ernie5.observe.progress import Progress
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -86,28 +84,27 @@ def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildRe
     tally = _Tally()
     problems: list[str] = []
     shards: list[Path] = []
-    with tqdm(scan.files, unit="file", desc="build", disable=not options.progress, file=sys.stderr) as bar:
-        for task, files in _by_task(bar):
-            max_bytes = int(options.shard_mebibytes * 2**20)
+    max_bytes = int(options.shard_mebibytes * 2**20)
+    mode = "auto" if options.progress else "off"
+    with Progress(len(scan.files), title="build", unit="file", mode=mode) as progress:
+        for task, files in itertools.groupby(scan.files, key=lambda source: source.task):
             writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=options.compression)
             with writer:
                 for source in files:
                     for sample in _checked(source, options=options, problems=problems):
                         writer.write(sample)
                         tally.add(sample)
+                    progress.advance()
             shards += writer.paths
     if problems and not options.skip_bad:
         shown = " | ".join(problems[:PROBLEMS_SHOWN])
         more = f" | and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        raise DataError(f"{len(problems)} of {len(scan.files)} files cannot be used (--skip-bad leaves them out): {shown}{more}")
+        counts = f"{len(problems)} of {len(scan.files)} files cannot be used"
+        raise DataError(f"{counts} (--skip-bad leaves them out): {shown}{more}")
     if not tally.samples:
         raise DataError(f"no sample is left of {len(scan.files)} files: {' | '.join(problems[:PROBLEMS_SHOWN])}")
     (folder / MANIFEST).write_text(json.dumps(tally.manifest(shards), indent=1, ensure_ascii=False) + "\n", "utf-8")
     return BuildReport(tuple(p.name for p in shards), dict(tally.samples), scan.ignored, tuple(problems))
-
-
-def _by_task(files: Iterator[SourceFile]) -> Iterator[tuple[str, Iterator[SourceFile]]]:
-    return itertools.groupby(files, key=lambda source: source.task)
 
 
 def _checked(source: SourceFile, *, options: BuildOptions, problems: list[str]) -> Iterator[Sample]:

@@ -70,9 +70,10 @@ def decode_video(
 
 def decode_audio(data: bytes, *, name: str = "?") -> torch.Tensor:
     """Sound as [samples] fp32, mono, 16 kHz, nominally in [-1, 1]. Raises DataError naming `name`."""
-    samples = _read_wave(data)
-    if samples is None:
-        samples = _read_any_audio(data, name=name)
+    channels, rate = _read_wave(data) or _read_container(data, name=name)
+    samples = channels.mean(axis=0)
+    if rate != SAMPLE_RATE and len(samples):
+        samples = _resample(samples, rate=rate)
     if not len(samples):
         raise DataError(f"sample {name}: the sound is empty.")
     if not np.isfinite(samples).all():
@@ -130,23 +131,33 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
     return torch.from_numpy(array / 127.5 - 1.0).permute(2, 0, 1).contiguous()
 
 
-def _read_wave(data: bytes) -> np.ndarray | None:
-    """The quick path: a 16 kHz mono file that soundfile reads; None means that it needs the general path."""
+def _read_wave(data: bytes) -> tuple[np.ndarray, int] | None:
+    """([channels, n] fp32, rate) of what soundfile reads (wav, flac, ogg, opus, mp3), else None."""
     try:
         samples, rate = soundfile.read(io.BytesIO(data), dtype="float32", always_2d=True)
     except soundfile.LibsndfileError:
         return None
-    return samples.mean(axis=1) if rate == SAMPLE_RATE else None
+    return samples.T, rate
 
 
-def _read_any_audio(data: bytes, *, name: str) -> np.ndarray:
-    resampler = av.AudioResampler(format="flt", layout="mono", rate=SAMPLE_RATE)
-    pieces = []
+def _read_container(data: bytes, *, name: str) -> tuple[np.ndarray, int]:
+    """([channels, n] fp32, rate) of any container with sound."""
+    converter = av.AudioResampler(format="fltp")
+    pieces, rate = [np.zeros((1, 0), dtype=np.float32)], SAMPLE_RATE
     try:
         with av.open(io.BytesIO(data)) as container:
             for frame in container.decode(audio=0):
-                pieces += [part.to_ndarray()[0] for part in resampler.resample(frame)]
-        pieces += [part.to_ndarray()[0] for part in resampler.resample(None)]
+                rate = frame.sample_rate
+                pieces += [part.to_ndarray().mean(axis=0, keepdims=True) for part in converter.resample(frame)]
     except (av.FFmpegError, IndexError, ValueError) as error:
         raise DataError(f"sample {name}: the sound cannot be decoded ({error}).") from error
-    return np.concatenate(pieces) if pieces else np.zeros(0, dtype=np.float32)
+    return np.concatenate(pieces, axis=1), rate
+
+
+def _resample(samples: np.ndarray, *, rate: int) -> np.ndarray:
+    """[n] fp32 from `rate` to 16 kHz."""
+    resampler = av.AudioResampler(format="fltp", layout="mono", rate=SAMPLE_RATE)
+    frame = av.AudioFrame.from_ndarray(np.ascontiguousarray(samples[None]), format="fltp", layout="mono")
+    frame.sample_rate = rate
+    parts = [*resampler.resample(frame), *resampler.resample(None)]
+    return np.concatenate([part.to_ndarray()[0] for part in parts])

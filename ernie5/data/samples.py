@@ -69,6 +69,9 @@ class SampleMeta:
         return next((caption.text for caption in self.captions if caption.language == language), None)
 
 
+META_FIELDS = frozenset(field.name for field in dataclasses.fields(SampleMeta))
+
+
 @dataclasses.dataclass(frozen=True)
 class Media:
     """One media member of a sample: its name without the key (`png`, `0.jpg`) and its encoded bytes."""
@@ -113,8 +116,7 @@ def meta_from_json(raw: object, *, where: str) -> SampleMeta:
     """Check a decoded json object and turn it into a SampleMeta. Raises DataError that begins with `where`."""
     if not isinstance(raw, Mapping):
         raise DataError(f"{where}: the description must be a json object, not {type(raw).__name__}.")
-    fields = {field.name for field in dataclasses.fields(SampleMeta)}
-    values = {name: value for name, value in raw.items() if name in fields and value is not None}
+    values = {name: value for name, value in raw.items() if name in META_FIELDS and value is not None}
     for name in ("language", "text", "group", "subgroup", "motion", "transcript", "speaker", "source", "split"):
         if name in values and not isinstance(values[name], str):
             raise DataError(f"{where}: `{name}` must be a string, not {values[name]!r}.")

@@ -12,11 +12,11 @@ import gzip
 import io
 import lzma
 import os
-import tarfile
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
 
+from ernie5.data.archive import scan_tar
 from ernie5.data.samples import (
     SPLITS,
     TASKS,
@@ -196,37 +196,28 @@ def _open_tar(path: Path) -> BinaryIO:
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist.") from error
     except (OSError, EOFError, lzma.LZMAError) as error:
-        raise DataError(f"shard {path} cannot be read ({error}). It is truncated or damaged; build it again.") from error
+        raise DataError(f"shard {path} cannot be read ({error}). It is truncated or damaged; build it anew.") from error
 
 
 def _index_shard(path: Path, *, index: int) -> Iterator[SampleRef]:
     with _open_tar(path) as stream:
-        size = stream.seek(0, io.SEEK_END)
-        stream.seek(0)
         members: dict[str, list[Member]] = {}
         try:
-            with tarfile.open(fileobj=stream, mode="r:") as tar:
-                for info in tar:
-                    if not info.isfile():
-                        continue
-                    key, name = _split_name(info.name)
-                    if info.offset_data + info.size > size:
-                        raise tarfile.ReadError(f"it ends inside member {info.name}")
-                    members.setdefault(key, []).append(Member(name, info.offset_data, info.size))
-                stream.seek(tar.offset)
-            if stream.read(tarfile.BLOCKSIZE) != bytes(tarfile.BLOCKSIZE):
-                raise tarfile.ReadError("its end marker is missing")
-        except (tarfile.TarError, EOFError) as error:
+            for name, offset, size in scan_tar(stream):
+                key, member = _split_name(name)
+                if key:
+                    members.setdefault(key, []).append(Member(member, offset, size))
+        except ValueError as error:
             raise DataError(f"shard {path} is not a whole tar file ({error}). Copy or build it again.") from error
         for key, parts in members.items():
             yield _make_ref(stream, key=key, members=tuple(parts), path=path, index=index)
 
 
 def _split_name(path: str) -> tuple[str, str]:
-    """(key, member name): WebDataset's rule, the folder and the file name up to its first dot are the key."""
+    """(key, member name) by WebDataset's rule: the path up to the first dot of the file name; "" for hidden files."""
     folder, slash, name = path.rpartition("/")
     stem, _, suffix = name.partition(".")
-    return folder + slash + stem, suffix.lower()
+    return folder + slash + stem if stem else "", suffix.lower()
 
 
 def _make_ref(stream: BinaryIO, *, key: str, members: tuple[Member, ...], path: Path, index: int) -> SampleRef:

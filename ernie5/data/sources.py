@@ -61,16 +61,12 @@ def scan_folder(root: Path) -> Scan:
     paths = sorted(p for p in root.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(root)))
     present = set(paths)
     pages = {path.parent for path in paths if path.name == PAGE_FILE}
-    files, used = [], set()
-    for path in paths:
-        source = _recognise(path, root=root, present=present, pages=pages)
-        if source is not None:
-            files.append(source)
-            used.update({path, source.sidecar} if source.sidecar else {path})
+    found = [_recognise(path, root=root, present=present, pages=pages) for path in paths]
+    files = [source for source in found if source is not None]
     linked = {image for source in files if source.task == "page" for image in _page_images(source.path)}
-    files = [f for f in files if not (f.path in linked and f.sidecar is None) and f.path not in used - {f.path}]
     sidecars = {source.sidecar for source in files if source.sidecar}
-    files = sorted((f for f in files if f.path not in sidecars), key=lambda f: (f.task, f.key))
+    files = [f for f in files if f.path not in sidecars and not (f.path in linked and f.sidecar is None)]
+    files.sort(key=lambda source: (source.task, source.key))
     _check_keys(files)
     if not files:
         raise DataError(f"{root} holds no file that can become a sample. `ernie5 data build --help` lists the rules.")
@@ -107,7 +103,8 @@ def _check_keys(files: list[SourceFile]) -> None:
     owners: dict[str, Path] = {}
     for source in files:
         if source.key in owners:
-            raise DataError(f"{owners[source.key]} and {source.path} get the same key {source.key}. Rename one of them.")
+            first = owners[source.key]
+            raise DataError(f"{first} and {source.path} get the same key {source.key}. Rename one of them.")
         owners[source.key] = source.path
 
 

@@ -1,0 +1,144 @@
+"""`ernie5 data build`: what is recognised, what is refused, and that nothing half-written stays behind."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from pathlib import Path
+
+import pytest
+
+from ernie5.data.build import BuildOptions, build_corpus
+from ernie5.data.shards import Corpus, list_shards, open_corpus
+from ernie5.errors import DataError
+
+
+def build(source: Path, out: Path, **changes: object) -> Corpus:
+    build_corpus(BuildOptions(source=source, out=out, progress=False, **changes))
+    return open_corpus(list_shards(str(out)))
+
+
+def keys(corpus: Corpus, task: str) -> list[str]:
+    return [ref.key for ref in corpus.samples(task)]
+
+
+def test_every_kind_of_file_becomes_its_task(user_folder: Path, tmp_path: Path) -> None:
+    corpus = build(user_folder, tmp_path / "out")
+    assert len(keys(corpus, "text")) == 4  # note, read me, two lines of jsonl; hidden files stay out
+    assert keys(corpus, "image") == ["cat", "dog"]
+    assert keys(corpus, "video") == ["fade"]
+    assert keys(corpus, "audio") == ["hello"]
+    assert keys(corpus, "page") == ["pages-cat", "site", "story"]
+
+
+def test_sidecars_fill_the_description(user_folder: Path, tmp_path: Path) -> None:
+    corpus = build(user_folder, tmp_path / "out", language="fr")
+    cat, dog = (corpus.read(ref).meta for ref in corpus.samples("image"))
+    assert (cat.caption("zh"), cat.keywords, cat.group) == ("猫", ("pet",), "animals")
+    assert dog.caption("fr") == "a dog"
+    hello = corpus.read(corpus.samples("audio")[0]).meta
+    assert (hello.transcript, hello.language, hello.seconds) == ("привет", "ru", 0.5)
+    assert corpus.read(corpus.samples("video")[0]).meta.frames == 5
+
+
+def test_pages_keep_the_order_of_text_and_pictures(user_folder: Path, tmp_path: Path) -> None:
+    corpus = build(user_folder, tmp_path / "out")
+    folder, html, markdown = (corpus.read(ref) for ref in corpus.samples("page"))
+    assert [s.text or s.image for s in folder.meta.segments] == ["look", "0.png", "there"]
+    assert [s.text or s.image for s in html.meta.segments] == ["Hi you", "0.png", "Bye"]
+    assert [s.text or s.image for s in markdown.meta.segments] == ["Before", "0.png", "after", "end."]
+    assert folder.find_media("0.png").data == (user_folder / "pages/cat/figure.png").read_bytes()
+
+
+def test_two_builds_give_the_same_bytes_and_the_manifest_knows_them(user_folder: Path, tmp_path: Path) -> None:
+    for name in ("one", "two"):
+        build(user_folder, tmp_path / name, compression="gzip")
+    manifest = json.loads((tmp_path / "one" / "manifest.json").read_text("utf-8"))
+    assert manifest == json.loads((tmp_path / "two" / "manifest.json").read_text("utf-8"))
+    assert manifest["samples"] == {"audio": 1, "image": 2, "page": 3, "text": 4, "video": 1}
+    assert sum(manifest["splits"].values()) == 11
+    for shard in manifest["shards"]:
+        data = (tmp_path / "one" / shard["name"]).read_bytes()
+        assert (len(data), hashlib.sha256(data).hexdigest()) == (shard["bytes"], shard["sha256"])
+
+
+def test_shards_are_cut_at_the_given_size(user_folder: Path, tmp_path: Path) -> None:
+    corpus = build(user_folder, tmp_path / "out", shard_mebibytes=1e-6)
+    assert len(corpus.shards) == len(corpus)
+
+
+def test_existing_output_is_kept_unless_forced(user_folder: Path, tmp_path: Path) -> None:
+    build(user_folder, tmp_path / "out")
+    with pytest.raises(DataError, match="--force"):
+        build(user_folder, tmp_path / "out")
+    assert len(build(user_folder, tmp_path / "out", force=True)) == 11
+
+
+def test_force_never_removes_a_folder_that_build_did_not_write(user_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out" / "thesis.txt").write_text("precious", "utf-8")
+    with pytest.raises(DataError, match="was not written by"):
+        build(user_folder, tmp_path / "out", force=True)
+    assert (tmp_path / "out" / "thesis.txt").is_file()
+
+
+def test_all_bad_files_are_named_and_nothing_stays_behind(user_folder: Path, tmp_path: Path, media_writers: tuple) -> None:
+    write_image, write_clip, write_tone = media_writers
+    (user_folder / "dog.png").write_bytes(b"not a picture")
+    write_clip(user_folder / "fade.mp4", frames=30)
+    write_tone(user_folder / "hello.wav", seconds=3)
+    write_image(user_folder / "lonely.png")
+    (user_folder / "note.txt").write_bytes(b"\xff\xfe latin")
+    with pytest.raises(DataError) as caught:
+        build(user_folder, tmp_path / "out", max_audio_seconds=2.0)
+    message = str(caught.value)
+    for part in ("5 of", "dog.png", "more than 17 frames", "lasts 3.0 s", "lonely.txt", "note.txt is not UTF-8"):
+        assert part in message
+    assert "\n" not in message
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["mine"]
+
+
+def test_skip_bad_leaves_bad_files_out(user_folder: Path, tmp_path: Path) -> None:
+    (user_folder / "dog.png").write_bytes(b"not a picture")
+    assert keys(build(user_folder, tmp_path / "out", skip_bad=True), "image") == ["cat"]
+
+
+@pytest.mark.parametrize("line", ['{"text": 3}', '{"text": ""}', "[1]", "{", '{"text": "x", "split": "test"}'])
+def test_a_bad_jsonl_line_is_named_with_its_number(tmp_path: Path, line: str) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "a.jsonl").write_text('{"text": "fine"}\n' + line + "\n", "utf-8")
+    with pytest.raises(DataError, match="a.jsonl:2"):
+        build(tmp_path / "mine", tmp_path / "out")
+
+
+def test_a_page_that_shows_a_missing_picture_is_refused(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    (tmp_path / "mine" / "page.json").write_text('{"segments": [{"image": "gone.png"}]}', "utf-8")
+    with pytest.raises(DataError, match="gone.png"):
+        build(tmp_path / "mine", tmp_path / "out")
+
+
+def test_two_files_with_one_key_are_refused(tmp_path: Path, media_writers: tuple) -> None:
+    (tmp_path / "mine").mkdir()
+    media_writers[0](tmp_path / "mine" / "a.png")
+    media_writers[2](tmp_path / "mine" / "a.wav")
+    (tmp_path / "mine" / "a.txt").write_text("both", "utf-8")
+    with pytest.raises(DataError, match="same key a"):
+        build(tmp_path / "mine", tmp_path / "out")
+
+
+@pytest.mark.parametrize("prepare", [lambda p: None, lambda p: p.mkdir()])
+def test_a_missing_or_empty_source_is_refused(tmp_path: Path, prepare: object) -> None:
+    prepare(tmp_path / "mine")
+    with pytest.raises(DataError):
+        build(tmp_path / "mine", tmp_path / "out")
+
+
+def test_file_names_of_any_script_get_distinct_keys(tmp_path: Path) -> None:
+    (tmp_path / "mine").mkdir()
+    for name in ("猫.txt", "犬.txt", "a b.txt", "a_b.txt", "v1.2.txt"):
+        (tmp_path / "mine" / name).write_text(name, "utf-8")
+    corpus = build(tmp_path / "mine", tmp_path / "out")
+    assert sorted(corpus.read(ref).meta.text for ref in corpus.samples("text")) == sorted(
+        ("猫.txt", "犬.txt", "a b.txt", "a_b.txt", "v1.2.txt")
+    )

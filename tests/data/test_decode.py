@@ -1,0 +1,115 @@
+"""Decoding pictures, clips and sound to tensors, and refusing what is broken."""
+
+from __future__ import annotations
+
+import io
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from ernie5.data.decode import decode_audio, decode_image, decode_video, probe_audio, probe_video
+from ernie5.errors import DataError
+
+
+def encode(image: Image.Image, kind: str = "PNG") -> bytes:
+    out = io.BytesIO()
+    image.save(out, kind)
+    return out.getvalue()
+
+
+@pytest.mark.parametrize("mode", ["RGB", "RGBA", "L", "LA", "P", "1", "CMYK", "I;16"])
+def test_pictures_of_every_mode_become_three_channels(mode: str) -> None:
+    image = Image.new(mode, (9, 7))
+    pixels = decode_image(encode(image, "TIFF" if mode in ("CMYK", "I;16") else "PNG"), pixels=8)
+    assert pixels.shape == (3, 8, 8) and pixels.dtype == torch.float32
+    assert -1.0 <= float(pixels.min()) <= float(pixels.max()) <= 1.0
+
+
+def test_a_picture_of_the_right_size_is_not_resampled() -> None:
+    array = np.random.default_rng(0).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+    pixels = decode_image(encode(Image.fromarray(array)), pixels=16)
+    assert np.array_equal(((pixels.permute(1, 2, 0).numpy() + 1) * 127.5).round().astype(np.uint8), array)
+
+
+def test_transparency_shows_the_background() -> None:
+    data = encode(Image.new("RGBA", (4, 4), (200, 10, 10, 0)))
+    assert torch.equal(decode_image(data, pixels=4), torch.ones(3, 4, 4))
+    assert torch.equal(decode_image(data, pixels=4, background=(0, 0, 0)), -torch.ones(3, 4, 4))
+
+
+def test_the_crop_chooses_the_part_of_a_wide_picture() -> None:
+    image = Image.new("RGB", (16, 4), "black")
+    image.paste("white", (12, 0, 16, 4))
+    data = encode(image)
+    assert decode_image(data, pixels=4, crop=(1.0, 0.5)).min() == 1.0
+    assert decode_image(data, pixels=4, crop=(0.0, 0.5)).max() == -1.0
+
+
+def test_a_short_clip_repeats_its_last_frame(tmp_path: Path, media_writers: tuple) -> None:
+    data = media_writers[1](tmp_path / "a.mp4", frames=5).read_bytes()
+    video = decode_video(data, pixels=16, frames=9)
+    assert video.shape == (3, 9, 16, 16)
+    assert torch.equal(video[:, 4], video[:, 8]) and not torch.equal(video[:, 3], video[:, 4])
+    assert torch.equal(decode_video(data, pixels=16, frames=3), video[:, :3])
+
+
+def test_frames_and_seconds_are_measured(tmp_path: Path, media_writers: tuple) -> None:
+    _, write_clip, write_tone = media_writers
+    info = probe_video(write_clip(tmp_path / "a.mp4", frames=5).read_bytes(), name="a", max_frames=17)
+    assert (info.frames, info.seconds) == (5, 0.625)
+    tone = write_tone(tmp_path / "a.wav", seconds=0.25).read_bytes()
+    assert probe_audio(tone, name="a").seconds == 0.25
+
+
+@pytest.mark.parametrize(("rate", "channels", "suffix"), [(16_000, 1, "flac"), (44_100, 2, "wav"), (8_000, 1, "ogg")])
+def test_sound_of_any_rate_becomes_16_khz_mono(
+    tmp_path: Path, media_writers: tuple, rate: int, channels: int, suffix: str
+) -> None:
+    path = media_writers[2](tmp_path / f"a.{suffix}", seconds=0.5, rate=rate, channels=channels)
+    samples = decode_audio(path.read_bytes())
+    assert samples.dtype == torch.float32 and abs(len(samples) - 8000) < 80
+    spectrum = np.abs(np.fft.rfft(samples.numpy()[2000:6000]))
+    assert abs(int(spectrum.argmax()) * 16_000 / 4000 - 440) <= 4
+    assert 0.4 < float(samples.abs().max()) < 0.6
+
+
+@pytest.mark.parametrize("data", [b"", b"rubbish", b"RIFF\0\0\0\0WAVE"])
+def test_undecodable_media_name_their_sample(data: bytes) -> None:
+    for decode in (
+        lambda: decode_image(data, pixels=8, name="k7"),
+        lambda: decode_video(data, pixels=8, name="k7"),
+        lambda: decode_audio(data, name="k7"),
+    ):
+        with pytest.raises(DataError, match="sample k7"):
+            decode()
+
+
+def test_truncated_media_are_refused(tmp_path: Path, media_writers: tuple) -> None:
+    noise = np.random.default_rng(0).integers(0, 256, (64, 64, 3), dtype=np.uint8)
+    for kind in ("PNG", "JPEG", "WEBP"):
+        data = encode(Image.fromarray(noise), kind)
+        with pytest.raises(DataError, match="sample k"):
+            decode_image(data[: len(data) // 2], pixels=8, name="k")
+    clip = media_writers[1](tmp_path / "a.mp4", frames=5).read_bytes()
+    with pytest.raises(DataError, match="sample k"):
+        decode_video(clip[: len(clip) // 2], pixels=8, name="k")
+
+
+def test_sound_that_is_empty_or_not_finite_is_refused(tmp_path: Path) -> None:
+    import soundfile
+
+    for samples in (np.zeros(0, dtype=np.float32), np.full(100, np.nan, dtype=np.float32)):
+        soundfile.write(tmp_path / "a.wav", samples, 16_000, subtype="FLOAT")
+        with pytest.raises(DataError, match="sample k"):
+            decode_audio((tmp_path / "a.wav").read_bytes(), name="k")
+
+
+def test_a_sound_is_no_clip_and_a_picture_no_sound(tmp_path: Path, media_writers: tuple) -> None:
+    tone = media_writers[2](tmp_path / "a.wav").read_bytes()
+    with pytest.raises(DataError):
+        decode_video(tone, pixels=8)
+    with pytest.raises(DataError):
+        decode_audio(encode(Image.new("RGB", (4, 4))))

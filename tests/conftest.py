@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import subprocess
 import sys
@@ -56,3 +57,14 @@ def run_ernie5(tmp_path: Path) -> Callable[..., CommandResult]:
         return CommandResult(done.returncode, done.stdout, done.stderr)
 
     return run
+
+
+@pytest.fixture(scope="session")
+def build_tiny_world() -> Callable[..., object]:
+    """`build_world(folder, modalities=...)` of tests/support/tiny_world.py: tokenizers, model and corpus in small."""
+    path = REPOSITORY / "tests" / "support" / "tiny_world.py"
+    spec = importlib.util.spec_from_file_location("tiny_world", path)
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["tiny_world"] = module  # dataclasses look their module up by name
+    spec.loader.exec_module(module)
+    return module.build_world

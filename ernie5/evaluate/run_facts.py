@@ -86,7 +86,7 @@ def read_run(run_dir: Path) -> RunFacts:
 
 
 def read_curves(path: Path) -> dict[str, Curve]:
-    """Every numeric metric of a metrics.jsonl; a step logged twice (a resumed run) keeps its last line.
+    """Every finite metric of a metrics.jsonl; a step logged twice (a resumed run) keeps its last line.
 
     A last line cut short by a kill is ignored; damage anywhere else raises DataError with the line number.
     """
@@ -101,7 +101,7 @@ def read_curves(path: Path) -> dict[str, Curve]:
                 break
             raise DataError(f"{path}:{number} is not a metrics line ({error}). Delete that line.") from error
         for name, value in entry.items():
-            if isinstance(value, (int, float)) and not isinstance(value, bool):
+            if isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value):
                 rows[name, step] = float(value)
     gathered: dict[str, list[tuple[float, float]]] = {}
     for (name, step), value in rows.items():

@@ -10,13 +10,13 @@ import torch
 
 from ernie5.data.decode import decode_audio, decode_image, decode_video
 from ernie5.data.examples import PromptPart
-from ernie5.data.samples import AUDIO_SUFFIXES
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import EXIT_DONE, ConfigError, DataError
 from ernie5.generate import media
 from ernie5.generate.gallery import GallerySize, write_samples
 from ernie5.generate.interleave import Prompt
 from ernie5.generate.load import LoadedGeneration, load_generation
+from ernie5.generate.prompts import decode_sample
 
 SUFFIXES = {"text": (".txt",), "image": (".png",), "video": (".mp4",), "audio": (".wav",)}
 # Command-line name -> field of GenerateConfig.
@@ -154,8 +154,7 @@ def _voice(loaded: LoadedGeneration, *, path: Path | None) -> torch.Tensor:
     if not corpus.samples("audio"):
         raise DataError("The run's shards hold no speech to borrow a voice from. Name a sound with --voice FILE.")
     sample = corpus.read(corpus.samples("audio")[0])
-    found = next(item for item in sample.media if item.name in AUDIO_SUFFIXES)
-    return maker.hear(decode_audio(found.data, name=sample.key)).speaker
+    return maker.hear(decode_sample(sample, medium="audio", data=loaded.config.data)).speaker
 
 
 def _make_gallery(loaded: LoadedGeneration, *, options: argparse.Namespace) -> None:

@@ -10,16 +10,15 @@ from pathlib import Path
 import torch
 
 from ernie5.data.config import DataConfig
-from ernie5.data.decode import decode_audio, decode_image, decode_video
 from ernie5.data.examples import PromptPart
-from ernie5.data.samples import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Sample
+from ernie5.data.samples import Sample
 from ernie5.data.shards import Corpus, SampleRef, list_shards, open_corpus
 from ernie5.generate import media
 from ernie5.generate.interleave import Generation
 from ernie5.generate.manifest import Gallery, GalleryItem, save_gallery
+from ernie5.generate.prompts import decode_sample, words_of_sample
 
 TEXT_PROMPT_CHARACTERS = 60
-SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -143,23 +142,13 @@ class _Painter:
         refs = [ref for ref in self._corpus.samples(task) if ref.split == split]
         if task == "audio" and languages:
             refs = [ref for ref in refs if ref.language in languages] or refs
-        return [(split, self._corpus.read(ref)) for ref in _spread(refs, count=count)]
+        return [(split, self._corpus.read(ref)) for ref in spread_refs(refs, count=count)]
 
     def _words(self, sample: Sample) -> str:
-        meta = sample.meta
-        languages = self._data.caption_languages
-        fitting = [c.text for c in meta.captions if not languages or c.language in languages]
-        fitting = fitting or [caption.text for caption in meta.captions]
-        return meta.transcript or (fitting[0] if fitting else ", ".join(meta.keywords))
+        return words_of_sample(sample, data=self._data)
 
     def _decode(self, sample: Sample, medium: str) -> torch.Tensor:
-        found = next(item for item in sample.media if item.name in SUFFIXES[medium])
-        if medium == "image":
-            return decode_image(found.data, pixels=self._data.image_pixels, name=sample.key)
-        if medium == "video":
-            frames = self._data.video_frames
-            return decode_video(found.data, pixels=self._data.video_pixels, frames=frames, name=sample.key)
-        return decode_audio(found.data, name=sample.key)
+        return decode_sample(sample, medium=medium, data=self._data)
 
     @torch.no_grad()
     def _reconstruct(self, value: torch.Tensor, medium: str) -> torch.Tensor:
@@ -188,7 +177,7 @@ def _name_of(split: str) -> str:
     return "training" if split == "train" else split
 
 
-def _spread(refs: Sequence[SampleRef], *, count: int) -> list[SampleRef]:
+def spread_refs(refs: Sequence[SampleRef], *, count: int) -> list[SampleRef]:
     """`count` of `refs` at equal distances, so that every source of a sorted corpus shows up."""
     if count <= 0 or not refs:
         return []

@@ -62,6 +62,12 @@ class Generation:
         self._data = data
         self._batch_rows = batch_rows
 
+    def with_config(self, config: GenerateConfig) -> Generation:
+        """The same model and tokenizers with other settings."""
+        return Generation(
+            self.decoder.model, tokenizers=self.tokenizers, data=self._data, config=config, batch_rows=self._batch_rows
+        )
+
     def require(self, modality: str) -> None:
         """Raise CheckpointError unless the model was built with `modality`."""
         known = self.decoder.model.config.modalities

@@ -49,7 +49,7 @@ def _prompt(words: list[int], *, end: list[int] | None = None) -> Document:
 def _whole(decoder: Decoder, document: Document) -> torch.Tensor:
     """Hidden states [n, D] of a document that is run at once, unpadded and without a cache."""
     session = Session(decoder, prompts=[document])
-    hidden = decoder.model.embed(session._batch)
+    hidden = decoder.model.embed(session._batch).detach()
     return decoder.model.run_layers(hidden, positions=document.positions[None], intervals=document.intervals[None])[0]
 
 
@@ -72,7 +72,7 @@ def test_greedy_text_equals_recomputing_every_prefix(decoder: Decoder) -> None:
         text = list(row)
         for _ in range(LIMITS.max_tokens):
             logits = decoder.model.text_logits(_whole(decoder, _prompt(text))[-1])
-            best = max([*range(256), VOCAB.eos], key=lambda token: float(logits[token]))
+            best = max([*range(256), VOCAB.eos], key=lambda token: float(logits[token].detach()))
             if best == VOCAB.eos:
                 break
             text.append(best)

@@ -1,0 +1,59 @@
+"""Runs every measurement of a subject and gathers the figures of "It learns"."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+
+import torch
+
+from ernie5.evaluate import answers, likelihood
+from ernie5.evaluate.figures import Evaluation, Figure, RoutingFigures, Timing
+from ernie5.evaluate.routing import describe_routing
+from ernie5.evaluate.subject import Subject
+
+LOAD_LIMIT = 1.5
+MEASUREMENTS: tuple[tuple[str, Callable[[Subject], list[Figure]]], ...] = (
+    ("text", likelihood.measure_text),
+    ("captions", answers.measure_captions),
+    ("transcript loss", likelihood.measure_transcript_loss),
+    ("transcripts", answers.measure_transcripts),
+    ("text to image", answers.measure_pictures),
+    ("text to speech", answers.measure_speech),
+    ("next frames", likelihood.measure_clips),
+)
+
+
+@torch.no_grad()
+def evaluate(
+    subject: Subject, *, checkpoint: str, step: int, announce: Callable[[str], None] = lambda words: None
+) -> Evaluation:
+    """All figures of one checkpoint. announce: told the name of each part as it begins.
+
+    A part whose modality or samples are missing is listed in `skipped`, so that a figure is never silently absent.
+    """
+    timings, skipped, figures = [], [], []
+    announce("losses and routing")
+    start = time.monotonic()
+    survey = likelihood.survey_validation(subject)
+    timings.append(Timing("losses and routing", time.monotonic() - start))
+    for name, measure in MEASUREMENTS:
+        announce(name)
+        start = time.monotonic()
+        found = measure(subject)
+        timings.append(Timing(name, time.monotonic() - start))
+        figures += found
+        if not found:
+            skipped.append(f"{name}: the model or the shards have none of it")
+    routing = describe_routing(survey.group_loads) if survey.group_loads.sum() > 0 else None
+    if routing is not None:
+        figures.append(load_figure(routing))
+    return Evaluation(checkpoint, step, survey.losses, tuple(figures), routing, tuple(timings), tuple(skipped))
+
+
+def load_figure(routing: RoutingFigures) -> Figure:
+    """The busiest expert of the worst layer, over the mean; dead experts make it fail, whatever the ratio."""
+    worst = max(routing.max_load_ratio)
+    title = "Experts: busiest over mean, worst layer"
+    goal = None if routing.dead_experts == 0 else 0.0
+    return Figure("expert_load", title, worst, LOAD_LIMIT, "limit", "x mean", True, len(routing.loads), goal=goal)

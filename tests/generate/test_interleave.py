@@ -1,0 +1,121 @@
+"""Prompts of all kinds to all kinds of answers, galleries, and the command line's checks."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.data.examples import PromptPart
+from ernie5.errors import CheckpointError, ConfigError, DataError
+from ernie5.generate.command import build_parser, check_options, main, read_prompt
+from ernie5.generate.gallery import GallerySize, write_samples
+from ernie5.generate.load import LoadedGeneration
+from ernie5.generate.manifest import load_gallery
+
+
+@dataclasses.dataclass(frozen=True)
+class _Root:
+    """The one section of a RootConfig that prompts need."""
+
+    data: object
+
+
+@pytest.fixture(scope="module")
+def world(build_tiny_world: Callable, tmp_path_factory: pytest.TempPathFactory) -> object:
+    return build_tiny_world(tmp_path_factory.mktemp("world"))
+
+
+def _everything() -> tuple[PromptPart, ...]:
+    generator = torch.Generator().manual_seed(0)
+    return (
+        PromptPart(text="look: "),
+        PromptPart(image=torch.rand(3, 16, 16, generator=generator)),
+        PromptPart(video=torch.rand(3, 5, 16, 16, generator=generator)),
+        PromptPart(audio=torch.rand(3000, generator=generator) * 0.1),
+        PromptPart(text=" and then?"),
+    )
+
+
+def test_any_mixture_of_attachments_leads_to_every_kind_of_answer(world: object) -> None:
+    generation, prompts = world.generation, [_everything(), (PromptPart(text="a red ball"),)]
+    assert all(isinstance(text, str) for text in generation.write(prompts))
+    assert generation.draw(prompts).shape == (2, 3, 16, 16)
+    assert generation.film(prompts).shape == (2, 3, 5, 16, 16)
+    for spoken in generation.speak(prompts, speakers=[None, torch.ones(160)]):
+        assert spoken.codes.shape[1] == 2 and len(spoken.waveform) == 1280 * len(spoken.codes)
+
+
+def test_equal_seeds_draw_equal_pictures_and_other_seeds_others(world: object) -> None:
+    config = dataclasses.replace(world.generation.config, bit_temperature=1.0)
+    prompts = [(PromptPart(text="a red ball"),)] * 2
+    first = world.generation.with_config(config).draw(prompts)
+    assert torch.equal(first, world.generation.with_config(config).draw(prompts))
+    other = world.generation.with_config(dataclasses.replace(config, seed=5)).draw(prompts)
+    assert not torch.equal(first, other)
+
+
+def test_a_gallery_holds_every_task_with_files_that_exist(world: object, tmp_path: Path) -> None:
+    size = GallerySize(pictures=2, clips=2, speeches=2, texts=1)
+    write_samples(tmp_path, generation=world.generation, data=world.data, step=7, size=size)
+    gallery = load_gallery(tmp_path)
+    assert gallery.step == 7
+    expected = {f"text_to_{m}" for m in ("image", "video", "audio")} | {"text"}
+    expected |= {f"{m}_{end}" for m in ("image", "video", "audio") for end in ("to_text", "reconstruction")}
+    assert {item.task for item in gallery.items} == expected
+    named = [n for i in gallery.items for n in (i.output_file, i.target_file, i.prompt_file) if n]
+    assert named and all((tmp_path / name).stat().st_size > 0 for name in named)
+    drawn = [item.split for item in gallery.items if item.task == "text_to_image"]
+    assert drawn == ["training", "validation"]
+
+
+def test_a_model_without_a_modality_says_which_ones_it_has(build_tiny_world: Callable, tmp_path: Path) -> None:
+    world = build_tiny_world(tmp_path, modalities=("text",))
+    with pytest.raises(CheckpointError, match="no image: model.modalities = text"):
+        world.generation.draw([(PromptPart(text="x"),)])
+    with pytest.raises(CheckpointError, match="no audio"):
+        world.generation.write([(PromptPart(audio=torch.zeros(2000)),)])
+    write_samples(tmp_path / "g", generation=world.generation, data=world.data, step=0)
+    assert {item.task for item in load_gallery(tmp_path / "g").items} == {"text"}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["ckpt"], "Nothing to start from"),
+        (["ckpt", "--prompt", "x", "--to", "image"], "needs --out"),
+        (["ckpt", "--prompt", "x", "--to", "image", "--out", "x.wav"], "must end in .png"),
+    ],
+)
+def test_options_that_cannot_work_are_refused_before_anything_is_loaded(arguments: list[str], words: str) -> None:
+    with pytest.raises(ConfigError, match=words):
+        check_options(build_parser().parse_args(arguments))
+
+
+def test_an_unknown_target_and_a_missing_checkpoint_are_the_user_s_mistakes(tmp_path: Path) -> None:
+    with pytest.raises(SystemExit) as stop:
+        main(["ckpt", "--prompt", "x", "--to", "smell"])
+    assert stop.value.code == 2
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        main([str(tmp_path), "--prompt", "x"])
+
+
+def test_attachments_keep_the_order_of_the_command_line_and_missing_files_are_named(
+    world: object, tmp_path: Path
+) -> None:
+    from ernie5.generate.media import encode_png
+
+    (tmp_path / "a.png").write_bytes(encode_png(torch.zeros(3, 20, 30)))
+    arguments = ["c", "--image", str(tmp_path / "a.png"), "--prompt", "hello", "--image", str(tmp_path / "gone.png")]
+    parts = build_parser().parse_args(arguments).parts
+    assert [kind for kind, _ in parts] == ["image", "prompt", "image"]
+    loaded = LoadedGeneration(world.generation, _Root(world.data), 0)
+    assert read_prompt(parts[:2], loaded=loaded)[0].image.shape == (3, 16, 16)
+    with pytest.raises(DataError, match="gone.png"):
+        read_prompt(parts, loaded=loaded)
+    (tmp_path / "bad.png").write_bytes(b"no picture")
+    with pytest.raises(DataError, match="bad.png"):
+        read_prompt([("image", str(tmp_path / "bad.png"))], loaded=loaded)

@@ -135,6 +135,13 @@ class DeepSpeedEngine(Engine):
             dist.all_reduce(values)
         return values
 
+    def gather(self, value: dict) -> list[dict]:
+        """Collect a small value from every rank."""
+        found: list = [value] * self.world_size
+        if self.world_size > 1:
+            dist.all_gather_object(found, value)
+        return found
+
     def close(self) -> None:
         """Leave the process group (a group of one has nothing to leave)."""
         if self.world_size > 1 and dist.is_initialized():

@@ -110,6 +110,10 @@ class Engine(abc.ABC):
         """Sum of `values` over the data-parallel ranks."""
 
     @abc.abstractmethod
+    def gather(self, value: dict) -> list[dict]:
+        """The JSON-able `value` of every rank, in order of ranks, on every rank."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Release process groups."""
 

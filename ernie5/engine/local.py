@@ -133,6 +133,10 @@ class LocalEngine(Engine):
         """One rank: the values themselves."""
         return values
 
+    def gather(self, value: dict) -> list[dict]:
+        """One rank: its own value."""
+        return [value]
+
     def close(self) -> None:
         """Nothing to release."""
 

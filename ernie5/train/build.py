@@ -11,7 +11,7 @@ import torch
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, load_run
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
-from ernie5.data.loader import Loader, build_loader
+from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.model.backbone import UnifiedModel, build_model
@@ -179,11 +179,9 @@ def open_loader(config: RootConfig, *, tokenizers: TokenizerBundle, split: str, 
     return build_loader(
         config.data,
         tokenizers=tokenizers,
-        global_sequences=config.batch.global_sequences,
-        micro_sequences=config.batch.micro_sequences,
-        mtp_depth=config.model.mtp.depth,
-        split=split,
+        shape=StepShape(config.batch.global_sequences, config.batch.micro_sequences, config.model.mtp.depth),
         seed=config.train.seed,
+        split=split,
         dp_rank=engine.rank,
         dp_size=engine.world_size,
     )

@@ -14,6 +14,7 @@ import torch
 
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.data.loader import merge_states
 from ernie5.engine.interface import Engine, StepSums
 from ernie5.errors import EnvironmentFault, NumericsError
 from ernie5.objectives.config import ObjectivesConfig
@@ -32,8 +33,8 @@ from ernie5.train.state import Progression
 class Cursor(Protocol):
     """The part of a loader that a checkpoint needs."""
 
-    def state_dict(self) -> object:
-        """JSON-able position in the data."""
+    def state_dict(self) -> dict:
+        """JSON-able position of this rank's streams."""
 
 
 @dataclasses.dataclass
@@ -216,7 +217,7 @@ class CheckpointHook(Hook):
         self._metrics.flush()
         contents = Contents(
             engine=self._engine.state(),
-            run=self._progression.snapshot(data=self._data.state_dict()),
+            run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
             config_yaml=self._identity.config_yaml,
             precision=self._identity.precision,
             tokenizers=self._identity.tokenizers,

@@ -1,0 +1,84 @@
+"""Interrupting and resuming a run, from outside, as a user does."""
+
+from __future__ import annotations
+
+import json
+import signal
+import subprocess
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ernie5.train.command import main
+
+
+@pytest.fixture(scope="module")
+def whole_run(world: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An uninterrupted run of six steps, in this process."""
+    run_dir = tmp_path_factory.mktemp("runs") / "whole"
+    assert main([str(world / "run.yaml"), f"train.run_dir={run_dir}"]) == 0
+    return run_dir
+
+
+def test_a_run_leaves_metrics_checkpoints_config_and_exit_record(whole_run: Path, read_rows: Callable) -> None:
+    rows = read_rows(whole_run)
+    assert [row["step"] for row in rows] == [1, 2, 3, 4, 5, 6]
+    wanted = {"tokens", "loss", "loss/text", "loss/image", "loss/video", "loss/audio", "loss/objective", "grad_norm",
+              "lr", "moe/load_entropy", "moe/max_load_ratio"}
+    assert wanted <= set(rows[0])
+    assert "validation/loss/text" in rows[2] and "validation/loss/text" not in rows[0]
+    assert json.loads((whole_run / "exit.json").read_text())["exit_code"] == 0
+    assert [path.name for path in sorted((whole_run / "checkpoints").glob("step-*"))] == [
+        "step-00000004", "step-00000006"]
+    assert (whole_run / "checkpoints" / "latest").read_text().strip() == "step-00000006"
+    assert (whole_run / "config.yaml").is_file() and (whole_run / "routing.jsonl").is_file()
+
+
+def test_a_run_killed_in_the_middle_repeats_the_uninterrupted_losses_bit_for_bit(
+    whole_run: Path, start_train: Callable[..., subprocess.Popen], read_rows: Callable, tmp_path: Path
+) -> None:
+    process = start_train("killed", "train.steps=6")
+    metrics = tmp_path / "killed" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and process.poll() is None:
+        if metrics.is_file() and metrics.read_text("utf-8").count("\n") >= 3:
+            break
+        time.sleep(0.01)
+    process.kill()
+    process.communicate()
+    assert not (tmp_path / "killed" / "exit.json").exists()
+    again = start_train("killed")
+    _, errors = again.communicate(timeout=120)
+    assert again.returncode == 0, errors
+    assert "resumed from" in errors
+    assert read_rows(tmp_path / "killed") == read_rows(whole_run)
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_saves_once_and_exits_75_with_the_checkpoint_named(
+    number: signal.Signals, start_train: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    process = start_train("signalled", "train.steps=1000", "checkpoint.every_steps=0")
+    metrics = tmp_path / "signalled" / "metrics.jsonl"
+    deadline = time.monotonic() + 60
+    while time.monotonic() < deadline and not (metrics.is_file() and metrics.stat().st_size):
+        time.sleep(0.02)
+    process.send_signal(number)
+    _, errors = process.communicate(timeout=60)
+    assert process.returncode == 75, errors
+    record = json.loads((tmp_path / "signalled" / "exit.json").read_text())
+    assert record["exit_code"] == 75 and record["checkpoint"] in errors and "Traceback" not in errors
+    assert len(list((tmp_path / "signalled" / "checkpoints").glob("step-*"))) == 1
+
+
+def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
+    world: Path, tmp_path: Path, read_rows: Callable
+) -> None:
+    arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "optim.schedule.warmup_steps=1"]
+    main([*arguments, "train.steps=2"])
+    main([*arguments, "train.steps=3"])
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3]
+    main([*arguments, "train.steps=1", "--fresh"])
+    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1]

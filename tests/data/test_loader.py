@@ -1,0 +1,147 @@
+"""The stream: the same global batches at any number of ranks and workers, and exact resumption."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import logging
+
+import pytest
+import torch
+
+from ernie5.data.loader import Loader, StepShape, build_loader, merge_states
+from ernie5.errors import ConfigError, DataError, LayoutError
+from ernie5.records import TokenKind
+
+SHAPE = StepShape(global_sequences=8, micro_sequences=2)
+
+
+def _open(tiny_data, tiny_tokenizers, *, rank: int = 0, size: int = 1, seed: int = 3, **changes) -> Loader:
+    config = dataclasses.replace(tiny_data, **changes)
+    return build_loader(config, tokenizers=tiny_tokenizers, shape=SHAPE, seed=seed, dp_rank=rank, dp_size=size)
+
+
+def _tensors(value: object) -> list[torch.Tensor]:
+    if isinstance(value, torch.Tensor):
+        return [value]
+    if dataclasses.is_dataclass(value):
+        return [t for field in dataclasses.fields(value) for t in _tensors(getattr(value, field.name))]
+    return [t for item in value for t in _tensors(item)] if isinstance(value, tuple) else []
+
+
+def _same(left: list, right: list) -> bool:
+    pairs = list(zip(_tensors(tuple(left)), _tensors(tuple(right)), strict=True))
+    keys = [batch.sample_keys for batch in left] == [batch.sample_keys for batch in right]
+    return keys and all(torch.equal(a, b) for a, b in pairs)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4, 7])
+def test_the_stream_is_the_same_with_any_number_of_workers(tiny_data, tiny_tokenizers, workers: int) -> None:
+    inline = _open(tiny_data, tiny_tokenizers)
+    ahead = _open(tiny_data, tiny_tokenizers, workers=workers)
+    for _ in range(3):
+        assert _same(inline.next_step(), ahead.next_step())
+    assert inline.state_dict() == ahead.state_dict()
+    ahead.close()
+    assert _same(inline.next_step(), ahead.next_step())
+    ahead.close()
+
+
+@pytest.mark.parametrize("size", [2, 4])
+def test_the_global_batch_does_not_depend_on_the_number_of_ranks(tiny_data, tiny_tokenizers, size: int) -> None:
+    whole = _open(tiny_data, tiny_tokenizers)
+    ranks = [_open(tiny_data, tiny_tokenizers, rank=rank, size=size) for rank in range(size)]
+    for _ in range(2):
+        assert _same(whole.next_step(), [batch for rank in ranks for batch in rank.next_step()])
+
+
+def test_resuming_repeats_and_skips_nothing_and_may_change_the_number_of_ranks(tiny_data, tiny_tokenizers) -> None:
+    straight = _open(tiny_data, tiny_tokenizers)
+    ranks = [_open(tiny_data, tiny_tokenizers, rank=rank, size=2, workers=1) for rank in range(2)]
+    for _ in range(3):
+        straight.next_step()
+        for rank in ranks:
+            rank.next_step()
+    stored = json.loads(json.dumps(merge_states([rank.state_dict() for rank in ranks])))
+    for rank in ranks:
+        rank.close()
+    assert stored["streams"] == json.loads(json.dumps(straight.state_dict()))["streams"]
+    resumed = _open(tiny_data, tiny_tokenizers)
+    resumed.load_state_dict(stored)
+    assert resumed.step == 3
+    for _ in range(3):
+        assert _same(straight.next_step(), resumed.next_step())
+    assert len(json.dumps(stored)) < 10_000
+
+
+def test_another_seed_gives_other_batches_and_an_equal_seed_equal_ones(tiny_data, tiny_tokenizers) -> None:
+    first = _open(tiny_data, tiny_tokenizers).next_step()
+    assert _same(first, _open(tiny_data, tiny_tokenizers).next_step())
+    assert not _same(first, _open(tiny_data, tiny_tokenizers, seed=4).next_step())
+
+
+def test_a_sample_that_cannot_be_decoded_is_skipped_counted_once_and_named(
+    tiny_data, tiny_tokenizers, caplog: pytest.LogCaptureFixture
+) -> None:
+    loader = _open(tiny_data, tiny_tokenizers)
+    with caplog.at_level(logging.WARNING):
+        for _ in range(6):
+            loader.next_step()
+    assert loader.num_skipped == 1
+    assert [r.message for r in caplog.records if "image-bad" in r.message and "skipped" in r.message]
+
+
+def test_every_epoch_uses_every_text_once(tiny_data, tiny_tokenizers) -> None:
+    mixture = dataclasses.replace(
+        tiny_data.mixture, **{name: 0.0 for name in vars(tiny_data.mixture) if name not in ("text", "_origin")}
+    )
+    loader = _open(tiny_data, tiny_tokenizers, mixture=mixture, streams=1)
+    bos, heads = tiny_tokenizers.vocab.bos, []
+    while len(heads) < 16:
+        for row in loader.next_rows():
+            heads += [part.key for part in row if part.token_ids[0] == bos]
+    assert sorted(heads[:8]) == sorted(set(heads)) == sorted(heads[8:16])
+    assert heads[:8] != heads[8:16]
+
+
+def test_rows_are_full_when_text_is_in_the_mixture(tiny_data, tiny_tokenizers) -> None:
+    loader = _open(tiny_data, tiny_tokenizers)
+    for _ in range(4):
+        assert all((batch.kinds != TokenKind.PADDING).all() for batch in loader.next_step())
+
+
+def test_shares_are_shares_of_tokens(tiny_data, tiny_tokenizers) -> None:
+    loader = _open(tiny_data, tiny_tokenizers, streams=1)
+    used: dict[str, int] = {}
+    for _ in range(12):
+        for row in loader.next_rows():
+            for part in row:
+                used[part.task] = used.get(part.task, 0) + part.length
+    shares = {task: getattr(tiny_data.mixture, task) for task in used}
+    for task, share in shares.items():
+        assert used[task] / sum(used.values()) == pytest.approx(share / sum(shares.values()), rel=0.25)
+
+
+def test_rows_that_do_not_divide_are_refused_with_numbers_that_work(tiny_data, tiny_tokenizers) -> None:
+    with pytest.raises(LayoutError, match=r"streams = 4 is not a multiple of dp = 3.*1, 2, 4"):
+        _open(tiny_data, tiny_tokenizers, size=3)
+    with pytest.raises(LayoutError, match="global_sequences = 8 is not a multiple"):
+        _open(tiny_data, tiny_tokenizers, streams=3)
+    with pytest.raises(ConfigError, match="micro_sequences = 3"):
+        build_loader(tiny_data, tokenizers=tiny_tokenizers, shape=StepShape(8, 3), seed=0)
+
+
+def test_a_cursor_of_another_run_is_refused(tiny_data, tiny_tokenizers) -> None:
+    state = _open(tiny_data, tiny_tokenizers).state_dict()
+    with pytest.raises(DataError, match="train.seed"):
+        _open(tiny_data, tiny_tokenizers, seed=9).load_state_dict(state)
+    half = _open(tiny_data, tiny_tokenizers, size=2).state_dict()
+    with pytest.raises(DataError, match="stream 2"):
+        _open(tiny_data, tiny_tokenizers).load_state_dict(half)
+
+
+def test_an_error_in_a_worker_reaches_the_training_loop(tiny_data, tiny_tokenizers) -> None:
+    loader = _open(tiny_data, tiny_tokenizers, workers=2)
+    loader.maker.build_document = lambda *args, **kwargs: 1 / 0
+    with pytest.raises(ZeroDivisionError):
+        loader.next_step()

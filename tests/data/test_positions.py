@@ -1,0 +1,62 @@
+"""Uni-RoPE positions: the golden sequence text - image - text - video - audio, and the grid formula."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from ernie5.data.positions import PositionCursor, grid_coordinates, next_position
+
+
+def test_cells_of_every_scale_share_one_centre_aligned_grid() -> None:
+    assert grid_coordinates((1, 1), finest=(8, 8)).tolist() == [[3.5, 3.5]]
+    assert grid_coordinates((2, 2), finest=(8, 8)).tolist() == [[1.5, 1.5], [1.5, 5.5], [5.5, 1.5], [5.5, 5.5]]
+    assert grid_coordinates((2, 3), finest=(2, 3)).tolist() == [[i, j] for i in range(2) for j in range(3)]
+    third = grid_coordinates((3, 3), finest=(8, 8))
+    assert third[4].tolist() == [3.5, 3.5]
+    assert third[0, 0].item() == pytest.approx(0.5 * 8 / 3 - 0.5)
+
+
+def test_golden_positions_of_text_image_text_video_audio() -> None:
+    cursor, trace = PositionCursor(), []
+    trace.append(cursor.text(2))                                         # two words
+    trace.append(cursor.text(1))                                         # BOI at 2
+    image = cursor.cells(grid_coordinates((2, 2), finest=(2, 2)), frame=0)
+    trace.append(image)
+    cursor.leave(image)
+    trace.append(cursor.text(1))                                         # EOI
+    trace.append(cursor.text(1))                                         # BOV at 6
+    clip = torch.cat([cursor.cells(grid_coordinates((1, 1), finest=(2, 2)), frame=f) for f in range(3)])
+    trace.append(clip)
+    cursor.leave(clip)
+    trace.append(cursor.text(2))                                         # EOV, BOA
+    trace.append(cursor.text(2))                                         # two audio frames
+    expected = [
+        [0, 0, 0], [1, 1, 1], [2, 2, 2],
+        [3, 3, 3], [3, 3, 4], [3, 4, 3], [3, 4, 4],
+        [5, 5, 5], [6, 6, 6],
+        [7, 7.5, 7.5], [8, 7.5, 7.5], [9, 7.5, 7.5],
+        [10, 10, 10], [11, 11, 11], [12, 12, 12], [13, 13, 13],
+    ]
+    assert torch.cat(trace).tolist() == expected
+    assert next_position(torch.cat(trace)) == 14
+
+
+def test_a_tall_picture_moves_on_by_its_longest_side_and_fractions_round_up() -> None:
+    cursor = PositionCursor()
+    block = cursor.cells(grid_coordinates((1, 1), finest=(6, 2)), frame=0)
+    assert block.tolist() == [[0.0, 2.5, 0.5]]
+    cursor.leave(block)
+    assert cursor.next == 4
+
+
+def test_origin_zero_leaves_only_time_running() -> None:
+    cursor = PositionCursor(visual_origin="zero")
+    cursor.text(5)
+    assert cursor.cells(grid_coordinates((1, 2), finest=(1, 2)), frame=1).tolist() == [[6, 0, 0], [6, 0, 1]]
+
+
+def test_an_empty_medium_does_not_move_the_position() -> None:
+    cursor = PositionCursor()
+    cursor.leave(torch.zeros(0, 3))
+    assert cursor.next == 0 == next_position(torch.zeros(0, 3))

@@ -1,4 +1,4 @@
-"""`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]` or `torchrun ... launch/pretrain.py`.
+"""`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]`, or torchrun in its place.
 
 The launcher tells each process its rank through the environment; the `--local_rank` that some of them add to the
 arguments is dropped, because it says the same.
@@ -11,7 +11,7 @@ from ernie5.__main__ import main
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
-    """The arguments less `--local_rank=N`, `--local-rank=N` and their two-word forms; sets LOCAL_RANK if it is unset."""
+    """The arguments less `--local_rank=N` and its variants; sets LOCAL_RANK where the launcher did not."""
     kept = []
     words = iter(arguments)
     for word in words:

@@ -84,8 +84,8 @@ class VisualCodecTask(CodecTask):
 
     @property
     def score(self) -> str:
-        """Validation PSNR of pictures over all scales."""
-        return f"psnr_image_{max(self._config.pixels)}"
+        """Mean of the validation PSNR of pictures and clips at the largest and the smallest side."""
+        return "psnr_mean"
 
     def draw(self, clock: CodecClock, *, generator: torch.Generator) -> VisualBatch:
         """A batch of pictures, or of clips once `video_from` of the budget is spent; one side for the whole batch."""
@@ -160,14 +160,17 @@ class VisualCodecTask(CodecTask):
         pictures = self._validation.pictures[:MAX_VALIDATION, :, None]
         for side in self._config.pixels:
             figures[f"psnr_image_{side}"] = _mean_psnr(tokenizer, pictures, pixels=side)
-        largest = max(self._config.pixels)
+        largest, smallest = max(self._config.pixels), min(self._config.pixels)
         grid = largest // tokenizer.stride
         for count in range(1, len(scale_schedule(grid, grid, sizes=self._config.sizes)) + 1):
             name = f"psnr_image_{largest}_scales_{count}"
             figures[name] = _mean_psnr(tokenizer, pictures, pixels=largest, num_scales=count)
         clips = self._validation.clips[:16]
-        for side in (max(self._config.pixels), min(self._config.pixels)) if len(clips) else ():
+        for side in (largest, smallest) if len(clips) else ():
             figures[f"psnr_video_{side}"] = _mean_psnr(tokenizer, clips, pixels=side)
+        largest_and_smallest = [f"psnr_{kind}_{side}" for kind in ("image", "video") for side in (largest, smallest)]
+        known = [figures[name] for name in largest_and_smallest if name in figures]
+        figures["psnr_mean"] = sum(known) / len(known)
         figures["psnr_image_train"] = _mean_psnr(tokenizer, self._train.pictures[:64, :, None], pixels=largest)
         return figures
 

@@ -121,12 +121,15 @@ def tokenizer_cards(qualities: tuple[Quality, ...]) -> str:
     """PSNR per scale count and log-mel distance per level, as the tokenizers' own training measured them."""
     cards = []
     for quality in qualities:
-        prefixes = {
-            "visual": (("psnr/scales", "PSNR after 1 … S scales", "dB"), ("video_psnr/scales", "Clips: PSNR", "dB")),
-            "audio": (("log_mel/levels", "Log-mel distance after 1 … Q levels", "lower is better"),),
+        charted = {
+            "visual": (("scales", "Pictures: PSNR after 1 … S scales", "dB, higher is better"),),
+            "audio": (
+                ("log_mel_distance", "Speech: log-mel distance after 1 … Q levels", "nepers, lower is better"),
+                ("stoi", "Speech: intelligibility after 1 … Q levels", "STOI, 1 is the original"),
+            ),
         }[quality.kind]
-        for index, (prefix, title, unit) in enumerate(prefixes):
-            found = quality.series(prefix)
+        for word, title, unit in charted:
+            found = quality.series(word)
             if found:
                 color = charts.PALETTE[1 if quality.kind == "visual" else 3]
                 drawn = charts.column_chart([v for _, v in found], labels=[k for k, _ in found], unit=unit, color=color)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import math
+import re
 from pathlib import Path
 
 from ernie5.errors import DataError
@@ -33,11 +34,12 @@ class Quality:
     names: tuple[str, ...]
     values: tuple[float, ...]
 
-    def series(self, prefix: str) -> tuple[tuple[str, float], ...]:
-        """(label, value) of every figure called `prefix` + number, by number."""
-        found = [(name[len(prefix):].strip("_/"), value) for name, value in zip(self.names, self.values)
-                 if name.startswith(prefix) and name[len(prefix):].strip("_/").isdigit()]
-        return tuple(sorted(found, key=lambda pair: int(pair[0])))
+    def series(self, word: str) -> tuple[tuple[str, float], ...]:
+        """(number, value) of every figure whose name ends in `word` and a number, such as `psnr_scales_3`, in order."""
+        pattern = re.compile(rf"(?:.*[_/])?{re.escape(word)}[_/](\d+)")
+        found = [(pattern.fullmatch(name), value) for name, value in zip(self.names, self.values, strict=True)]
+        numbered = [(match.group(1), value) for match, value in found if match]
+        return tuple(sorted(numbered, key=lambda pair: int(pair[0])))
 
 
 @dataclasses.dataclass(frozen=True)
@@ -119,7 +121,8 @@ def _read_qualities(run_dir: Path) -> tuple[Quality, ...]:
     """Tokenizers trained in this run come first; the embedded ones fill in."""
     qualities = []
     for kind in ("visual", "audio"):
-        places = (run_dir / "tokenizers" / kind / "quality.json", EMBEDDED_TOKENIZERS / kind / "quality.json")
+        own = run_dir / "tokenizers" / kind
+        places = (own / "export" / "quality.json", own / "quality.json", EMBEDDED_TOKENIZERS / kind / "quality.json")
         path = next((place for place in places if place.is_file()), None)
         if path is None:
             continue

@@ -151,7 +151,8 @@ def test_guidance_of_one_equals_the_condition_alone_even_with_twins(decoder: Dec
     plain = [_prompt([], end=[VOCAB.sep, VOCAB.boi])] * 2
     canvas = Canvas(grid=(3, 3), num_frames=1, num_scales=3, sizes=(1, 2, 3), is_video=False)
     alone = generate_images(prompts, unconditional=[], decoder=decoder, canvas=canvas, choice=BitChoice(0.0, 1.0))
-    twins = generate_images(prompts, unconditional=plain, decoder=decoder, canvas=canvas, choice=BitChoice(0.0, 1 + 1e-9))
+    nearly = BitChoice(0.0, 1 + 1e-9)
+    twins = generate_images(prompts, unconditional=plain, decoder=decoder, canvas=canvas, choice=nearly)
     torch.testing.assert_close(alone, twins, rtol=1e-6, atol=1e-6)
     guided = generate_images(prompts, unconditional=plain, decoder=decoder, canvas=canvas, choice=BitChoice(0.0, 9.0))
     assert not torch.equal(alone, guided)

@@ -13,6 +13,7 @@ setup(
     name="ernie5",
     version="0.1.0",
     description="Pretraining of natively unified, ultra-sparse mixture-of-experts models over text, image, video, audio",
+    license="Apache-2.0",
     python_requires=">=3.11",
     packages=find_packages(include=["ernie5", "ernie5.*"]) + KERNEL_PACKAGES,
     package_dir={"ernie5_kernels": "kernels"},

@@ -64,7 +64,8 @@ def save_weights(
     temporary = path.with_suffix(".tmp")
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        save_file(tensors, temporary, metadata={"ernie5": json.dumps({"kind": kind, "config": json.loads(config_json)})})
+        header = json.dumps({"kind": kind, "config": json.loads(config_json)})
+        save_file(tensors, temporary, metadata={"ernie5": header})
         os.replace(temporary, path)
     except OSError as error:
         raise EnvironmentFault(f"Cannot write {path}: {error}. Free space or choose another directory.") from error

@@ -51,7 +51,8 @@ def _train_codec(config: TokenizerRunConfig, *, out: Path, progress: bool) -> No
     task = build_task(config)
     facts = train_codec(task, config=config.train, out=out, progress=progress)
     figures = ", ".join(f"{name} {value:.2f}" for name, value in facts.quality.items())
-    print(f"{facts.steps} steps, {facts.minutes:.1f} minutes: {figures}\nThe tokenizer is in {out / 'export'}", flush=True)
+    print(f"{facts.steps} steps, {facts.minutes:.1f} minutes: {figures}")
+    print(f"The tokenizer is in {out / 'export'}", flush=True)
 
 
 def _train_text(config: TokenizerRunConfig, *, out: Path) -> None:

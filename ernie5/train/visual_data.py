@@ -127,17 +127,17 @@ def augment(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
 
 
 def _recolour(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
-    """A third of the clips: channels permuted; a third: contrast, and shade per channel; a tenth: inverted."""
+    """An eighth of the clips: channels permuted; a seventh: contrast, and shade per channel; 3 %: inverted."""
     batch = video.shape[0]
     choice = torch.rand(batch, 3, generator=generator)
     orders = torch.rand(batch, 3, generator=generator).argsort(1)
-    orders = torch.where(choice[:, :1] < 0.33, orders, torch.arange(3))
+    orders = torch.where(choice[:, :1] < 0.125, orders, torch.arange(3))
     video = video.gather(1, orders[:, :, None, None, None].expand_as(video))
     gain = 1.0 - 0.4 * torch.rand(batch, 1, 1, 1, 1, generator=generator)
     shade = (1.0 - gain) * (2.0 * torch.rand(batch, 3, 1, 1, 1, generator=generator) - 1.0)
-    changed = (choice[:, 1] < 0.33)[:, None, None, None, None]
+    changed = (choice[:, 1] < 0.14)[:, None, None, None, None]
     video = torch.where(changed, video * gain + shade, video)
-    inverted = (choice[:, 2] < 0.1)[:, None, None, None, None]
+    inverted = (choice[:, 2] < 0.03)[:, None, None, None, None]
     return torch.where(inverted, -video, video)
 
 

@@ -25,11 +25,10 @@ def test_oblong_grids_ascend_from_one_cell_to_the_whole_grid(grid):
         assert before != after and before[0] <= after[0] and before[1] <= after[1]
 
 
-@pytest.mark.parametrize("call", [lambda: scale_schedule(0, 4), lambda: scale_schedule(4, 4, sizes=(2, 4)),
-                                  lambda: scale_schedule(4, 4, sizes=()), lambda: scale_schedule(4, 4, sizes=(1, 4, 2))])
-def test_impossible_grids_and_sizes_are_refused(call):
+@pytest.mark.parametrize(("height", "sizes"), [(0, (1, 2)), (-3, (1, 2)), (4, (2, 4)), (4, ()), (4, (1, 4, 2))])
+def test_impossible_grids_and_sizes_are_refused(height, sizes):
     with pytest.raises(TokenizerError):
-        call()
+        scale_schedule(height, 4, sizes=sizes)
 
 
 @pytest.mark.parametrize("grid", [(1, 1), (3, 3), (4, 6), (8, 8), (11, 2)])

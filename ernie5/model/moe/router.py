@@ -27,8 +27,10 @@ class Router(nn.Module):
         self.uses_sigmoid, self.scale = config.score == "sigmoid", config.scale
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
+        exact = self.balance_bias
         super()._apply(fn, recurse)
-        self.balance_bias = self.balance_bias.float()
+        moved = self.balance_bias
+        self.balance_bias = moved.float() if exact.is_meta or moved.is_meta else exact.to(moved.device)
         return self
 
     def forward(self, hidden: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Routing:

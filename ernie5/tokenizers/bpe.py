@@ -43,6 +43,9 @@ def build_table(
     if len(byte_ids) != 256 or len(set(byte_ids)) != 256:
         raise TokenizerError("a byte-level vocabulary needs one id for each of the 256 byte values.")
     tokens = {token: bytes([value]) for value, token in enumerate(byte_ids)}
+    for token, content in extra.items():
+        if tokens.setdefault(token, content) != content:
+            raise TokenizerError(f"id {token} has two meanings.")
     table: dict[tuple[int, int], tuple[int, int]] = {}
     for rank, (left, right, merged) in enumerate(merges):
         if left not in tokens or right not in tokens:
@@ -51,9 +54,6 @@ def build_table(
         if tokens.setdefault(merged, content) != content:
             raise TokenizerError(f"merge {rank} gives id {merged} a second meaning.")
         table.setdefault((left, right), (rank, merged))
-    for token, content in extra.items():
-        if tokens.setdefault(token, content) != content:
-            raise TokenizerError(f"id {token} has two meanings.")
     return MergeTable(byte_ids, table, tokens, whole_first)
 
 

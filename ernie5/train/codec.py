@@ -47,6 +47,7 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
     state = _start(task, config=config)
     if (out / "state.pt").exists():
         _load_state(task, state, path=out / "state.pt")
+        _forget_after(out / "curves.jsonl", step=state.step)
     bar = tqdm(total=100, desc=f"codec step {state.step}", unit="%", disable=not progress)
     facts, clock, last_tick = None, _clock(state, config), time.monotonic()
     while clock.fraction < 1.0:
@@ -194,6 +195,15 @@ def _load_state(task: CodecTask, state: CodecState, *, path: Path) -> None:
     for optimizer, saved in zip(state.optimizers, content["optimizers"], strict=True):
         optimizer.load_state_dict(saved)
     state.generator.set_state(content["generator"])
+
+
+def _forget_after(curves: Path, *, step: int) -> None:
+    """Drop the lines of steps that are about to be repeated, and a line that a killed run left half written."""
+    lines = curves.read_text(encoding="utf-8").splitlines(keepends=True) if curves.exists() else []
+    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    temporary = curves.with_suffix(".tmp")
+    temporary.write_text("".join(kept), encoding="utf-8")
+    os.replace(temporary, curves)
 
 
 def _append(out: Path, record: dict[str, object]) -> None:

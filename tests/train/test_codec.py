@@ -77,6 +77,8 @@ def test_a_stopped_run_continues_with_the_very_same_losses(tmp_path):
         train_codec(LineTask(broken_at=6), config=config_of(), out=tmp_path / "parts", progress=False)
     train_codec(LineTask(), config=config_of(), out=tmp_path / "parts", progress=False)
     assert losses_in(tmp_path / "parts") == losses_in(tmp_path / "whole")
+    steps = [json.loads(line)["step"] for line in (tmp_path / "parts" / "curves.jsonl").read_text().splitlines()]
+    assert steps == sorted(steps) and len(steps) == 12 + 3  # one line per step and per validation, none twice
 
 
 def test_a_finished_run_is_only_measured_again(tmp_path):

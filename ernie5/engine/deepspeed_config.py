@@ -52,11 +52,6 @@ def deepspeed_config(
             "allgather_bucket_size": bucket,
         },
     }
-    if engine.zero_stage == 3:
-        zero = result["zero_optimization"]
-        assert isinstance(zero, dict)
-        zero["stage3_prefetch_bucket_size"] = bucket
-        zero["stage3_param_persistence_threshold"] = 0
     if engine.precision == "bf16":
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
@@ -65,6 +60,12 @@ def deepspeed_config(
 
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
+    if engine.zero_stage == 3:
+        engine.fail(
+            "zero_stage",
+            "stage 3 is not available in this version: a parameter that a batch leaves untouched is empty while the "
+            "loss runs. Set engine.zero_stage: 2, which shards all but the weights",
+        )
     if engine.precision == "bf16" and engine.zero_stage == 0:
         engine.fail(
             "zero_stage",

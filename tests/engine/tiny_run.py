@@ -85,7 +85,7 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
     )
 
 
-def two_steps(engine: Engine, *, rank: int = 0, ranks: int = 1, poison: bool = False) -> dict[str, object]:
+def two_steps(engine: Engine, *, rank: int = 0, ranks: int = 1) -> dict[str, object]:
     """Run two steps of four rows; return losses, norms, first gradients and final state (tensors)."""
     result: dict[str, object] = {"losses": [], "norms": [], "skipped": []}
     for step in range(2):
@@ -107,10 +107,12 @@ def main(path: str) -> None:
     """One rank of a multi-process test."""
     torch.set_num_threads(1)
     job = json.loads(Path(path).read_text(encoding="utf-8"))
-    engine = make_engine("deepspeed", stage=job["stage"], precision=job["precision"], micro=4 // job["ranks"])
-    result = two_steps(engine, rank=int(os.environ["RANK"]), ranks=job["ranks"])
+    results = {}
+    for stage in job["stages"]:
+        engine = make_engine("deepspeed", stage=stage, micro=4 // job["ranks"])
+        results[stage] = two_steps(engine, rank=int(os.environ["RANK"]), ranks=job["ranks"])
     if engine.is_main:
-        torch.save(result, job["out"])
+        torch.save(results, job["out"])
     engine.close()
 
 

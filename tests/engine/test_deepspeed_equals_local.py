@@ -1,0 +1,136 @@
+"""DeepSpeed in every ZeRO stage and precision does what the local engine does: losses, gradients, state."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import socket
+import subprocess
+import sys
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+HERE = Path(__file__).parent
+# fp32 sums in another order: gradients of a few thousand terms of size 1e-2 differ by less than this.
+GRADIENT_TOLERANCE = 2e-6
+# two AdamW steps at rate 1e-2: g / sqrt(v) magnifies the rounding of a gradient that is nearly zero.
+PARAMETER_TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> types.ModuleType:
+    """The module that builds tiny engines."""
+    spec = importlib.util.spec_from_file_location("tiny_run", HERE / "tiny_run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module
+
+
+@pytest.fixture(scope="module")
+def local_result(tiny: types.ModuleType) -> dict:
+    """Two steps of the yardstick."""
+    return tiny.two_steps(tiny.make_engine("local"))
+
+
+def compare(result: dict, *, expected: dict) -> None:
+    assert set(result["gradients"]) == set(expected["gradients"])
+    for name, gradient in expected["gradients"].items():
+        assert (result["gradients"][name] - gradient).abs().max() < GRADIENT_TOLERANCE, name
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    for step, losses in enumerate(expected["losses"]):
+        assert result["losses"][step] == pytest.approx(losses, rel=1e-4), step
+    for name, value in expected["state"].parameters.items():
+        assert (result["state"].parameters[name] - value).abs().max() < PARAMETER_TOLERANCE, name
+    for name, value in expected["state"].moments.items():
+        assert (result["state"].moments[name] - value).abs().max() < GRADIENT_TOLERANCE, name
+    for name, value in expected["state"].buffers.items():
+        assert torch.equal(result["state"].buffers[name], value), name
+    assert torch.equal(result["loads"], expected["loads"])
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_one_process_equals_local_parameter_by_parameter(stage: int, tiny: types.ModuleType, local_result: dict) -> None:
+    compare(tiny.two_steps(tiny.make_engine("deepspeed", stage=stage)), expected=local_result)
+
+
+def run_ranks(tmp_path: Path, *, stages: list[int], ranks: int) -> dict[int, dict]:
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    job = tmp_path / "job.json"
+    job.write_text(json.dumps({"stages": stages, "ranks": ranks, "out": str(tmp_path / "out.pt")}))
+    processes = [
+        subprocess.Popen(
+            [sys.executable, str(HERE / "tiny_run.py"), str(job)],
+            env={**os.environ, "RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(ranks),
+                 "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"},
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+        )
+        for rank in range(ranks)
+    ]
+    outputs = [process.communicate(timeout=120)[0] for process in processes]
+    assert all(process.returncode == 0 for process in processes), outputs
+    return torch.load(tmp_path / "out.pt", weights_only=False)
+
+
+def test_two_ranks_over_gloo_equal_one_local_process_in_every_stage(tmp_path: Path, local_result: dict) -> None:
+    for result in run_ranks(tmp_path, stages=[0, 1, 2], ranks=2).values():
+        compare(result, expected=local_result)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_bf16_masters_follow_the_local_bf16_engine(stage: int, tiny: types.ModuleType) -> None:
+    expected = tiny.two_steps(tiny.make_engine("local", precision="bf16"))
+    result = tiny.two_steps(tiny.make_engine("deepspeed", stage=stage, precision="bf16"))
+    assert result["losses"][0] == pytest.approx(expected["losses"][0], rel=1e-6)
+    for name, gradient in expected["gradients"].items():
+        scale = gradient.abs().max() + 1e-6
+        # a bf16 number has 8 bits: sums of four micro-batches differ by one part in 2^7 at most
+        assert (result["gradients"][name] - gradient).abs().max() / scale < 2**-7, name
+    assert result["state"].buffers.keys() == expected["state"].buffers.keys()
+    assert all(value.dtype == torch.float32 for value in result["state"].buffers.values())
+
+
+@pytest.mark.parametrize("stage", [0, 1, 2])
+def test_state_moves_between_engines_without_a_difference(stage: int, tiny: types.ModuleType) -> None:
+    source = tiny.make_engine("local")
+    for step in range(2):
+        source.train_step(tiny.make_batches([1, 1, 1, 1], seed=step), learning_rate=1e-2)
+    state = source.state()
+    engine = tiny.make_engine("deepspeed", stage=stage)
+    engine.load_state(state)
+    back = engine.state()
+    for name, value in state.parameters.items():
+        assert torch.equal(back.parameters[name], value), name
+    for name, value in state.moments.items():
+        assert torch.equal(back.moments[name], value), name
+    assert back.updates == state.updates and torch.equal(back.magnitudes, state.magnitudes)
+    batches = tiny.make_batches([1, 1, 1, 1], seed=9)
+    expected, found = source.accumulate(batches), engine.accumulate(batches)
+    assert float(found.objective) == pytest.approx(float(expected.objective), rel=1e-6)
+    source.update(expected, learning_rate=1e-2)
+    engine.update(found, learning_rate=1e-2)
+    for name, value in source.state().parameters.items():
+        assert (engine.state().parameters[name] - value).abs().max() < PARAMETER_TOLERANCE, name
+
+
+@pytest.mark.parametrize("kind,stage", [("local", 0), ("deepspeed", 0), ("deepspeed", 1), ("deepspeed", 2)])
+def test_a_gradient_that_is_not_finite_changes_nothing(kind: str, stage: int, tiny: types.ModuleType) -> None:
+    engine = tiny.make_engine(kind, stage=stage)
+    engine.train_step(tiny.make_batches([1, 1, 1, 1]), learning_rate=1e-2)
+    before = engine.state()
+    hook = engine.model.final_norm.weight.register_hook(lambda gradient: gradient * float("nan"))
+    report = engine.train_step(tiny.make_batches([1, 1, 1, 1], seed=1), learning_rate=1e-2)
+    hook.remove()
+    after = engine.state()
+    assert report.skipped
+    for kind_before, kind_after in ((before.parameters, after.parameters), (before.moments, after.moments),
+                                    (before.buffers, after.buffers)):
+        assert all(torch.equal(kind_after[name], value) for name, value in kind_before.items())
+    assert torch.equal(before.magnitudes, after.magnitudes) and before.updates == after.updates
+    assert not engine.train_step(tiny.make_batches([1, 1, 1, 1], seed=2), learning_rate=1e-2).skipped

@@ -26,7 +26,7 @@ PROBLEMS_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What to build. max_audio_seconds and max_video_frames are what a training row must hold at most."""
+    """What to build. compression: none, gzip, xz or packed. max_audio_seconds and max_video_frames are what a training row must hold at most."""
 
     source: Path
     out: Path
@@ -88,7 +88,8 @@ def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildRe
     mode = "auto" if options.progress else "off"
     with Progress(len(scan.files), title="build", unit="file", mode=mode) as progress:
         for task, files in itertools.groupby(scan.files, key=lambda source: source.task):
-            writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=options.compression)
+            compression = _compression_of(task, chosen=options.compression)
+            writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=compression)
             with writer:
                 for source in files:
                     for sample in _checked(source, options=options, problems=problems):
@@ -105,6 +106,13 @@ def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildRe
         raise DataError(f"no sample is left of {len(scan.files)} files: {' | '.join(problems[:PROBLEMS_SHOWN])}")
     (folder / MANIFEST).write_text(json.dumps(tally.manifest(shards), indent=1, ensure_ascii=False) + "\n", "utf-8")
     return BuildReport(tuple(p.name for p in shards), dict(tally.samples), scan.ignored, tuple(problems))
+
+
+def _compression_of(task: str, *, chosen: str) -> str:
+    """`packed` means what is small for its task: xz saves a fifth of text, but 4 % of media, and unpacks slowly."""
+    if chosen != "packed":
+        return chosen
+    return "xz" if task in ("text", "page") else "gzip"
 
 
 def _checked(source: SourceFile, *, options: BuildOptions, problems: list[str]) -> Iterator[Sample]:

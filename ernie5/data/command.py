@@ -43,9 +43,10 @@ def _make_parser() -> argparse.ArgumentParser:
     build.add_argument("--shard-mebibytes", type=float, default=64.0, help="size of a shard, unpacked (default: 64)")
     build.add_argument(
         "--compress",
-        choices=("none", "gzip", "xz"),
+        choices=("none", "gzip", "xz", "packed"),
         default="none",
-        help="pack whole shards; they are then read into memory, so only for small corpora (default: none)",
+        help="pack whole shards (packed: xz for text and pages, the quicker gzip for media); they are then read into "
+        "memory, so only for small corpora (default: none)",
     )
     build.add_argument("--force", action="store_true", help="replace an output folder that this command wrote")
     build.add_argument("--skip-bad", action="store_true", help="leave unusable files out, and name them")

@@ -14,7 +14,8 @@ from tqdm import tqdm
 from ernie5.data.sources import split_html
 
 TAIL = re.compile(r"\n*(Total running time|Download Python source|Gallery generated|Previous\n|©).*", re.DOTALL)
-NOTE = re.compile(r"Note\s+Click\s+here\s+to download.*?Binder\s*", re.DOTALL)
+NOTE = re.compile(r"Note\s+Click\s+here\s+to download the full example code(\s+or\s.*?Binder)?\s*", re.DOTALL)
+OUTPUT = re.compile(r"(?m)^(\[\]|Out:)\s*$")
 CODE_CHARACTERS = 1200
 
 
@@ -48,7 +49,8 @@ def _read_segments(body: str, *, page: Path) -> tuple[list[dict[str, str]], dict
             images[name] = page.parent / value
             segments.append({"image": name})
         elif kind == "text":
-            text = TAIL.sub("", NOTE.sub("", value)).replace("¶", "").replace("Out:", "").strip()
+            text = TAIL.sub("", NOTE.sub("", value)).replace("¶", "")
+            text = OUTPUT.sub("", text).strip()
             if text:
                 segments.append({"text": text[:CODE_CHARACTERS]})
     return segments, {name: path for name, path in images.items() if path.is_file()}

@@ -62,6 +62,6 @@ SAMPLE = CutPlan(
     pages=EVERYTHING,
     page_image_pixels=96,
     page_image_quality=88,
-    compression="xz",
+    compression="packed",
 )
 CUTS = {"sample": SAMPLE, "full": FULL}

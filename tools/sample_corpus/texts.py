@@ -15,6 +15,7 @@ from plan import CutPlan
 from ernie5.errors import EnvironmentFault
 
 DOCUMENT_BYTES = 6_000
+MIN_CHARACTERS = 80
 CHINESE_CLASSICS = (
     "lunyu",
     "sishuwujing",
@@ -48,7 +49,7 @@ def stage_texts(sources: Path, *, folder: Path, plan: CutPlan) -> None:
 
 def _write_lines(path: Path, documents: Iterable[str], *, language: str, source: str) -> None:
     with path.open("w", encoding="utf-8") as file:
-        for text in documents:
+        for text in (document for document in documents if len(document) >= MIN_CHARACTERS):
             line = {"text": text, "language": language, "source": source}
             file.write(json.dumps(line, ensure_ascii=False) + "\n")
 

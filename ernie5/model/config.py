@@ -25,7 +25,7 @@ class BalanceConfig(Config):
         None, doc="step u of the bias update; null means max(1e-4, 0.3 / train.steps); 0 switches it off",
         check=non_negative, kind="numerics",
     )
-    switch_loss: bool = field(False, doc="compute the switch loss E * sum f_e P_e over the micro-batch", kind="numerics")
+    switch_loss: bool = field(False, doc="compute the switch loss E * sum f_e P_e of a micro-batch", kind="numerics")
     sequence_loss: bool = field(False, doc="compute the same loss per row, then averaged", kind="numerics")
     z_loss: bool = field(False, doc="compute the router z-loss mean(logsumexp(logits)^2)", kind="numerics")
 
@@ -48,7 +48,7 @@ class MoEConfig(Config):
 
     def validate(self) -> None:
         if self.top_k > self.num_experts:
-            self.fail("top_k", f"{self.top_k} exceeds num_experts = {self.num_experts}. A token chooses distinct experts")
+            self.fail("top_k", f"{self.top_k} exceeds num_experts = {self.num_experts}. Choices are distinct")
 
 
 @config
@@ -130,7 +130,7 @@ class ModelConfig(Config):
         if self.dense_layers > self.layers:
             self.fail("dense_layers", f"{self.dense_layers} exceeds layers = {self.layers}")
         if self.has_audio and self.layers < self.audio.levels + 1:
-            self.fail("layers", f"{self.layers} is too few for audio.levels = {self.audio.levels}. Level q is predicted "
+            self.fail("layers", f"{self.layers} is too few for audio.levels = {self.audio.levels}. Level q is read "
                       f"from layer L-Q+q, so layers must be at least {self.audio.levels + 1}, or audio.levels fewer")
 
     @property
@@ -172,7 +172,7 @@ class ParamCounts:
 
 
 def attention_params(config: ModelConfig) -> int:
-    """Weights of one attention, norms included (one pre-norm, two QK-norms)."""
+    """Weights of one attention, QK-norms included, the pre-norm not."""
     heads = 2 * config.query_heads + 2 * config.kv_heads
     return config.width * config.head_width * heads + (2 * config.head_width if config.qk_norm else 0)
 
@@ -193,7 +193,8 @@ def _visual_params(config: ModelConfig) -> int:
     vit_layer = 4 * width * width + _swiglu_params(width, hidden=vit_hidden(v)) + 2 * width
     vit = 3 * v.patch_pixels**2 * width + v.vit_layers * vit_layer + width
     shared = v.encoder_channels * width
-    merge = sum(2 * k * width + 4 * width * width + width + width * config.width for k in (v.image_merge, v.video_merge))
+    patches = v.image_merge + v.video_merge
+    merge = 2 * patches * width + 2 * (4 * width * width + width + width * config.width)
     generation = 2 * v.bits * config.width + (v.num_scales + 1) * config.width
     return vit + shared + merge + generation
 

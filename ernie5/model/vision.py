@@ -33,7 +33,8 @@ class PatchAttention(nn.Module):
         self, x: torch.Tensor, *, rotation: torch.Tensor | None = None, mask: torch.Tensor | None = None
     ) -> torch.Tensor:
         """x [G, P, W] -> [G, P, W]; rotation [G, P, C/2] complex; mask [G, P] bool, True where a patch exists."""
-        query, key, value = (part(x).unflatten(-1, (-1, self.head_width)) for part in (self.query, self.key, self.value))
+        parts = (self.query, self.key, self.value)
+        query, key, value = (part(x).unflatten(-1, (-1, self.head_width)) for part in parts)
         if rotation is not None:
             query, key = rope3d(query, rotation=rotation), rope3d(key, rotation=rotation)
         out = nn.functional.scaled_dot_product_attention(

@@ -70,10 +70,13 @@ class RowBuilder:
     def code(self, *shape: int, high: int = CODES) -> torch.Tensor:
         return torch.randint(0, high, shape, generator=self.random)
 
-    def add(self, token: int, kind: TokenKind, *, at: tuple[float, float, float] | None = None, block: int | None = None):
+    def add(
+        self, token: int, kind: TokenKind, *, at: tuple[float, float, float] | None = None, block: int | None = None
+    ) -> int:
         """Append one position and return its index in the row."""
         index = len(self.tokens)
-        running = 1 + max((max(p) for p, d in zip(self.positions, self.documents) if d == self.document), default=-1.0)
+        own = [max(p) for p, d in zip(self.positions, self.documents) if d == self.document]
+        running = 1 + max(own, default=-1.0)
         self.tokens.append(token)
         self.kinds.append(int(kind))
         self.positions.append(at or (running,) * 3)
@@ -152,7 +155,8 @@ def collate(rows: list[RowBuilder], *, tokens: int, depth: int = 2) -> Batch:
         intervals[b, :n, 0], intervals[b, :n, 3] = torch.tensor(row.visible_from), torch.tensor(ends)
 
     def rows_of(lists: list[list[tuple]]) -> torch.Tensor:
-        return torch.tensor([b * tokens + item[0] for b, items in enumerate(lists) for item in items], dtype=torch.int64)
+        flat = [b * tokens + item[0] for b, items in enumerate(lists) for item in items]
+        return torch.tensor(flat, dtype=torch.int64)
 
     def stack(lists: list[list[tuple]], place: int, *empty: int) -> torch.Tensor:
         values = [torch.as_tensor(item[place]) for items in lists for item in items]

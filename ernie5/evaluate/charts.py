@@ -117,7 +117,7 @@ def _draw_line(line: Series, *, frame: Frame) -> str:
 
 
 def heat_map(values: Sequence[Sequence[float]], *, row_names: Sequence[str], cell_width: float = 13.0) -> str:
-    """Rows of cells, 1 = the mean load; below 1 fades towards the page, above 1 turns warm. Title texts on hover."""
+    """Rows of cells, 1 = the mean load, each with its value as a title text."""
     if not values or not values[0]:
         return '<p class="empty">no routing figures yet</p>'
     left, cell_height = 24.0, 15.0
@@ -137,9 +137,10 @@ def heat_map(values: Sequence[Sequence[float]], *, row_names: Sequence[str], cel
 
 
 def _heat_style(value: float) -> str:
-    if value <= 1.0:
-        return f"fill:var(--c1);fill-opacity:{0.06 + 0.54 * max(value, 0.0):.2f}"
-    return f"fill:var(--heat);fill-opacity:{min(0.35 + 0.2 * (value - 1.0), 1.0):.2f}"
+    """Diverging: pale at the mean, fully blue at a quarter of it or less, fully warm at four times."""
+    doublings = math.log2(max(value, 2.0**-8))
+    color = "var(--heat)" if doublings > 0 else "var(--c1)"
+    return f"fill:{color};fill-opacity:{0.07 + 0.93 * min(abs(doublings) / 2.0, 1.0):.2f}"
 
 
 def split_bar(parts: Sequence[tuple[str, float]], *, unit: str) -> str:
@@ -162,11 +163,11 @@ def column_chart(values: Sequence[float], *, labels: Sequence[str], unit: str, c
     """A few labelled columns, each with its value on top."""
     if not values:
         return '<p class="empty">no figures yet</p>'
-    width, height, top = 420.0, 170.0, max(max(values), 1e-12)
+    width, height, top = 420.0, 182.0, max(max(values), 1e-12)
     step = (width - 16) / len(values)
     parts = [f'<svg class="chart" viewBox="0 0 {width:.0f} {height:.0f}" role="img">']
     for index, (value, label) in enumerate(zip(values, labels)):
-        tall = (height - 52) * max(value, 0.0) / top
+        tall = (height - 66) * max(value, 0.0) / top
         x = 8 + index * step
         middle = x + step / 2
         parts.append(

@@ -59,7 +59,7 @@ def _sections(facts: RunFacts) -> list[tuple[str, str, str, str]]:
          report_figures.loss_charts(facts)),
         ("tokenizers", "Tokenizers", "What the codecs give back: the upper bound of what the model can draw or say.",
          tokenizers),
-        ("experts", "Experts", "Load of every expert by layer (rows), 1 being the mean: pale is idle, warm is busy. "
+        ("experts", "Experts", "Load of every expert (column) by layer (row): pale is the mean, warm busy, blue idle. "
          "The router never sees a modality, yet groups of tokens find experts of their own.",
          report_figures.routing_section(routing) if routing is not None else ""),
         ("time", "Speed and time", "How fast the steps were, and where the time went.",

@@ -61,7 +61,7 @@ def loss_charts(facts: RunFacts) -> str:
             legend += _key(f"validation, last {validation.values[-1]:.3g}", "var(--ink)")
         drawn = charts.line_chart(series, unit=UNITS[modality])
         cards.append(_card(modality.capitalize(), body=f'{drawn}<div class="legend">{legend}</div>'))
-    return f'<div class="grid">{"".join(cards)}</div>' if cards else '<p class="empty">no losses were logged yet</p>'
+    return f'<div class="grid two">{"".join(cards)}</div>' if cards else '<p class="empty">no losses yet</p>'
 
 
 def validation_curve(facts: RunFacts, modality: str) -> Curve:
@@ -97,7 +97,7 @@ def health_charts(facts: RunFacts) -> str:
             smooth = charts.smooth(curve.values, half_life=1e-6 if name == "lr" else len(curve.steps) / 80)
             drawn = charts.line_chart([Series(title, curve.steps, smooth, charts.PALETTE[index])], unit=unit)
             cards.append(f'<div class="card"><h3>{title}</h3>{drawn}</div>')
-    return f'<div class="grid below">{"".join(cards)}</div>'
+    return f'<div class="grid two below">{"".join(cards)}</div>'
 
 
 def time_card(facts: RunFacts) -> str:

@@ -27,6 +27,7 @@ h3{font-size:13.5px;margin:0 0 10px;font-weight:620}
 .grid{display:grid;gap:16px;grid-template-columns:repeat(auto-fill,minmax(340px,1fr))}
 .grid.tight{grid-template-columns:repeat(auto-fill,minmax(168px,1fr))}
 .grid.wide{grid-template-columns:repeat(auto-fill,minmax(258px,1fr))}
+.grid.two{grid-template-columns:repeat(auto-fill,minmax(440px,1fr))}
 .grid.tiny{grid-template-columns:repeat(auto-fill,minmax(200px,1fr))}
 .card{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:16px;box-shadow:var(--shadow);
 min-width:0}
@@ -66,8 +67,8 @@ display:block;margin-top:8px}
 .words.text{font-size:13.5px;line-height:1.55}
 .words mark{background:color-mix(in srgb,var(--c1) 15%,transparent);color:inherit;border-radius:4px;padding:1px 3px}
 h4{font-size:14px;margin:26px 0 10px;font-weight:620}
-table{border-collapse:collapse;width:100%;font-size:13px;font-variant-numeric:tabular-nums}
-td,th{padding:5px 8px;text-align:right;border-bottom:1px solid var(--line)}th{color:var(--soft);font-weight:560}
+table{border-collapse:collapse;width:100%;font-size:12px;font-variant-numeric:tabular-nums}
+td,th{padding:4px 4px;text-align:right;border-bottom:1px solid var(--line)}th{color:var(--soft);font-weight:560}
 td:first-child,th:first-child{text-align:left}
 details{background:var(--card);border:1px solid var(--line);border-radius:14px;padding:12px 16px}
 summary{cursor:pointer;font-weight:600;font-size:13.5px}
@@ -76,6 +77,6 @@ pre{overflow:auto;font:12px/1.5 ui-monospace,SFMono-Regular,Menlo,Consolas,monos
 .grid.below{margin-top:16px}video{cursor:pointer}
 .scroll{overflow-x:auto}
 footer{color:var(--soft);font-size:12.5px;margin-top:44px}
-@media(max-width:640px){.grid{grid-template-columns:1fr}.grid.tight{grid-template-columns:1fr 1fr}}
+@media(max-width:640px){.grid,.grid.two{grid-template-columns:1fr}.grid.tight{grid-template-columns:1fr 1fr}}
 @media print{nav{display:none}.card{break-inside:avoid}}
 """

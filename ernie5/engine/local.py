@@ -9,7 +9,7 @@ import torch
 
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.model.moe.balance import update_balance
+from ernie5.model.moe.balance import orthogonality_step, update_balance
 from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
@@ -71,6 +71,7 @@ class LocalEngine(Engine):
             self._optimizer.step()
             self._updates += 1
             self._copy_masters()
+            self._orthogonalise(learning_rate)
             update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
             self.magnitudes = update_magnitudes(
                 self.magnitudes,
@@ -139,6 +140,14 @@ class LocalEngine(Engine):
 
     def close(self) -> None:
         """Nothing to release."""
+
+    def _orthogonalise(self, learning_rate: float) -> None:
+        """The decoupled router step of ERNIE 4.5 (fp32 only: the model's weights are then the masters)."""
+        speed = learning_rate * self._settings.objectives.orthogonality_weight
+        if not speed:
+            return
+        for router in self.model.routers():
+            orthogonality_step(router, speed=speed)
 
     def _move_gradients(self) -> None:
         for name, parameter in self.model.named_parameters():

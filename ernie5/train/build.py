@@ -228,10 +228,10 @@ def refuse_unavailable(config: RootConfig, *, world_size: int) -> None:
         config.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
     if config.observe.alarms.on_spike == "skip":
         config.fail("observe.alarms.on_spike", "dropping a finite update is not available in this version. Use warn")
-    if config.objectives.orthogonality_weight and config.engine.kind == "deepspeed" and config.engine.zero_stage:
+    if config.objectives.orthogonality_weight and (config.engine.kind, config.engine.precision) != ("local", "fp32"):
         config.fail(
             "objectives.orthogonality_weight",
-            "the decoupled router step needs whole fp32 weights. Set engine.zero_stage: 0 or engine.kind: local",
+            "the decoupled router step needs whole fp32 weights. Set engine.kind: local and engine.precision: fp32",
         )
     balance, weights = config.model.moe.balance, config.objectives
     for name, on, weight in (

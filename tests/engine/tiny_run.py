@@ -11,8 +11,9 @@ from pathlib import Path
 
 import torch
 
+from ernie5.data.collate import Layout, collate_rows
 from ernie5.data.document import Shapes
-from ernie5.data.synthetic import synthetic_batch
+from ernie5.data.synthetic import TASKS, synthetic_batch, synthetic_document
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.local import LocalEngine
@@ -43,17 +44,26 @@ SHAPES = Shapes(patch_pixels=2, feature_channels=6, bits=4, num_scales=4, audio_
 
 
 def make_batches(rows_per_batch: list[int], *, seed: int = 0) -> list[Batch]:
-    """Consecutive slices of the same global rows: one micro-batch per entry."""
-    batches = []
-    row = 0
-    for rows in rows_per_batch:
-        parts = [_row(seed=1000 * seed + row + i) for i in range(rows)]
-        batches.append(parts[0] if rows == 1 else _row(seed=1000 * seed + row, rows=rows))
-        row += rows
+    """Micro-batches of different rows, one entry each."""
+    return [_rows(seed=1000 * seed + index, rows=rows) for index, rows in enumerate(rows_per_batch)]
+
+
+def cut_rows(rows_per_batch: list[int], *, tasks: tuple[str, ...] = TASKS) -> list[Batch]:
+    """The same four (or fewer) packed rows, cut into micro-batches of the given sizes."""
+    layout = Layout(160, VOCAB.pad, 1)
+    rows = [
+        tuple(synthetic_document(VOCAB, shapes=SHAPES, task=task, seed=10 * row + i) for i, task in enumerate(chosen))
+        for row, chosen in enumerate((tasks[:1], tasks[1:3], tasks[3:5], tasks[5:7])[: sum(rows_per_batch)])
+    ]
+    rows = [tuple(document for document in row if document.length <= 70) for row in rows]
+    batches, start = [], 0
+    for count in rows_per_batch:
+        batches.append(collate_rows(rows[start : start + count], layout=layout))
+        start += count
     return batches
 
 
-def _row(*, seed: int, rows: int = 1) -> Batch:
+def _rows(*, seed: int, rows: int) -> Batch:
     return synthetic_batch(VOCAB, shapes=SHAPES, rows=rows, sequence_tokens=160, seed=seed)
 
 

@@ -1,0 +1,132 @@
+"""Checkpoints: round trip, damage, failures while saving, retention."""
+
+from __future__ import annotations
+
+import errno
+import json
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.checkpoint import save as save_module
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.load import check_tokenizers, load_run
+from ernie5.checkpoint.manifest import RunState, read_manifest
+from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
+from ernie5.checkpoint.retention import checkpoints_to_remove
+from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.engine.interface import EngineState
+from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
+
+
+def make_contents(step: int, *, precision: str = "fp32") -> Contents:
+    torch.manual_seed(step)
+    parameters = {"a.weight": torch.randn(5, 3), "b.bias": torch.randn(2)}
+    moments = {f"{kind}/{name}": torch.randn_like(v) for kind in ("exp_avg", "exp_avg_sq") for name, v in parameters.items()}
+    engine = EngineState(
+        parameters=parameters, buffers={"router.balance_bias": torch.randn(4)}, moments=moments, updates=step,
+        magnitudes=torch.rand(4, dtype=torch.float64) / 3,
+    )
+    run = RunState(step=step, tokens=10 * step, data={"cursor": [step, 2]}, rng={"cpu": "00ff"}, spikes=1)
+    return Contents(engine=engine, run=run, config_yaml="train: {}\n", precision=precision, tokenizers={"text": "abc"})
+
+
+@pytest.mark.parametrize("precision", ["fp32", "bf16"])
+def test_everything_comes_back_bit_for_bit(precision: str, tmp_path: Path) -> None:
+    contents = make_contents(7, precision=precision)
+    path = save_checkpoint(tmp_path, contents=contents, config=CheckpointConfig())
+    loaded = load_run(tmp_path)
+    assert loaded.directory == path and loaded.run == contents.run and loaded.engine.updates == 7
+    assert torch.equal(loaded.engine.magnitudes, contents.engine.magnitudes)
+    for name in ("parameters", "buffers", "moments"):
+        before, after = vars(contents.engine)[name], vars(loaded.engine)[name]
+        assert before.keys() == after.keys()
+        assert all(torch.equal(after[key], value) for key, value in before.items())
+
+
+def test_a_flipped_byte_names_the_file_and_the_tensor(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    file = path / "model.safetensors"
+    content = bytearray(file.read_bytes())
+    content[-1] ^= 1
+    file.write_bytes(content)
+    with pytest.raises(CheckpointError, match=r"model\.safetensors.*damaged: (a\.weight|b\.bias|router)"):
+        load_run(tmp_path)
+
+
+def test_a_truncated_file_and_a_missing_file_are_named(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    file = path / "optimizer.safetensors"
+    file.write_bytes(file.read_bytes()[:-3])
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors has \d+ bytes, the manifest says"):
+        load_run(tmp_path)
+    file.unlink()
+    with pytest.raises(CheckpointError, match=r"optimizer\.safetensors is missing"):
+        load_run(tmp_path)
+
+
+@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "ernie5-checkpoint", "version": 1}'])
+def test_a_damaged_manifest_is_one_clear_error(text: str, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    (path / "manifest.json").write_text(text)
+    with pytest.raises(CheckpointError, match=r"manifest\.json"):
+        read_manifest(path)
+
+
+def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    first = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+
+    def full(path: Path) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device", str(path))
+
+    monkeypatch.setattr(save_module, "_sync_file", full)
+    with pytest.raises(EnvironmentFault, match=r"previous checkpoint stands: .*step-00000001"):
+        save_checkpoint(tmp_path, contents=make_contents(2), config=CheckpointConfig())
+    monkeypatch.undo()
+    assert latest_checkpoint(tmp_path) == first
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
+    assert load_run(tmp_path).run.step == 1
+
+
+def test_a_kill_between_rename_and_latest_still_resumes(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    newest = save_checkpoint(tmp_path, contents=make_contents(2), config=CheckpointConfig())
+    (tmp_path / "latest").write_text("step-00000009\n")
+    (tmp_path / ".tmp-step-00000003-1").mkdir()
+    assert find_checkpoint(tmp_path) == newest
+    save_checkpoint(tmp_path, contents=make_contents(3), config=CheckpointConfig())
+    assert not list(tmp_path.glob(".tmp-*"))
+
+
+def test_saving_the_same_step_twice_replaces_it(tmp_path: Path) -> None:
+    for _ in range(2):
+        save_checkpoint(tmp_path, contents=make_contents(4), config=CheckpointConfig())
+    assert load_run(tmp_path).run.step == 4
+
+
+def test_retention_keeps_the_newest_and_the_milestones() -> None:
+    steps = [10, 20, 30, 40, 50]
+    assert checkpoints_to_remove(steps, config=CheckpointConfig(keep=2)) == [10, 20, 30]
+    assert checkpoints_to_remove(steps, config=CheckpointConfig(keep=1, keep_every_steps=20)) == [10, 30]
+
+
+def test_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
+    save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    manifest = load_run(tmp_path).manifest
+    check_tokenizers(manifest, identities={"text": "abc"})
+    with pytest.raises(TokenizerError, match="text"):
+        check_tokenizers(manifest, identities={"text": "xyz"})
+
+
+def test_a_directory_without_a_checkpoint_says_what_was_expected(tmp_path: Path) -> None:
+    with pytest.raises(CheckpointError, match="holds no checkpoint"):
+        find_checkpoint(tmp_path)
+
+
+def test_the_manifest_is_plain_json_with_shapes_and_checksums(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    values = json.loads((path / "manifest.json").read_text())
+    assert values["tensors"]["a.weight"]["shape"] == [5, 3] and len(values["files"]["model.safetensors"]["sha256"]) == 64

@@ -26,7 +26,9 @@ PROBLEMS_SHOWN = 8
 
 @dataclasses.dataclass(frozen=True)
 class BuildOptions:
-    """What to build. compression: none, gzip, xz or packed. max_audio_seconds and max_video_frames are what a training row must hold at most."""
+    """What to build. compression: none, gzip, xz or packed.
+
+    max_audio_seconds and max_video_frames are what a training row must hold at most."""
 
     source: Path
     out: Path

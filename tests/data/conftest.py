@@ -68,7 +68,8 @@ def user_folder(tmp_path: Path) -> Path:
     segments = [{"text": "look"}, {"image": "figure.png"}, {"text": "there"}]
     (root / "pages" / "cat" / "page.json").write_text(json.dumps({"segments": segments}), "utf-8")
     (root / "site.html").write_text(
-        "<head><title>no</title></head><p>Hi <b>you</b></p><script>no()</script><img src='inline.png'><p>Bye</p>", "utf-8"
+        "<head><title>no</title></head><p>Hi <b>you</b></p><script>no()</script><img src='inline.png'><p>Bye</p>",
+        "utf-8",
     )
     (root / "table.csv").write_text("1,2", "utf-8")
     (root / ".hidden.txt").write_text("secret", "utf-8")

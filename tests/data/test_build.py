@@ -82,7 +82,9 @@ def test_force_never_removes_a_folder_that_build_did_not_write(user_folder: Path
     assert (tmp_path / "out" / "thesis.txt").is_file()
 
 
-def test_all_bad_files_are_named_and_nothing_stays_behind(user_folder: Path, tmp_path: Path, media_writers: tuple) -> None:
+def test_all_bad_files_are_named_and_nothing_stays_behind(
+    user_folder: Path, tmp_path: Path, media_writers: tuple
+) -> None:
     write_image, write_clip, write_tone = media_writers
     (user_folder / "dog.png").write_bytes(b"not a picture")
     write_clip(user_folder / "fade.mp4", frames=30)

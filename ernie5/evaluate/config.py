@@ -12,11 +12,11 @@ class EvaluateConfig(Config):
 
     batch_rows: int = field(16, doc="rows of one forward pass", unit="rows", check=positive, kind="performance")
     loss_samples: int = field(
-        48, doc="validation samples per task of the losses, the routing figures and video bits; 0: all",
+        24, doc="validation samples per task of the losses, the routing figures and video bits; 0: all",
         unit="samples", check=non_negative, kind="logging",
     )
     text_bytes: int = field(
-        200_000, doc="validation text of bits per byte; whole documents until this is reached; 0: all", unit="bytes",
+        120_000, doc="validation text of bits per byte; whole documents until this is reached; 0: all", unit="bytes",
         check=non_negative, kind="logging",
     )
     training_text_bytes: int = field(

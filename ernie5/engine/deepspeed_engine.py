@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
-from ernie5.engine.deepspeed_launch import log_to_file, start_processes
+from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
@@ -42,13 +42,11 @@ class DeepSpeedEngine(Engine):
         device: torch.device,
         micro_batches: int,
         micro_sequences: int,
-        log_path: Path | None = None,
+        log_path: Path,
     ) -> None:
-        start_processes(device)
+        start_processes(device, log_path=log_path)
         import deepspeed
 
-        if log_path is not None:
-            log_to_file(log_path)
         self.model, self.device, self._settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.magnitudes = settings.magnitudes.to(device)
@@ -70,8 +68,6 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
         _restore_buffers(model, buffers=buffers)
-        if self._stage == 3:
-            step.prepare_head = lambda weight: _register_head(step, weight=weight)
         self._state = DeepSpeedState(self._engine, model=model, stage=self._stage)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
@@ -174,13 +170,3 @@ def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]
 
 def _own_buffers(module: torch.nn.Module) -> Iterator[tuple[str, torch.Tensor]]:
     yield from list(module.named_buffers(recurse=False))
-
-
-def _register_head(step: MicroStep, *, weight: torch.Tensor) -> None:
-    """ZeRO-3: keep the text head whole while the losses, which run outside the backbone, use it."""
-    import deepspeed
-
-    if isinstance(weight, torch.nn.Parameter):
-        deepspeed.zero.register_external_parameter(step, weight)
-        if weight.ds_status != deepspeed.zero.partition_parameters.ZeroParamStatus.AVAILABLE:
-            weight.all_gather()

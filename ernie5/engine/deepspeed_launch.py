@@ -2,15 +2,39 @@
 
 from __future__ import annotations
 
+import importlib
 import logging
 import os
+import sys
 from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 
-def start_processes(device: torch.device) -> None:
+def import_deepspeed(log_path: Path) -> None:
+    """Import DeepSpeed with its messages in `log_path`.
+
+    The import probes which operators could be compiled, and the linker complains on file descriptor 2 about libraries
+    that are absent; nothing of that concerns a run.
+    """
+    log_path.parent.mkdir(parents=True, exist_ok=True)
+    sys.stdout.flush()
+    sys.stderr.flush()
+    saved = os.dup(1), os.dup(2)
+    with log_path.open("ab") as log:
+        os.dup2(log.fileno(), 1)
+        os.dup2(log.fileno(), 2)
+        try:
+            importlib.import_module("deepspeed")
+        finally:
+            for number, copy in enumerate(saved, start=1):
+                os.dup2(copy, number)
+                os.close(copy)
+    _log_to_file(log_path)
+
+
+def start_processes(device: torch.device, *, log_path: Path) -> None:
     """Join the process group of the launcher, or make a group of one that needs no port.
 
     With a launcher, RANK, WORLD_SIZE, LOCAL_RANK, MASTER_ADDR and MASTER_PORT are set; without, the store lives in
@@ -18,6 +42,7 @@ def start_processes(device: torch.device) -> None:
     """
     if device.type == "cpu":
         os.environ.setdefault("DS_ACCELERATOR", "cpu")
+    import_deepspeed(log_path)
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
     if not dist.is_initialized():
@@ -29,11 +54,9 @@ def start_processes(device: torch.device) -> None:
     _join_deepspeed()
 
 
-def log_to_file(path: Path) -> None:
-    """Send DeepSpeed's messages to `path` instead of the terminal."""
+def _log_to_file(path: Path) -> None:
     from deepspeed.utils import logger
 
-    path.parent.mkdir(parents=True, exist_ok=True)
     for handler in list(logger.handlers):
         logger.removeHandler(handler)
     handler = logging.FileHandler(path, encoding="utf-8", delay=True)

@@ -77,7 +77,6 @@ class DeepSpeedState:
         return safe_get_full_optimizer_state(parameter, key)
 
     def _write(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
-        import deepspeed
         from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
 
         value = value.to(parameter.device)
@@ -87,16 +86,10 @@ class DeepSpeedState:
             safe_set_full_optimizer_state(parameter, value, key)
         else:
             safe_set_full_fp32_param(parameter, value)
-            gather = [parameter] if self._stage == 3 else []
-            with deepspeed.zero.GatheredParameters(gather, modifier_rank=0, enabled=bool(gather)):
-                parameter.data.copy_(value)
+            parameter.data.copy_(value)
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
-        from deepspeed.utils import safe_get_full_grad
-
-        if self._stage in (1, 2):
-            return parameter.get_full_hp_grad()
-        return safe_get_full_grad(parameter)
+        return parameter.grad if self._stage == 0 else parameter.get_full_hp_grad()
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer
@@ -107,6 +100,4 @@ class DeepSpeedState:
 
     def _masters(self) -> list[torch.Tensor]:
         """The tensors that the client's optimizer steps: whole parameters, or flat fp32 pieces."""
-        if self._stage == 3:
-            return list(self._optimizer().fp32_partitioned_groups_flat)
         return [parameter for group in self._inner().param_groups for parameter in group["params"]]

@@ -20,20 +20,18 @@ Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MicroStep(torch.nn.Module):
-    """Model and objectives. `prepare_head` is called with the text head before the losses use it."""
+    """Model and objectives."""
 
     def __init__(self, model: torch.nn.Module, *, config: ObjectivesConfig) -> None:
         super().__init__()
         self.model = model
         self._config = config
-        self.prepare_head: Callable[[torch.Tensor], None] = lambda weight: None
 
     def forward(
         self, batch: Batch, counts: TargetCounts, divisors: torch.Tensor
     ) -> tuple[torch.Tensor, LossTerms, RoutingStats]:
         """Return (share of the step's objective 0-d fp32, sums of nats, routing); counts are the whole step's."""
         output = self.model(batch)
-        self.prepare_head(output.text_weight)
         terms = losses(output, batch)
         share = combine(terms, counts=counts, divisors=divisors, config=self._config)
         share = share + combine_routing(

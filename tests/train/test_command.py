@@ -1,0 +1,89 @@
+"""`ernie5 train` from outside: mistakes are one line and exit code 2, and --validate needs no torch."""
+
+from __future__ import annotations
+
+import json
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from ernie5.errors import CheckpointError, ConfigError, DataError, LayoutError, NumericsError, TokenizerError
+from ernie5.train.command import main
+
+
+def test_validate_imports_no_torch(world: Path) -> None:
+    code = (
+        "import sys; from ernie5.__main__ import main; code = main(['train', sys.argv[1], '--validate']);"
+        "sys.exit(code or ('torch' in sys.modules))"
+    )
+    done = subprocess.run([sys.executable, "-c", code, str(world / "run.yaml")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "is valid" in done.stdout
+
+
+def test_a_mistyped_key_is_one_line_with_the_closest_key(run_ernie5: Callable, world: Path) -> None:
+    done = run_ernie5("train", world / "run.yaml", "--validate", "train.stepz=3")
+    assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "train.steps" in done.stderr
+
+
+@pytest.mark.parametrize(
+    ("override", "error", "words"),
+    [
+        ("parallel.tp=2", LayoutError, "parallel.tp"),
+        ("parallel.dp=2", LayoutError, "parallel.dp"),
+        ("batch.global_sequences=5", LayoutError, "streams|multiple"),
+        ("data.shards=[/nowhere/*.tar]", DataError, "nowhere"),
+        ("model.vocab_size=640", ConfigError, "model.vocab_size"),
+        ("model.visual.bits=8", ConfigError, "model.visual.bits"),
+        ("tokenizers.text=/nowhere", TokenizerError, "nowhere"),
+        ("observe.alarms.on_spike=skip", ConfigError, "on_spike"),
+        ("objectives.z_weight=0.1", ConfigError, "z_loss"),
+        ("checkpoint.keep=0", ConfigError, "checkpoint.keep"),
+    ],
+)
+def test_settings_that_cannot_work_are_refused_by_name(
+    override: str, error: type[Exception], words: str, world: Path, tmp_path: Path
+) -> None:
+    with pytest.raises(error, match=words):
+        main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", override])
+
+
+def test_an_error_is_recorded_in_exit_json_and_the_run_directory_stays_usable(world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    with pytest.raises(CheckpointError):
+        main([str(world / "run.yaml"), f"train.run_dir={run_dir}", "--resume", str(tmp_path / "nothing")])
+    record = json.loads((run_dir / "exit.json").read_text())
+    assert record["exit_code"] == 2 and record["error"] == "CheckpointError"
+    assert main([str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.steps=1"]) == 0
+    assert json.loads((run_dir / "exit.json").read_text())["exit_code"] == 0
+
+
+def test_a_checkpoint_of_another_architecture_names_every_mismatch(world: Path, tmp_path: Path) -> None:
+    arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}"]
+    main([*arguments, "train.steps=1"])
+    with pytest.raises(CheckpointError, match=r"experts.*shape \[8, .*the model wants \[4, "):
+        main([*arguments, "model.moe.num_experts=4"])
+
+
+def test_weights_that_explode_end_in_exit_code_four(world: Path, tmp_path: Path) -> None:
+    arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "train.spike_retries=0"]
+    with pytest.raises(NumericsError, match="not finite"):
+        main([*arguments, "optim.learning_rate=1e30", "optim.schedule.warmup_steps=0", "train.steps=20"])
+    assert json.loads((tmp_path / "run" / "exit.json").read_text())["exit_code"] == 4
+
+
+def test_deepspeed_writes_a_checkpoint_that_the_local_engine_continues(
+    world: Path, tmp_path: Path, read_rows: Callable
+) -> None:
+    same = [str(world / "run.yaml"), "optim.schedule.warmup_steps=1", "model.moe.balance.speed=0.01"]
+    main([*same, f"train.run_dir={tmp_path / 'run'}", "engine.kind=deepspeed", "train.steps=2"])
+    main([*same, f"train.run_dir={tmp_path / 'run'}", "engine.kind=local", "train.steps=3"])
+    main([*same, f"train.run_dir={tmp_path / 'alone'}", "train.steps=3"])
+    mixed, whole = read_rows(tmp_path / "run"), read_rows(tmp_path / "alone")
+    assert [row["tokens"] for row in mixed] == [row["tokens"] for row in whole]
+    for ours, theirs in zip(mixed, whole, strict=True):
+        # two engines, fp32: sums in another order
+        assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)

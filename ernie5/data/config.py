@@ -72,7 +72,10 @@ class DataConfig(Config):
     shards: tuple[str, ...] = field(("sample",), doc="shard paths or globs, or `sample` for the embedded corpus")
     sequence_tokens: int = field(512, doc="length of a packed row", unit="tokens", check=at_least(2), kind="numerics")
     streams: int = field(
-        4, doc="logical streams, each packing its own rows; a multiple of every dp used", check=positive, kind="numerics"
+        4,
+        doc="logical streams, each packing its own rows; a multiple of every dp used",
+        check=positive,
+        kind="numerics",
     )
     workers: int = field(0, doc="threads that prepare rows ahead; 0 prepares them inline", check=non_negative)
     prefetch_steps: int = field(2, doc="steps prepared ahead per worker", unit="steps", check=positive)
@@ -91,7 +94,9 @@ class DataConfig(Config):
     video_pixels: int = field(32, doc="side of clips", unit="px", check=positive, kind="architecture")
     video_frames: int = field(17, doc="frames of a clip, 1+4n", unit="frames", check=positive, kind="architecture")
     positions: PositionsConfig = field(PositionsConfig, doc="positions of visual cells", kind="architecture")
-    bpe_dropout: float = field(0.1, doc="chance that a BPE merge is skipped in training", check=fraction, kind="numerics")
+    bpe_dropout: float = field(
+        0.1, doc="chance that a BPE merge is skipped in training", check=fraction, kind="numerics"
+    )
     condition_drop: float = field(
         0.1, doc="chance that the text before a generated medium is left out", check=fraction, kind="numerics"
     )

@@ -155,7 +155,7 @@ class ExampleMaker:
         suffixes = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}[medium]
         found = next((media for media in sample.media if media.name in suffixes), None)
         if found is None:
-            raise DataError(f"sample {sample.key} has no {medium} member ({', '.join(suffixes)}). Build the shard again.")
+            raise DataError(f"sample {sample.key} has no {medium} ({', '.join(suffixes)}). Build the shard again.")
         return self._features(sample.key, media=found, medium=medium, purpose=purpose)
 
     def _builder(self, key: str, *, task: str) -> DocumentBuilder:
@@ -196,7 +196,7 @@ class ExampleMaker:
         else:
             words = ", ".join(meta.keywords)
         if not words:
-            raise DataError(f"sample {draft.sample.key} has no words (transcript, captions or keywords) for its medium.")
+            raise DataError(f"sample {draft.sample.key} has no words: no transcript, captions or keywords.")
         return words
 
     def _caption(self, draft: _Draft) -> Caption:

@@ -159,8 +159,8 @@ class Loader:
         if state["seed"] != self._seed or state["num_streams"] != self._config.streams:
             raise DataError(
                 f"the stored data cursor belongs to train.seed = {state['seed']} and data.streams = "
-                f"{state['num_streams']}, the config has {self._seed} and {self._config.streams}. Resume with the values "
-                "of the run, or start --fresh."
+                f"{state['num_streams']}, the config has {self._seed} and {self._config.streams}. Resume with the "
+                "values of the run, or start --fresh."
             )
         for stream in self._streams:
             if str(stream.number) not in state["streams"]:

@@ -96,7 +96,8 @@ class Packer:
         if {task for task, _ in state.drawn} != set(self._mixture.drawn):
             raise DataError(
                 f"the stored data cursor has the tasks {', '.join(task for task, _ in state.drawn)}, the mixture has "
-                f"{', '.join(self._mixture.drawn)}. Resume with the shards and data.mixture of the run, or start --fresh."
+                f"{', '.join(self._mixture.drawn)}. Resume with the shards and data.mixture of the run, or start "
+                "--fresh."
             )
         self._mixture.tokens = dict(state.tokens)
         self._mixture.drawn = dict(state.drawn)

@@ -29,7 +29,8 @@ def merge_patches(pixels: torch.Tensor, *, features: torch.Tensor, frames_per_gr
     if height % SIDE or width % SIDE or num_frames % frames_per_group:
         raise DataError(
             f"a picture of {height}x{width} cells and {num_frames} frames cannot be merged by {SIDE}x{SIDE} cells and "
-            f"{frames_per_group} frames. Choose data.image_pixels and data.video_pixels as multiples of twice the stride."
+            f"{frames_per_group} frames. Choose data.image_pixels and data.video_pixels as multiples of twice the "
+            "stride."
         )
     stride = pixels.shape[2] // height
     cut = pixels.movedim(1, 0).reshape(num_frames, 3, height, stride, width, stride)

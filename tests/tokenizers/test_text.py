@@ -16,7 +16,8 @@ from ernie5.tokenizers.text import TextTokenizer, load_text_tokenizer, train_tex
 
 CORPUS = ["the cat sat on the mat, the dog barked at the cat", "床前明月光，疑是地上霜。", "съешь ещё этих мягких"] * 30
 HOSTILE = [
-    "", " ", "\n", "a", "\x00", "the  cat\t\n\n end ", "日本語テスト 中文。", "😀👩‍👩‍👧‍👦 flag 🇮🇹", "e\u0301 vs \u00e9",
+    "", " ", "\n", "a", "\x00", "the  cat\t\n\n end ", "日本語テスト 中文。", "😀👩‍👩‍👧‍👦 flag 🇮🇹",
+    "e\u0301 vs \u00e9",
     "\ud800", "x\udc00y\udbff", "\U0010ffff\ufeff\ufffe", "ا ب ت हिन्दी ไทย", "1234567 3.14", "a" * 3000, "_under_score",
 ]
 
@@ -70,7 +71,9 @@ def test_no_piece_is_merged_over_a_word_border_or_half_a_character(small: TextTo
         assert not any(" " in word[1:] for word in words)
 
 
-def test_training_is_repeatable_and_saved_vocabularies_keep_their_identity(small: TextTokenizer, tmp_path: Path) -> None:
+def test_training_is_repeatable_and_a_saved_vocabulary_keeps_its_identity(
+    small: TextTokenizer, tmp_path: Path
+) -> None:
     again = train_text_tokenizer(CORPUS, vocab_size=400)
     assert again.identity == small.identity and again.size == small.size <= 400
     small.save(tmp_path)

@@ -18,7 +18,8 @@ CORPUS = ["the cat sat on the mat, the dog barked at the cat", "床前明月光�
 HOSTILE = [
     "", " ", "\n", "a", "\x00", "the  cat\t\n\n end ", "日本語テスト 中文。", "😀👩‍👩‍👧‍👦 flag 🇮🇹",
     "e\u0301 vs \u00e9",
-    "\ud800", "x\udc00y\udbff", "\U0010ffff\ufeff\ufffe", "ا ب ت हिन्दी ไทย", "1234567 3.14", "a" * 3000, "_under_score",
+    "\ud800", "x\udc00y\udbff", "\U0010ffff\ufeff\ufffe",
+    "ا ب ت हिन्दी ไทย", "1234567 3.14", "a" * 3000, "_under_score",
 ]
 
 

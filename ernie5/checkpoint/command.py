@@ -37,7 +37,7 @@ def describe(directory: Path, *, manifest: Manifest, with_optimizer: bool) -> st
     lines = [
         f"{directory}",
         f"step {manifest.step}, {manifest.tokens:,} tokens, precision {manifest.precision}",
-        *(f"file {name}: {_size(entry.num_bytes)}, sha256 {entry.sha256[:16]}" for name, entry in manifest.files.items()),
+        *(f"file {name}: {_size(file.num_bytes)}, sha256 {file.sha256[:16]}" for name, file in manifest.files.items()),
         *(f"tokenizer {name}: {identity[:16]}" for name, identity in manifest.tokenizers.items()),
     ]
     shown = {k: v for k, v in manifest.tensors.items() if with_optimizer or v.file != OPTIMIZER_FILE}

@@ -73,7 +73,9 @@ def load_run(path: Path | str) -> LoadedRun:
     return LoadedRun(directory=directory, manifest=manifest, engine=engine, run=run)
 
 
-def load_model(path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None) -> LoadedModel:
+def load_model(
+    path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> LoadedModel:
     """Read the model of the checkpoint at `path` (checkpoint, checkpoint folder or run directory), in eval mode.
 
     dtype: of the parameters, by default as stored; buffers stay fp32. Raises CheckpointError.

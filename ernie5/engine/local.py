@@ -170,7 +170,9 @@ def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     """Copies on the CPU of the buffers that a checkpoint keeps."""
     parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
     return {
-        name: value.detach().to("cpu", copy=True) for name, value in model.state_dict().items() if name not in parameters
+        name: value.detach().to("cpu", copy=True)
+        for name, value in model.state_dict().items()
+        if name not in parameters
     }
 
 

@@ -56,11 +56,11 @@ class SumsBuilder:
     def __init__(self, counts: TargetCounts) -> None:
         self._counts = counts
         self._parts: list[list[torch.Tensor]] = []
-        self._shape = torch.Size((0, 0))
+        self._shape, self._groups = torch.Size((0, 0)), 0
 
     def add(self, share: torch.Tensor, *, terms: LossTerms, routing: RoutingStats, tokens: torch.Tensor) -> None:
         """Record one micro-batch; `tokens` weighs its routing losses."""
-        self._shape = routing.loads.shape
+        self._shape, self._groups = routing.loads.shape, routing.group_loads.shape[1]
         weight = tokens / self._counts.tokens.clamp(min=1)
         scalars = [getattr(terms, f.name) for f in dataclasses.fields(LossTerms)] + [share]
         weighted = [routing.switch_loss * weight, routing.sequence_loss * weight, routing.z_loss * weight]
@@ -85,7 +85,7 @@ class SumsBuilder:
             counts=self._counts,
             routing=RoutingStats(
                 loads=loads.view(layers, experts).float(),
-                group_loads=group_loads.view(layers, -1, experts).float() if layers else group_loads.view(0, 6, experts),
+                group_loads=group_loads.view(layers, self._groups, experts).float(),
                 switch_loss=switch,
                 sequence_loss=sequence,
                 z_loss=z,

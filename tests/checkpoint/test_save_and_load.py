@@ -23,7 +23,8 @@ from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
 def make_contents(step: int, *, precision: str = "fp32") -> Contents:
     torch.manual_seed(step)
     parameters = {"a.weight": torch.randn(5, 3), "b.bias": torch.randn(2)}
-    moments = {f"{kind}/{name}": torch.randn_like(v) for kind in ("exp_avg", "exp_avg_sq") for name, v in parameters.items()}
+    kinds = ("exp_avg", "exp_avg_sq")
+    moments = {f"{kind}/{name}": torch.randn_like(v) for kind in kinds for name, v in parameters.items()}
     engine = EngineState(
         parameters=parameters, buffers={"router.balance_bias": torch.randn(4)}, moments=moments, updates=step,
         magnitudes=torch.rand(4, dtype=torch.float64) / 3,
@@ -66,7 +67,9 @@ def test_a_truncated_file_and_a_missing_file_are_named(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
-@pytest.mark.parametrize("text", ["", "{", "[]", '{"format": "other"}', '{"format": "ernie5-checkpoint", "version": 1}'])
+@pytest.mark.parametrize(
+    "text", ["", "{", "[]", '{"format": "other"}', '{"format": "ernie5-checkpoint", "version": 1}']
+)
 def test_a_damaged_manifest_is_one_clear_error(text: str, tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
     (path / "manifest.json").write_text(text)
@@ -129,4 +132,5 @@ def test_a_directory_without_a_checkpoint_says_what_was_expected(tmp_path: Path)
 def test_the_manifest_is_plain_json_with_shapes_and_checksums(tmp_path: Path) -> None:
     path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
     values = json.loads((path / "manifest.json").read_text())
-    assert values["tensors"]["a.weight"]["shape"] == [5, 3] and len(values["files"]["model.safetensors"]["sha256"]) == 64
+    assert values["tensors"]["a.weight"]["shape"] == [5, 3]
+    assert len(values["files"]["model.safetensors"]["sha256"]) == 64

@@ -54,7 +54,9 @@ def compare(result: dict, *, expected: dict) -> None:
 
 
 @pytest.mark.parametrize("stage", [0, 1, 2])
-def test_one_process_equals_local_parameter_by_parameter(stage: int, tiny: types.ModuleType, local_result: dict) -> None:
+def test_one_process_equals_local_parameter_by_parameter(
+    stage: int, tiny: types.ModuleType, local_result: dict
+) -> None:
     compare(tiny.two_steps(tiny.make_engine("deepspeed", stage=stage)), expected=local_result)
 
 

@@ -32,7 +32,7 @@ def deepspeed_config(
     Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
     where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole.
     """
-    check_combination(engine, optim=optim)
+    check_combination(engine, optim=optim, dp=plan.dp)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
     result: dict[str, object] = {
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
@@ -58,8 +58,15 @@ def deepspeed_config(
     return result
 
 
-def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
+def check_combination(engine: EngineConfig, *, optim: OptimConfig, dp: int) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
+    if engine.zero_stage == 2 and dp > 1:
+        engine.fail(
+            "zero_stage",
+            f"with dp = {dp} ranks, DeepSpeed's stage 2 fills its reduction buckets in the order of each rank's own "
+            "backward pass, and ranks whose rows hold other modalities would add up gradients of different "
+            "parameters. Set engine.zero_stage: 1",
+        )
     if engine.zero_stage == 3:
         engine.fail(
             "zero_stage",

@@ -44,8 +44,11 @@ SHAPES = Shapes(patch_pixels=2, feature_channels=6, bits=4, num_scales=4, audio_
 
 
 def make_batches(rows_per_batch: list[int], *, seed: int = 0) -> list[Batch]:
-    """Micro-batches of different rows, one entry each."""
-    return [_rows(seed=1000 * seed + index, rows=rows) for index, rows in enumerate(rows_per_batch)]
+    """Micro-batches of different rows; every other one is text alone, so that two ranks see other modalities."""
+    return [
+        _rows(seed=1000 * seed + index, rows=rows, tasks=("text",) if index % 2 else TASKS)
+        for index, rows in enumerate(rows_per_batch)
+    ]
 
 
 def cut_rows(rows_per_batch: list[int], *, tasks: tuple[str, ...] = TASKS) -> list[Batch]:
@@ -63,8 +66,8 @@ def cut_rows(rows_per_batch: list[int], *, tasks: tuple[str, ...] = TASKS) -> li
     return batches
 
 
-def _rows(*, seed: int, rows: int) -> Batch:
-    return synthetic_batch(VOCAB, shapes=SHAPES, rows=rows, sequence_tokens=160, seed=seed)
+def _rows(*, seed: int, rows: int, tasks: tuple[str, ...]) -> Batch:
+    return synthetic_batch(VOCAB, shapes=SHAPES, rows=rows, sequence_tokens=160, seed=seed, tasks=tasks)
 
 
 def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: float = 0.05, micro: int = 4,

@@ -14,6 +14,7 @@ from ernie5.config.registry import resolve
 from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.errors import ConfigError, EnvironmentFault
+from ernie5.generate.interleave import Generation
 from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.config import flops_per_token
 from ernie5.objectives.mix import uniform_magnitudes
@@ -35,6 +36,7 @@ from ernie5.train.hooks import (
     ValidationHook,
 )
 from ernie5.train.loop import Hook
+from ernie5.train.samples import SamplesHook
 from ernie5.train.state import Progression
 
 ROUTING_FILE = "routing.jsonl"
@@ -87,6 +89,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
         progression=progression,
         identity=identity,
     )
+    hooks += sample_hooks(config, run_dir=run_dir, engine=engine, tokenizers=tokenizers)
     return Run(config, run_dir, checkpoints, engine, loader, progression, hooks)
 
 
@@ -174,6 +177,24 @@ def build_hooks(
     )
 
 
+def sample_hooks(
+    config: RootConfig, *, run_dir: Path, engine: Engine, tokenizers: TokenizerBundle
+) -> tuple[Hook, ...]:
+    """The hook that writes samples, where it is switched on: the last of the list, for it takes longest."""
+    if not config.train.sample_every_steps:
+        return ()
+    generation = Generation(engine.model, tokenizers=tokenizers, data=config.data, config=config.generate)
+    return (
+        SamplesHook(
+            run_dir / "samples",
+            generation=generation,
+            data=config.data,
+            every=config.train.sample_every_steps,
+            is_main=engine.is_main,
+        ),
+    )
+
+
 def open_loader(config: RootConfig, *, tokenizers: TokenizerBundle, split: str, engine: Engine) -> Loader:
     """The stream of this rank's micro-batches of one split."""
     return build_loader(
@@ -194,7 +215,9 @@ def validation_batches(
     if not config.train.eval_every_steps:
         return ()
     loader = open_loader(config, tokenizers=tokenizers, split="validation", engine=engine)
-    return tuple(batch for _ in range(config.train.eval_batches) for batch in loader.next_step())
+    batches = tuple(batch for _ in range(config.train.eval_batches) for batch in loader.next_step())
+    loader.close()  # its workers would go on making rows that nobody takes
+    return batches
 
 
 def restore(loaded: LoadedRun, *, engine: Engine, loader: Loader, progression: Progression) -> None:

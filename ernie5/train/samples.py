@@ -1,0 +1,30 @@
+"""A small gallery every so many steps: what the run looks like from outside while it is under way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+from ernie5.checkpoint.names import step_name
+from ernie5.data.config import DataConfig
+from ernie5.generate.gallery import GallerySize, write_samples
+from ernie5.generate.interleave import Generation
+from ernie5.train.loop import Hook, StepContext
+
+SIZE = GallerySize(pictures=2, clips=1, speeches=1, texts=2)
+
+
+class SamplesHook(Hook):
+    """Writes RUN_DIR/samples/step-N/ on rank 0; the engines put the model back into train mode at their next step."""
+
+    def __init__(self, folder: Path, *, generation: Generation, data: DataConfig, every: int, is_main: bool) -> None:
+        self._folder, self._generation, self._data = folder, generation, data
+        self._every, self._is_main = every, is_main
+
+    def after_step(self, context: StepContext) -> None:
+        """Write samples on the steps of the rhythm."""
+        if not (self._every and self._is_main and context.step % self._every == 0):
+            return
+        self._generation.decoder.model.eval()
+        folder = self._folder / step_name(context.step)
+        folder.mkdir(parents=True, exist_ok=True)
+        write_samples(folder, generation=self._generation, data=self._data, step=context.step, size=SIZE)

@@ -6,26 +6,31 @@ import shutil
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.names import list_checkpoints, step_of
+from ernie5.checkpoint.names import LATEST_FILE, list_checkpoints, step_of
 
 TEMPORARY_PREFIX = ".tmp-"
 
 
-def checkpoints_to_remove(steps: list[int], *, config: CheckpointConfig) -> list[int]:
-    """Steps out of `steps` (ascending) that neither the newest `keep` nor `keep_every_steps` protect."""
-    recent = set(steps[-config.keep :])
+def checkpoints_to_remove(steps: list[int], *, newest: int, config: CheckpointConfig) -> list[int]:
+    """Steps out of `steps` (ascending) that neither the newest `keep` nor `keep_every_steps` protect.
+
+    `newest` is the step just saved. Later ones stem from before the run went back to an earlier checkpoint: they must
+    not push out what was just saved, and stay until the run has come past them.
+    """
+    past = [step for step in steps if step <= newest]
+    recent = set(past[-config.keep :])
     every = config.keep_every_steps
-    return [step for step in steps if step not in recent and not (every and step % every == 0)]
+    return [step for step in past if step not in recent and not (every and step % every == 0)]
 
 
-def apply_retention(folder: Path, *, config: CheckpointConfig) -> list[Path]:
-    """Remove surplus checkpoints; returns the removed paths.
+def apply_retention(folder: Path, *, newest: int, config: CheckpointConfig) -> list[Path]:
+    """Remove surplus checkpoints after step `newest` was saved; returns the removed paths.
 
     A directory is renamed away first, so that a kill in between never leaves half a checkpoint under its name.
     """
     found = {step_of(path.name): path for path in list_checkpoints(folder)}
     removed = []
-    for step in checkpoints_to_remove([step for step in found if step is not None], config=config):
+    for step in checkpoints_to_remove([step for step in found if step is not None], newest=newest, config=config):
         path = found[step]
         doomed = folder / f"{TEMPORARY_PREFIX}removed-{path.name}"
         path.rename(doomed)
@@ -39,3 +44,14 @@ def remove_leftovers(folder: Path) -> None:
     if folder.is_dir():
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
+
+
+def clear_checkpoints(folder: Path) -> None:
+    """Remove every checkpoint and `latest`, and the folder if nothing else is in it: checkpoint.dir may be a place
+    that holds other files of the user."""
+    remove_leftovers(folder)
+    for path in list_checkpoints(folder):
+        shutil.rmtree(path, ignore_errors=True)
+    (folder / LATEST_FILE).unlink(missing_ok=True)
+    if folder.is_dir() and not any(folder.iterdir()):
+        folder.rmdir()

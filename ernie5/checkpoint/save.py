@@ -69,7 +69,7 @@ def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfi
             temporary.rename(target)
         _sync_directory(folder)
         _replace_text(folder / LATEST_FILE, text=target.name + "\n")
-        apply_retention(folder, config=config)
+        apply_retention(folder, newest=contents.run.step, config=config)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error) or "os error 28" in str(error):

@@ -103,6 +103,7 @@ class Loader:
         self._rows_per_stream = shape.global_sequences // config.streams
         self._states = {stream.number: stream.state() for stream in streams}
         self._prefetch: _Prefetch | None = None
+        self._ran_ahead = False
         self.step = 0
 
     @property
@@ -123,6 +124,10 @@ class Loader:
 
     def next_rows(self) -> list[Row]:
         """The packed rows of this rank for the next step, in global order."""
+        if self._ran_ahead:
+            for stream in self._streams:
+                stream.restore(self._states[stream.number])
+            self._ran_ahead = False
         if self._config.workers and self._prefetch is None:
             self._prefetch = _Prefetch(
                 self._streams,
@@ -169,16 +174,15 @@ class Loader:
                 )
             stream.restore(_parse_state(state["streams"][str(stream.number)]))
             self._states[stream.number] = stream.state()
-        self.step = state["step"]
+        self.step, self._ran_ahead = state["step"], False
 
     def close(self) -> None:
-        """Stop the workers. The loader can be used on: rows that were made ahead are made again."""
+        """Stop the workers. The loader can be used on: the next step first makes again what was made ahead, so that
+        closing for good reads nothing and cannot fail."""
         if self._prefetch is None:
             return
         self._prefetch.stop()
-        self._prefetch = None
-        for stream in self._streams:
-            stream.restore(self._states[stream.number])
+        self._prefetch, self._ran_ahead = None, True
 
 
 def merge_states(states: list[dict]) -> dict:

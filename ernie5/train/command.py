@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
 import shutil
 from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
+from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
 from ernie5.errors import ConfigError, PeerError
@@ -21,6 +23,13 @@ CONFIG_FILE = "config.yaml"
 RUN_FILES = ("metrics.jsonl", "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
 PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+
+
+@dataclasses.dataclass
+class _Reached:
+    """The last step that a run finished, for exit.json."""
+
+    step: int = 0
 
 
 def main(argv: list[str]) -> int:
@@ -48,29 +57,31 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
         if fresh:
             _clear_run(run_dir, folder=folder)
     open_log(run_dir, rank=0 if is_main else int(os.environ["RANK"]))
-    step = 0
+    reached = _Reached()
     try:
         with keep_tracebacks(run_dir), StopRequest() as stop:
             source = None if fresh else _resume_source(folder, resume=resume)
             if is_main:
                 _note_changes(config, run_dir=run_dir)
                 (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-            step = _train(config, run_dir=run_dir, source=source, stop=stop)
+            _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached)
     except (Exception, KeyboardInterrupt) as error:
         fault = classify(_as_peer_error(error))
         newest = latest_checkpoint(folder)
         if is_main or not (run_dir / "exit.json").exists():
-            write_exit(run_dir, record=fault_record(fault, step=step, checkpoint=str(newest or "")))
+            write_exit(run_dir, record=fault_record(fault, step=reached.step, checkpoint=str(newest or "")))
         if fault.is_bug or classify(error).exit_code == fault.exit_code:
             raise
         raise _as_peer_error(error) from error
     if is_main:
-        write_exit(run_dir, record=done_record(step=step, checkpoint=str(latest_checkpoint(folder) or "")))
+        write_exit(run_dir, record=done_record(step=reached.step, checkpoint=str(latest_checkpoint(folder) or "")))
     return 0
 
 
-def _train(config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest) -> int:
-    """Build and run; returns the last step."""
+def _train(
+    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, reached: _Reached
+) -> None:
+    """Build and run; notes the last step also when an error ends the run."""
     from ernie5.train.build import build_run
     from ernie5.train.loop import LoopSettings, run_steps
 
@@ -89,8 +100,9 @@ def _train(config: RootConfig, *, run_dir: Path, source: Path | None, stop: Stop
             stop=stop,
         )
     finally:
+        reached.step = run.progression.step
+        run.loader.close()
         run.engine.close()
-    return run.progression.step
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -118,8 +130,9 @@ def _clear_run(run_dir: Path, *, folder: Path) -> None:
     """Remove what a run writes, by name; other files of the user stay."""
     for name in RUN_FILES:
         (run_dir / name).unlink(missing_ok=True)
-    for path in (folder, *(run_dir / name for name in RUN_FOLDERS)):
-        shutil.rmtree(path, ignore_errors=True)
+    clear_checkpoints(folder)
+    for name in RUN_FOLDERS:
+        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _note_changes(config: RootConfig, *, run_dir: Path) -> None:

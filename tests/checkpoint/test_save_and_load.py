@@ -14,7 +14,7 @@ from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import check_tokenizers, load_run
 from ernie5.checkpoint.manifest import RunState, read_manifest
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
-from ernie5.checkpoint.retention import checkpoints_to_remove
+from ernie5.checkpoint.retention import checkpoints_to_remove, clear_checkpoints
 from ernie5.checkpoint.save import Contents, save_checkpoint
 from ernie5.engine.interface import EngineState
 from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
@@ -112,8 +112,27 @@ def test_saving_the_same_step_twice_replaces_it(tmp_path: Path) -> None:
 
 def test_retention_keeps_the_newest_and_the_milestones() -> None:
     steps = [10, 20, 30, 40, 50]
-    assert checkpoints_to_remove(steps, config=CheckpointConfig(keep=2)) == [10, 20, 30]
-    assert checkpoints_to_remove(steps, config=CheckpointConfig(keep=1, keep_every_steps=20)) == [10, 30]
+    assert checkpoints_to_remove(steps, newest=50, config=CheckpointConfig(keep=2)) == [10, 20, 30]
+    assert checkpoints_to_remove(steps, newest=50, config=CheckpointConfig(keep=1, keep_every_steps=20)) == [10, 30]
+    assert checkpoints_to_remove(steps, newest=30, config=CheckpointConfig(keep=1)) == [10, 20]
+
+
+def test_going_back_to_an_earlier_checkpoint_keeps_what_is_saved_from_there(tmp_path: Path) -> None:
+    for step in (10, 20, 30, 15):
+        newest = save_checkpoint(tmp_path, contents=make_contents(step), config=CheckpointConfig(keep=2))
+    assert newest.name == "step-00000015" and latest_checkpoint(tmp_path) == newest
+    assert load_run(tmp_path).run.step == 15
+
+
+def test_clearing_leaves_what_is_not_a_checkpoint(tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    save_checkpoint(folder, contents=make_contents(1), config=CheckpointConfig())
+    (folder / "thesis.txt").write_text("mine", encoding="utf-8")
+    clear_checkpoints(folder)
+    assert [path.name for path in folder.iterdir()] == ["thesis.txt"]
+    (folder / "thesis.txt").unlink()
+    clear_checkpoints(folder)
+    assert not folder.exists()
 
 
 def test_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:

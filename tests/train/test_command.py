@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import subprocess
 import sys
+import threading
 from collections.abc import Callable
 from pathlib import Path
 
@@ -72,7 +73,24 @@ def test_weights_that_explode_end_in_exit_code_four(world: Path, tmp_path: Path)
     arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "train.spike_retries=0"]
     with pytest.raises(NumericsError, match="not finite"):
         main([*arguments, "optim.learning_rate=1e30", "optim.schedule.warmup_steps=0", "train.steps=20"])
-    assert json.loads((tmp_path / "run" / "exit.json").read_text())["exit_code"] == 4
+    record = json.loads((tmp_path / "run" / "exit.json").read_text())
+    assert record["exit_code"] == 4 and record["step"] > 0
+
+
+def test_fresh_leaves_other_files_of_a_checkpoint_folder_of_the_users_own(world: Path, tmp_path: Path) -> None:
+    folder = tmp_path / "mine"
+    arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", f"checkpoint.dir={folder}"]
+    main([*arguments, "train.steps=1"])
+    (folder / "thesis.txt").write_text("mine", encoding="utf-8")
+    main([*arguments, "train.steps=1", "--fresh"])
+    assert (folder / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_no_worker_of_the_data_outlives_a_run(world: Path, tmp_path: Path) -> None:
+    before = set(threading.enumerate())
+    changes = ["train.steps=1", "train.eval_every_steps=1", "data.workers=1"]
+    main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", *changes])
+    assert not [t for t in set(threading.enumerate()) - before if "_work" in t.name]
 
 
 def test_deepspeed_writes_a_checkpoint_that_the_local_engine_continues(

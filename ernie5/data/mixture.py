@@ -8,6 +8,7 @@ permutation per epoch; stream s of S takes every S-th place, so that one epoch o
 from __future__ import annotations
 
 import dataclasses
+import threading
 
 import numpy as np
 
@@ -60,18 +61,21 @@ class Mixture:
 
 
 class SampleOrder:
-    """Where the tickets of all streams lead: permutations per (task, epoch), kept for the epochs in use."""
+    """Where the tickets of all streams lead: permutations per (task, epoch), kept for the epochs in use. Safe for
+    threads: streams of different workers reach a new epoch at different times."""
 
     def __init__(self, counts: dict[str, int], *, seed: int, streams: int) -> None:
         self._counts, self._seed, self._streams = counts, seed, streams
         self._kept: dict[tuple[str, int], np.ndarray] = {}
+        self._lock = threading.Lock()
 
     def place(self, ticket: Ticket, *, stream: int) -> Place:
         """Sample number and epoch of the `ticket` of `stream`."""
         count = self._counts[ticket.task]
         epoch, number = divmod(ticket.index * self._streams + stream, count)
-        if (ticket.task, epoch) not in self._kept:
-            for old in [kept for kept in self._kept if kept[0] == ticket.task and kept[1] < epoch - 1]:
-                self._kept.pop(old, None)
-            self._kept[(ticket.task, epoch)] = permutation_of(count, "order", self._seed, ticket.task, epoch)
-        return Place(int(self._kept[(ticket.task, epoch)][number]), epoch)
+        with self._lock:
+            if (ticket.task, epoch) not in self._kept:
+                for old in [kept for kept in self._kept if kept[0] == ticket.task and kept[1] < epoch - 1]:
+                    del self._kept[old]
+                self._kept[(ticket.task, epoch)] = permutation_of(count, "order", self._seed, ticket.task, epoch)
+            return Place(int(self._kept[(ticket.task, epoch)][number]), epoch)

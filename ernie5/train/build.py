@@ -11,7 +11,10 @@ import torch
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, load_run
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
+from ernie5.data.document import SPEAKER_FEATURES
+from ernie5.data.features import FRAMES_PER_GROUP
 from ernie5.data.loader import Loader, StepShape, build_loader
+from ernie5.data.patches import SIDE
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.generate.interleave import Generation
@@ -277,12 +280,34 @@ def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:
             ("visual.bits", model.visual.bits, visual.bits),
             ("visual.patch_pixels", model.visual.patch_pixels, visual.stride),
             ("visual.encoder_channels", model.visual.encoder_channels, visual.feature_channels),
+            ("visual.num_scales", model.visual.num_scales, len(visual.sizes)),
+            ("visual.image_merge", model.visual.image_merge, SIDE * SIDE),
+            ("visual.video_merge", model.visual.video_merge, FRAMES_PER_GROUP * SIDE * SIDE),
         ]
     if model.has_audio:
         wanted += [
             ("audio.levels", model.audio.levels, tokenizers.audio_levels),
             ("audio.codes", model.audio.codes, audio.codes),
+            ("audio.speaker_features", model.audio.speaker_features, SPEAKER_FEATURES),
         ]
     for key, value, needed in wanted:
         if value != needed:
             config.fail(f"model.{key}", f"the tokenizers need {needed}. Set model.{key}: {needed}", error=ConfigError)
+    check_pixels(config, stride=visual.stride)
+
+
+def check_pixels(config: RootConfig, *, stride: int) -> None:
+    """Raise ConfigError where the sides of pictures or clips do not fit the patches: else every sample is skipped."""
+    data, mixture = config.data, config.data.mixture
+    for key, pixels, is_seen, is_drawn in (
+        ("image_pixels", data.image_pixels, mixture.image_to_text or mixture.page, mixture.text_to_image),
+        ("video_pixels", data.video_pixels, mixture.video_to_text, mixture.text_to_video),
+    ):
+        unit = SIDE * stride if is_seen else stride
+        if (is_seen or is_drawn) and pixels % unit:
+            config.fail(
+                f"data.{key}",
+                f"{pixels} px are not a multiple of {unit} px: the visual tokenizer's stride is {stride} px, and "
+                f"understanding merges {SIDE} x {SIDE} cells. Nearest that works: {max(1, round(pixels / unit)) * unit}",
+                error=ConfigError,
+            )

@@ -17,6 +17,16 @@ from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
 from ernie5.tokenizers.config import TokenizersConfig
 
+MODALITY_OF_TASK = (
+    ("image_to_text", "image"),
+    ("text_to_image", "image"),
+    ("video_to_text", "video"),
+    ("text_to_video", "video"),
+    ("audio_to_text", "audio"),
+    ("text_to_audio", "audio"),
+    ("page", "image"),
+)
+
 
 @config
 class TrainConfig(Config):
@@ -91,6 +101,13 @@ class RootConfig(Config):
                 f"differs from model.audio.levels = {self.model.audio.levels}. The model predicts exactly the levels "
                 "that the tokenizer gives it. Set both to the same number",
             )
+        for task, modality in MODALITY_OF_TASK:
+            if vars(self.data.mixture)[task] and modality not in self.model.modalities:
+                self.fail(
+                    f"data.mixture.{task}",
+                    f"needs {modality}, and model.modalities = {', '.join(self.model.modalities)}. The model would see "
+                    f"empty placeholders. Set data.mixture.{task}: 0 or add {modality} to model.modalities",
+                )
         self.check_layout(self.parallel.dp or 1)
 
     def check_layout(self, dp: int) -> None:

@@ -20,7 +20,7 @@ from ernie5.evaluate.subject import Subject
 KEYS = {
     "text_bits_per_byte_order2", "text_bits_per_byte_order3", "text_bits_per_byte_xz", "image_to_text_keywords",
     "audio_to_text_loss", "audio_to_text_words", "text_to_image_nearest", "text_to_audio_nearest",
-    "video_next_frame_bits", "expert_load",
+    "video_next_frame_bits", "video_next_frame_bits_requantised", "expert_load",
 }
 
 

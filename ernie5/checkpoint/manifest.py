@@ -56,7 +56,8 @@ class RunState:
     """The part of a run's state that is not in the engine.
 
     step: optimizer steps attempted; tokens: seen, padding not counted; data: the loader's cursor, JSON values;
-    rng: generator states as hexadecimal text by name; spikes: skipped steps in a row.
+    rng: generator states as hexadecimal text by name; spikes: skipped steps in a row; recent_losses: what the loss
+    alarm compares the next step with.
     """
 
     step: int
@@ -64,6 +65,7 @@ class RunState:
     data: object
     rng: dict[str, str]
     spikes: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
 
 
 def read_manifest(directory: Path) -> Manifest:

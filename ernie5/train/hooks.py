@@ -163,6 +163,7 @@ class AlarmHook(Hook):
                  objectives: ObjectivesConfig) -> None:
         self._config, self._progression, self._retries = config, progression, retries
         self._objectives, self._loss = objectives, LossAlarm(config)
+        self._loss.load_state(progression.recent_losses)
 
     def after_step(self, context: StepContext) -> None:
         """Check loss, gradient norm and loads."""
@@ -171,6 +172,7 @@ class AlarmHook(Hook):
         if not bool(torch.isfinite(sums.objective)):
             loss = float("nan")
         alarm = self._loss.check(loss, grad_norm=float(context.report.grad_norm), step=context.step)
+        self._progression.recent_losses = self._loss.state()
         if alarm is not None:
             in_row = self._progression.skipped_in_row
             if alarm.action == "stop" or in_row > self._retries:

@@ -12,22 +12,29 @@ from ernie5.checkpoint.manifest import RunState
 @dataclasses.dataclass
 class Progression:
     """Where a run stands. step: optimizer steps attempted; tokens: seen, padding not counted; skipped_in_row: steps
-    dropped for a gradient that was not finite, since the last good one.
+    dropped for a gradient that was not finite, since the last good one; recent_losses: the window of the loss alarm.
     """
 
     step: int = 0
     tokens: int = 0
     skipped_in_row: int = 0
+    recent_losses: list[float] = dataclasses.field(default_factory=list)
 
     def snapshot(self, *, data: object) -> RunState:
         """What a checkpoint keeps; `data` is the loader's cursor."""
         return RunState(
-            step=self.step, tokens=self.tokens, data=data, rng=capture_rng(), spikes=self.skipped_in_row
+            step=self.step,
+            tokens=self.tokens,
+            data=data,
+            rng=capture_rng(),
+            spikes=self.skipped_in_row,
+            recent_losses=list(self.recent_losses),
         )
 
     def restore(self, run: RunState) -> None:
         """Continue from a checkpoint."""
         self.step, self.tokens, self.skipped_in_row = run.step, run.tokens, run.spikes
+        self.recent_losses = list(run.recent_losses)
         restore_rng(run.rng)
 
 

@@ -79,6 +79,9 @@ def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
     arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "optim.schedule.warmup_steps=1"]
     main([*arguments, "train.steps=2"])
     main([*arguments, "train.steps=3"])
-    assert [row["step"] for row in read_rows(tmp_path / "run")] == [1, 2, 3]
+    rows = read_rows(tmp_path / "run")
+    assert [row["step"] for row in rows] == [1, 2, 3]
+    state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text("utf-8"))
+    assert state["run"]["recent_losses"] == [row["loss"] for row in rows]  # the alarm's window goes on as well
     main([*arguments, "train.steps=1", "--fresh"])
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1]

@@ -28,6 +28,8 @@ class SampleSource:
                 f"no task of data.mixture has samples: the shards hold {', '.join(corpus.tasks())}. Give the mixture a "
                 "share for one of them, or add shards."
             )
+        for task in sorted(task for task, pool in POOLS.items() if shares[task] and task not in self.shares):
+            LOG.info("data.mixture.%s = %g is left out: these shards hold no %s", task, shares[task], POOLS[task])
         self.maker = maker
         self._corpus = corpus
         counts = {task: len(corpus.samples(POOLS[task])) for task in self.shares}

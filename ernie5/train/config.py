@@ -120,6 +120,13 @@ class RootConfig(Config):
                 "runs the same number of micro-batches. Change batch.micro_sequences or the number of processes",
                 error=LayoutError,
             )
+        if self.batch.global_sequences % self.data.streams:
+            self.fail(
+                "batch.global_sequences",
+                f"is not a multiple of data.streams = {self.data.streams}. Every step takes the same number of rows "
+                "from every stream. Change one of the two",
+                error=LayoutError,
+            )
         if self.data.streams % dp:
             self.fail(
                 "data.streams",

@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ernie5.data.loader import Loader, StepShape, build_loader, merge_states
+from ernie5.data.samples import Sample, SampleMeta
+from ernie5.data.shards import ShardWriter
 from ernie5.errors import ConfigError, DataError, LayoutError
 from ernie5.records import TokenKind
 
@@ -89,6 +91,16 @@ def test_a_sample_that_cannot_be_decoded_is_skipped_counted_once_and_named(
             loader.next_step()
     assert loader.num_skipped == 1
     assert [r.message for r in caplog.records if "image-bad" in r.message and "skipped" in r.message]
+
+
+def test_a_share_that_no_sample_can_serve_is_said_once(
+    tiny_data, tiny_tokenizers, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    with ShardWriter(tmp_path, prefix="text", max_bytes=1 << 20) as writer:
+        writer.write(Sample("text-0", SampleMeta(task="text", text="the cat barks", split="train")))
+    with caplog.at_level(logging.INFO):
+        _open(tiny_data, tiny_tokenizers, shards=(str(tmp_path / "*.tar"),))
+    assert sum("data.mixture.text_to_image = 2 is left out" in record.message for record in caplog.records) == 1
 
 
 def test_every_epoch_uses_every_text_once(tiny_data, tiny_tokenizers) -> None:

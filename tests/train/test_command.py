@@ -30,6 +30,11 @@ def test_a_mistyped_key_is_one_line_with_the_closest_key(run_ernie5: Callable, w
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "train.steps" in done.stderr
 
 
+def test_validate_already_refuses_streams_that_do_not_divide_the_rows(world: Path) -> None:
+    with pytest.raises(LayoutError, match=r"global_sequences = 4: is not a multiple of data.streams = 3"):
+        main([str(world / "run.yaml"), "--validate", "data.streams=3"])
+
+
 @pytest.mark.parametrize(
     ("override", "error", "words"),
     [

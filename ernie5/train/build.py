@@ -308,6 +308,7 @@ def check_pixels(config: RootConfig, *, stride: int) -> None:
             config.fail(
                 f"data.{key}",
                 f"{pixels} px are not a multiple of {unit} px: the visual tokenizer's stride is {stride} px, and "
-                f"understanding merges {SIDE} x {SIDE} cells. Nearest that works: {max(1, round(pixels / unit)) * unit}",
+                f"understanding merges {SIDE} x {SIDE} cells. Nearest that works: "
+                f"{max(1, round(pixels / unit)) * unit}",
                 error=ConfigError,
             )

@@ -33,5 +33,7 @@ def linear_cross_entropy(
         )
     if choose_backend(backend, op="linear_cross_entropy", offered=OFFERED, device=hidden.device) == "reference":
         return linear_cross_entropy_reference(hidden, weight=weight, targets=targets)
+    if not torch.is_grad_enabled():  # a parameter asks for its gradient even then, and this op makes it at once
+        hidden, weight = hidden.detach(), weight.detach()
     rows = chunk_rows or max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, rows)

@@ -8,7 +8,7 @@ import torch
 from ernie5.errors import KernelError
 from ernie5_kernels.bit_cross_entropy import bit_cross_entropy
 from ernie5_kernels.dispatch import choose_backend
-from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
+from ernie5_kernels.linear_cross_entropy import chunked, linear_cross_entropy
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.swiglu import swiglu
@@ -75,6 +75,15 @@ def test_linear_cross_entropy_without_gradients_gives_the_same_sum() -> None:
     with torch.no_grad():
         bare = linear_cross_entropy(hidden, weight=weight, targets=targets)
     assert torch.equal(bare, linear_cross_entropy(hidden.requires_grad_(), weight=weight, targets=targets).detach())
+
+
+def test_linear_cross_entropy_makes_no_gradient_where_none_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It makes gradients in the forward pass, and a parameter asks for its own under no_grad as well."""
+    hidden, weight, targets = normal(20, 7), torch.nn.Parameter(normal(11, 7, seed=1)), torch.arange(20) % 11
+    expected = linear_cross_entropy(hidden, weight=weight, targets=targets).detach()
+    monkeypatch.setattr(chunked, "_accumulate", None)
+    with torch.no_grad():
+        assert torch.equal(linear_cross_entropy(hidden, weight=weight, targets=targets), expected)
 
 
 def test_a_backend_that_cannot_run_is_refused_loudly(monkeypatch: pytest.MonkeyPatch) -> None:

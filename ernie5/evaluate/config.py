@@ -16,7 +16,7 @@ class EvaluateConfig(Config):
         unit="samples", check=non_negative, kind="logging",
     )
     text_bytes: int = field(
-        120_000, doc="validation text of bits per byte; whole documents until this is reached; 0: all", unit="bytes",
+        1_000_000, doc="validation text of bits per byte; whole documents until this is reached; 0: all", unit="bytes",
         check=non_negative, kind="logging",
     )
     training_text_bytes: int = field(

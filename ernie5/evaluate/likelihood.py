@@ -67,7 +67,7 @@ def measure_text(subject: Subject) -> list[Figure]:
     """Bits per UTF-8 byte of raw text under one canonical segmentation, against byte models and xz."""
     tokenizer = subject.generation.tokenizers.text
     texts, pieces, num_bytes = [], [], 0
-    for sample in subject.samples("text", split="validation", count=0):
+    for sample in subject.shuffled("text", split="validation"):
         if subject.config.text_bytes and num_bytes >= subject.config.text_bytes:
             break
         document = subject.generation.maker.build_document(sample, task="text")

@@ -48,6 +48,12 @@ class Subject:
             refs = tuple(refs[index] for index in chosen)
         return [self.corpus.read(ref) for ref in refs]
 
+    def shuffled(self, task: str, *, split: str) -> Iterator[Sample]:
+        """All samples in an order drawn by the seed, read one by one, so that any beginning stands for the whole."""
+        refs = self.refs(task, split=split)
+        for index in torch.randperm(len(refs), generator=torch.Generator().manual_seed(self.config.seed)).tolist():
+            yield self.corpus.read(refs[index])
+
     def documents(self, task: str, *, split: str, count: int) -> list[Document]:
         """Documents of a task of the mixture, without training draws; samples that do not fit are left out."""
         documents = []

@@ -67,8 +67,9 @@ def mtp_targets(
 ) -> tuple[TextTargets, ...]:
     """Targets of MTP modules d = 0..depth-1: position t predicts token t+d+2 (SPEC section 1).
 
-    A term counts only where t .. t+d+2 lie in one document and all are text: positions of media carry no text loss.
-    token_ids, kinds, document_ids: [B, T].
+    A term counts only where t .. t+d+2 lie in one document and t+1 .. t+d+2 are text. Position t itself may be the
+    last cell of a drawn picture or the last frame of speech, but never a picture or clip to be understood: those
+    positions carry no loss at all (SPEC section 2). token_ids, kinds, document_ids: [B, T].
     """
     num_rows, tokens = token_ids.shape
     result = []
@@ -77,8 +78,9 @@ def mtp_targets(
         counts = torch.zeros(num_rows, tokens, dtype=torch.bool)
         if tokens > reach:
             inside = tokens - reach
-            good = document_ids[:, :inside] == document_ids[:, reach:]
-            for step in range(reach + 1):
+            seen = (kinds == TokenKind.IMAGE_UNDERSTANDING) | (kinds == TokenKind.VIDEO_UNDERSTANDING)
+            good = (document_ids[:, :inside] == document_ids[:, reach:]) & ~seen[:, :inside]
+            for step in range(1, reach + 1):
                 good = good & (kinds[:, step : step + inside] == TokenKind.TEXT)
             counts[:, :inside] = good
         rows = counts.flatten().nonzero().flatten()

@@ -120,20 +120,30 @@ def test_a_batch_without_media_carries_empty_records_of_full_width() -> None:
     assert batch.bit_targets.is_video.dtype == torch.bool and float(batch.counts().tokens) == 63
 
 
-def test_mtp_counts_only_text_inside_one_document() -> None:
+def test_mtp_predicts_text_of_one_document_from_all_but_understanding_positions() -> None:
     batch = synthetic_batch(VOCAB, shapes=SHAPES, rows=3, sequence_tokens=150, seed=2, mtp_depth=2)
     ids, kinds, documents = batch.token_ids.flatten(), batch.kinds.flatten(), batch.document_ids.flatten()
+    silent = (kinds == TokenKind.IMAGE_UNDERSTANDING) | (kinds == TokenKind.VIDEO_UNDERSTANDING)
     for depth, targets in enumerate(batch.mtp_targets):
         reach = depth + 2
         expected = [
             row
             for row in range(len(ids) - reach)
-            if (kinds[row : row + reach + 1] == TokenKind.TEXT).all()
+            if (kinds[row + 1 : row + reach + 1] == TokenKind.TEXT).all()
+            and not silent[row]
             and (documents[row : row + reach + 1] == documents[row]).all()
             and row // 150 == (row + reach) // 150
         ]
         assert targets.rows.tolist() == expected
         assert torch.equal(targets.ids, ids[targets.rows + reach])
+
+
+@pytest.mark.parametrize(("task", "has_term"), [("text_to_image", True), ("image_to_text", False)])
+def test_mtp_starts_at_the_last_cell_of_a_drawn_picture_but_not_of_a_seen_one(task: str, has_term: bool) -> None:
+    batch = collate_rows([(_document(task, 0, 3),)], layout=Layout(120, VOCAB.pad, 1))
+    cells = (batch.kinds[0] != TokenKind.TEXT) & (batch.kinds[0] != TokenKind.PADDING)
+    last = int(cells.nonzero()[-1])
+    assert (last in batch.mtp_targets[0].rows.tolist()) == has_term
 
 
 def test_rows_shorter_than_the_reach_of_mtp_have_no_terms() -> None:

@@ -113,7 +113,7 @@ class DocumentBuilder:
         self._ids: list[int] = []
         self._kinds: list[int] = []
         self._starts: list[int] = []
-        self._hidden: dict[int, tuple[int, int]] = {}
+        self._hidden: dict[int, int] = {}
         self._positions: list[torch.Tensor] = []
         self._silent: set[int] = set()
         self._forced: dict[int, int] = {}
@@ -162,7 +162,8 @@ class DocumentBuilder:
         """Append BOI or BOV, which predicts the cells of `first` (scale 1 of frame 0), then `blocks` in order.
 
         A finished picture's last cell predicts scale 1 of the next frame: the block that follows it with scale 0 is
-        a target only and takes no positions. hide_after: past frame -> first frame that does not see it.
+        a target only and takes no positions. hide_after: past frame -> first frame that does not see it; what follows
+        the clip does not see it either, just as generation forgets it for good.
         """
         vocab, kind = self._vocab, TokenKind.VIDEO_GENERATION if is_video else TokenKind.IMAGE_GENERATION
         placeholder = vocab.video_gen if is_video else vocab.image_gen
@@ -187,12 +188,16 @@ class DocumentBuilder:
         for frame, later in hide_after.items():
             if later in rows_of and frame in rows_of:
                 for row in rows_of[frame]:
-                    self._hidden[row] = (rows_of[later][0], self.length)
+                    self._hidden[row] = rows_of[later][0]
+
+    def expect(self, token: int) -> None:
+        """Let the last position predict `token`, whatever kind it is, and even if the document ends here."""
+        self._forced[self.length - 1] = token
 
     def finish_picture(self, *, is_video: bool) -> None:
         """Append EOI or EOV, predicted by the last cell of the finished picture."""
         end = self._vocab.eov if is_video else self._vocab.eoi
-        self._forced[self.length - 1] = end
+        self.expect(end)
         self.text([end])
 
     def audio(self, codes: torch.Tensor, *, generate: bool) -> None:
@@ -228,8 +233,8 @@ class DocumentBuilder:
         intervals = torch.zeros(length, 4, dtype=torch.int32)
         intervals[:, 0] = torch.tensor(self._starts, dtype=torch.int32)
         intervals[:, 3] = length
-        for row, (hidden_from, hidden_until) in self._hidden.items():
-            intervals[row, 1], intervals[row, 2] = hidden_from, hidden_until
+        for row, hidden_from in self._hidden.items():
+            intervals[row, 1], intervals[row, 2] = hidden_from, length
         records = _Records(self._shapes)
         return Document(
             key=self._key,
@@ -264,9 +269,11 @@ class DocumentBuilder:
         learned = torch.zeros(len(ids), dtype=torch.bool)
         learned[:-1] = is_text[:-1] & is_text[1:]
         learned[sorted(self._silent)] = False
-        learned[sorted(self._forced)] = True
+        following = ids.roll(-1)
+        for row, token in self._forced.items():
+            learned[row], following[row] = True, token
         rows = learned.nonzero().flatten()
-        return TextTargets(rows=rows, ids=ids[rows + 1])
+        return TextTargets(rows=rows, ids=following[rows])
 
 
 class _Records:

@@ -5,7 +5,7 @@
     text_to_image   BOS text SEP BOI [scale 2] .. [scale S] [finished picture] EOI EOS
     text_to_video   the same with BOV, frame after frame, EOV
     text_to_audio   BOS text SEP SPK BOA A1 .. An EOA EOS
-    page            BOS text BOI I..I EOI text .. EOS
+    page            BOS text BOI I..I EOI text .. EOS, over as many documents as rows are needed
 
 Training draws (caption, BPE-dropout, condition drop, bit flips) are keyed by (seed, epoch, sample); a validation
 document has none of them.
@@ -84,17 +84,22 @@ class ExampleMaker:
         self._encoder = MediaEncoder(tokenizers)
         self.cache = FeatureCache(config.cache_megabytes << 20)
 
+    def build_documents(self, sample: Sample, *, task: str, epoch: int = 0) -> tuple[Document, ...]:
+        """The documents of `sample` for a task of POOLS: one, but for a page as many as it takes for each to fit a row.
+        Raises DataError like `build_document`."""
+        if task == "page":
+            return self._page(_Draft(sample, task=task, epoch=epoch))
+        return (self.build_document(sample, task=task, epoch=epoch),)
+
     def build_document(self, sample: Sample, *, task: str, epoch: int = 0) -> Document:
-        """The document of `sample` for a task of POOLS. Raises DataError that names the sample when it lacks a part,
-        cannot be decoded, or (media) is longer than a row; texts may be of any length."""
+        """The document of `sample` for a task of POOLS other than page. Raises DataError that names the sample when it
+        lacks a part, cannot be decoded, or (media) is longer than a row; texts may be of any length."""
         draft = _Draft(sample, task=task, epoch=epoch)
         builder = self._builder(sample.key, task=task)
         builder.text([self._vocab.bos])
         source, _, target = task.partition("_to_")
         if task == "text":
             builder.text(self._encode(sample.meta.text or "", draft=draft))
-        elif task == "page":
-            self._page(builder, draft)
         elif target == "text":
             self._understand(builder, draft, medium=source)
             builder.text([self._vocab.sep, *self._encode(self._words(draft), draft=draft)])
@@ -250,19 +255,38 @@ class ExampleMaker:
                 hidden[frame] = frame + 1
         return hidden
 
-    def _page(self, builder: DocumentBuilder, draft: _Draft) -> None:
-        """Segments in order, as many as leave room for EOS; the text that meets the end is cut there."""
-        last = self._config.sequence_tokens - 1
+    def _page(self, draft: _Draft) -> tuple[Document, ...]:
+        """Segments in order; where a row (less one place for EOS) is full, the page goes on in a further document,
+        without a second BOS, whose first token the last position before it still predicts. Pictures stay whole."""
+        key, limit = draft.sample.key, self._config.sequence_tokens - 1
+        builder, parts = self._builder(key, task=draft.task), []
+        builder.text([self._vocab.bos])
         for number, segment in enumerate(draft.sample.meta.segments):
-            room = last - builder.length
+            ids, seen = [self._vocab.boi], None
             if segment.text is not None:
-                builder.text(self._encode(segment.text, draft=draft, part=number)[:room])
-                continue
-            media = draft.sample.find_media(segment.image or "")
-            seen = self._features(draft.sample.key, media=media, medium="image", purpose="see")
-            if seen.features.shape[-1] * seen.features.shape[-2] // self._shapes.image_merge + 2 > room:
-                return
-            self._show(builder, seen, medium="image")
+                ids = self._encode(segment.text, draft=draft, part=number)
+            else:
+                media = draft.sample.find_media(segment.image or "")
+                seen = self._features(key, media=media, medium="image", purpose="see")
+            needed = 1 if seen is None else seen.features[0, 0].numel() // self._shapes.image_merge + 2
+            if needed > limit:
+                raise DataError(
+                    f"a picture of sample {key} takes {needed} positions, but a row has data.sequence_tokens = "
+                    f"{limit + 1}. Media are never split: lengthen the rows or leave the sample out."
+                )
+            while ids:
+                if builder.length + needed > limit:
+                    builder.expect(ids[0])
+                    parts.append(builder.build())
+                    builder = self._builder(key, task=draft.task)
+                if seen is not None:
+                    self._show(builder, seen, medium="image")
+                    break
+                room = limit - builder.length
+                builder.text(ids[:room])
+                ids = ids[room:]
+        builder.text([self._vocab.eos])
+        return (*parts, builder.build())
 
     def _show(self, builder: DocumentBuilder, seen: SeenPicture, *, medium: str) -> None:
         is_video = medium == "video"

@@ -198,7 +198,8 @@ def _parse_state(values: dict) -> PackState:
     return PackState(
         tokens=tuple((task, tokens) for task, tokens in values["tokens"]),
         drawn=tuple((task, count) for task, count in values["drawn"]),
-        waiting=tuple((task, index) for task, index in values["waiting"]),
+        # Cursors of before pages could take several rows name no part: there was one.
+        waiting=tuple((task, index, *(part or [0])) for task, index, *part in values["waiting"]),
         text=values["text"],
         text_start=values["text_start"],
     )

@@ -42,14 +42,15 @@ class SampleSource:
         """Samples that could not be used so far, each counted once."""
         return len(self._named)
 
-    def fetch(self, ticket: Ticket, *, stream: int) -> Document | None:
-        """The document of `ticket`; None, with one line in the log per sample, when it cannot be used."""
+    def fetch(self, ticket: Ticket, *, stream: int) -> tuple[Document, ...] | None:
+        """The documents of `ticket`, several for a long page; None, with one line in the log per sample, when it cannot
+        be used."""
         place = self._order.place(ticket, stream=stream)
         ref = self._corpus.samples(POOLS[ticket.task])[place.number]
         try:
             with self._lock:  # a corpus seeks in one open file per shard
                 sample = self._corpus.read(ref)
-            return self.maker.build_document(sample, task=ticket.task, epoch=place.epoch)
+            return self.maker.build_documents(sample, task=ticket.task, epoch=place.epoch)
         except (DataError, TokenizerError) as error:
             self._skip(ref, error)
             return None

@@ -59,7 +59,7 @@ class Subject:
         documents = []
         for sample in self.samples(POOLS[task], split=split, count=count):
             try:
-                documents.append(self.generation.maker.build_document(sample, task=task))
+                documents += self.generation.maker.build_documents(sample, task=task)
             except DataError:
                 continue
         return documents

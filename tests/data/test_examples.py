@@ -167,7 +167,7 @@ def test_past_frames_can_be_hidden_by_a_window(tiny_data, tiny_tokenizers, sampl
     maker = ExampleMaker(config, tokenizers=tiny_tokenizers, seed=1, training=False)
     document = maker.build_document(sample_of("video-0"), task="text_to_video")
     rows = document.visual_cells.rows
-    start, end = int(rows[8]), int(rows[-1]) + 1
+    start, end = int(rows[8]), document.length
     assert document.intervals[rows[:8], 1:3].tolist() == [[start, end]] * 8
     assert (document.intervals[rows[8:], 1:3] == 0).all()
     batch = collate_rows([(document, document)], layout=Layout(2 * document.length, 0, 0))
@@ -175,12 +175,37 @@ def test_past_frames_can_be_hidden_by_a_window(tiny_data, tiny_tokenizers, sampl
     assert shifted.tolist() == [[start + document.length, end + document.length]] * 8
 
 
-def test_pages_alternate_and_stop_before_what_does_not_fit(maker, sample_of, tiny_data, tiny_tokenizers) -> None:
-    short, long = (maker.build_document(sample_of(f"page-{n}"), task="page") for n in (0, 2))
+def test_pages_alternate(maker, sample_of, tiny_tokenizers) -> None:
+    (short,) = maker.build_documents(sample_of("page-0"), task="page")
     names = _names(short, tiny_tokenizers.vocab)
     eoi = names.index("eoi")
     assert eoi in _targets(short) and names[eoi + 1] == "word"
-    assert long.length == tiny_data.sequence_tokens and _names(long, tiny_tokenizers.vocab)[-1] == "eos"
+
+
+@pytest.mark.parametrize("tokens", [7, 8, 9, 64])
+def test_a_page_longer_than_a_row_goes_on_without_losing_a_token_or_a_target(
+    tiny_data, tiny_tokenizers, sample_of, tokens: int
+) -> None:
+    def parts_of(sequence_tokens: int) -> tuple[Document, ...]:
+        config = dataclasses.replace(tiny_data, sequence_tokens=sequence_tokens)
+        maker = ExampleMaker(config, tokenizers=tiny_tokenizers, seed=1, training=False)
+        sample = sample_of("page-2")
+        segments = (*sample.meta.segments, *sample.meta.segments[:2])
+        sample = dataclasses.replace(sample, meta=SampleMeta("page", segments=segments))
+        return maker.build_documents(sample, task="page")
+
+    (whole,), parts = parts_of(4096), parts_of(tokens)
+    assert len(parts) > 1 and all(part.length <= tokens for part in parts)
+    assert torch.equal(torch.cat([part.token_ids for part in parts]), whole.token_ids)
+    assert torch.equal(torch.cat([part.text_targets.ids for part in parts]), whole.text_targets.ids)
+    assert torch.equal(torch.cat([part.image_patches.pixels for part in parts]), whole.image_patches.pixels)
+
+
+def test_a_picture_of_a_page_that_no_row_holds_is_named(tiny_data, tiny_tokenizers, sample_of) -> None:
+    config = dataclasses.replace(tiny_data, sequence_tokens=6)
+    maker = ExampleMaker(config, tokenizers=tiny_tokenizers, seed=1, training=False)
+    with pytest.raises(DataError, match="picture of sample page-0 takes 6 positions"):
+        maker.build_documents(sample_of("page-0"), task="page")
 
 
 def test_media_longer_than_a_row_and_samples_without_parts_are_named(tiny_data, tiny_tokenizers, sample_of) -> None:

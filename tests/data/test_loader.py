@@ -125,13 +125,14 @@ def test_rows_are_full_when_text_is_in_the_mixture(tiny_data, tiny_tokenizers) -
 def test_shares_are_shares_of_tokens(tiny_data, tiny_tokenizers) -> None:
     loader = _open(tiny_data, tiny_tokenizers, streams=1)
     used: dict[str, int] = {}
-    for _ in range(12):
+    for _ in range(36):
         for row in loader.next_rows():
             for part in row:
                 used[part.task] = used.get(part.task, 0) + part.length
     shares = {task: getattr(tiny_data.mixture, task) for task in used}
     for task, share in shares.items():
-        assert used[task] / sum(used.values()) == pytest.approx(share / sum(shares.values()), rel=0.25)
+        expected = sum(used.values()) * share / sum(shares.values())
+        assert used[task] == pytest.approx(expected, rel=0.25, abs=400)  # one whole page may be ahead
 
 
 def test_rows_that_do_not_divide_are_refused_with_numbers_that_work(tiny_data, tiny_tokenizers) -> None:

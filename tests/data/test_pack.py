@@ -25,7 +25,7 @@ def _document(task: str, seed: int, tokens: int) -> Document:
 def _packer(row_tokens: int, *, shares: dict[str, float], lengths: int = 30, window: int = 4, text_tokens: int = 0):
     return Packer(
         Mixture(shares, seed=0, stream=0),
-        fetch=lambda ticket: _document(ticket.task, ticket.index, 1 + (7 * ticket.index) % lengths),
+        fetch=lambda ticket: (_document(ticket.task, ticket.index, 1 + (7 * ticket.index) % lengths),),
         row_tokens=row_tokens,
         window=window,
         text_tokens=text_tokens,
@@ -72,7 +72,7 @@ def test_without_text_the_rest_of_a_row_is_padding_and_waiting_media_come_first(
     packer = _packer(64, shares={"text_to_image": 1.0}, lengths=12, window=2)
     keys = [part.key for _ in range(12) for part in packer.next_row()]
     assert len(keys) == len(set(keys))
-    waiting = [number for _, number in packer.state().waiting]
+    waiting = [number for _, number, _ in packer.state().waiting]
     numbers = sorted(int(key.rsplit("-", 1)[1]) for key in keys)
     assert sorted(numbers + waiting) == list(range(len(numbers) + len(waiting)))
 
@@ -86,6 +86,22 @@ def test_a_packer_restored_between_rows_goes_on_alike() -> None:
     for _ in range(5):
         left, right = packer.next_row(), other.next_row()
         assert [(p.key, p.token_ids.tolist()) for p in left] == [(p.key, p.token_ids.tolist()) for p in right]
+
+
+def test_the_documents_of_a_long_page_all_find_a_row_and_a_restored_packer_keeps_them() -> None:
+    def make() -> Packer:
+        return Packer(
+            Mixture({"page": 1.0}, seed=0, stream=0), row_tokens=64, window=2,
+            fetch=lambda ticket: tuple(_document("text", 10 * ticket.index + part, 25 + 3 * part) for part in range(4)),
+        )
+
+    packer, other = make(), make()
+    keys = [part.key for _ in range(6) for part in packer.next_row()]
+    other.restore(packer.state())
+    keys += [part.key for _ in range(6) for part in other.next_row()]
+    waiting = [f"synthetic-text-{10 * index + part}" for _, index, part in other.state().waiting]
+    expected = [f"synthetic-text-{10 * index + part}" for index in range(len(keys)) for part in range(4)]
+    assert sorted(keys + waiting) == sorted(expected[: len(keys) + len(waiting)])
 
 
 def test_a_corpus_without_one_usable_sample_ends_in_an_error_not_a_loop() -> None:

@@ -56,7 +56,7 @@ def test_describe_as_json_holds_the_tree_and_the_counts(capsys: pytest.CaptureFi
 def test_describe_as_text_names_the_line_of_every_setting(capsys: pytest.CaptureFixture[str]) -> None:
     assert command_line.main(["describe", str(QUICKSTART)]) == 0
     printed = capsys.readouterr().out
-    assert f"set in {QUICKSTART}:" in printed and "training FLOPs per token at 1024 tokens" in printed
+    assert f"set in {QUICKSTART}:" in printed and "training FLOPs per token at 512 tokens" in printed
 
 
 @pytest.mark.parametrize(

@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.names import LATEST_FILE, list_checkpoints, step_of
+from ernie5.checkpoint.names import LATEST_FILE, MANIFEST_FILE, list_checkpoints, step_of
 
 TEMPORARY_PREFIX = ".tmp-"
+REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 
 
 def checkpoints_to_remove(steps: list[int], *, newest: int, config: CheckpointConfig) -> list[int]:
@@ -40,8 +41,13 @@ def apply_retention(folder: Path, *, newest: int, config: CheckpointConfig) -> l
 
 
 def remove_leftovers(folder: Path) -> None:
-    """Remove what killed processes left half-written."""
+    """Remove what killed processes left half-written. A checkpoint that was about to be replaced, and whose successor
+    did not come to stand in its place, gets its name back."""
     if folder.is_dir():
+        for path in folder.glob(f"{REPLACED_PREFIX}*"):
+            target = folder / path.name.removeprefix(REPLACED_PREFIX)
+            if not target.exists() and (path / MANIFEST_FILE).is_file():
+                path.rename(target)
         for path in folder.glob(f"{TEMPORARY_PREFIX}*"):
             shutil.rmtree(path, ignore_errors=True)
 

@@ -30,7 +30,7 @@ from ernie5.checkpoint.names import (
     latest_checkpoint,
     step_name,
 )
-from ernie5.checkpoint.retention import TEMPORARY_PREFIX, apply_retention, remove_leftovers
+from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
 from ernie5.engine.interface import EngineState
 from ernie5.errors import EnvironmentFault
 
@@ -61,14 +61,14 @@ def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfi
         temporary.mkdir()
         _write_files(temporary, contents=contents)
         if target.exists():
-            doomed = folder / f"{TEMPORARY_PREFIX}replaced-{target.name}"
+            doomed = folder / f"{REPLACED_PREFIX}{target.name}"
             target.rename(doomed)
             temporary.rename(target)
             shutil.rmtree(doomed, ignore_errors=True)
         else:
             temporary.rename(target)
         _sync_directory(folder)
-        _replace_text(folder / LATEST_FILE, text=target.name + "\n")
+        point_latest(folder, target=target)
         apply_retention(folder, newest=contents.run.step, config=config)
     except Exception as error:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,6 +76,13 @@ def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfi
             raise EnvironmentFault(_failure_text(folder, error=error)) from error
         raise
     return target
+
+
+def point_latest(folder: Path, *, target: Path) -> None:
+    """Let `folder`/latest name the checkpoint `target`, atomically; one that lies elsewhere by its whole path."""
+    folder.mkdir(parents=True, exist_ok=True)
+    is_inside = target.resolve().parent == folder.resolve()
+    _replace_text(folder / LATEST_FILE, text=f"{target.name if is_inside else target.resolve()}\n")
 
 
 def _failure_text(folder: Path, *, error: Exception) -> str:

@@ -63,13 +63,26 @@ class LossAlarm:
         )
 
 
-def load_alarm(max_load_ratios: Sequence[float], *, config: AlarmsConfig, step: int) -> Alarm | None:
-    """A warning when the fullest expert of some layer holds more than `load_ratio` times the mean load."""
-    finite = [(ratio, layer) for layer, ratio in enumerate(max_load_ratios) if math.isfinite(ratio)]
-    if config.load_ratio == 0 or not finite or max(finite)[0] <= config.load_ratio:
-        return None
-    ratio, layer = max(finite)
-    return Alarm(
-        "imbalance", "warn",
-        f"step {step}: max/mean expert load {ratio:.2f} in MoE layer {layer} is above {config.load_ratio:g}",
-    )
+class LoadAlarm:
+    """Warns when the fullest expert of some layer holds more than `load_ratio` times the mean load.
+
+    Routers start uneven in every run, so it is silent during the first `load_grace` of `total_steps`, and afterwards
+    says so at most once in `load_every_steps`.
+    """
+
+    def __init__(self, config: AlarmsConfig, *, total_steps: int) -> None:
+        self._config = config
+        self._next_step = math.floor(config.load_grace * total_steps) + 1
+
+    def check(self, max_load_ratios: Sequence[float], *, step: int) -> Alarm | None:
+        """The alarm of this step, if any; max_load_ratios: max/mean load per MoE layer, NaN where none was routed."""
+        finite = [(ratio, layer) for layer, ratio in enumerate(max_load_ratios) if math.isfinite(ratio)]
+        limit = self._config.load_ratio
+        if limit == 0 or step < self._next_step or not finite or max(finite)[0] <= limit:
+            return None
+        self._next_step = step + self._config.load_every_steps
+        ratio, layer = max(finite)
+        return Alarm(
+            "imbalance", "warn",
+            f"step {step}: max/mean expert load {ratio:.2f} in MoE layer {layer} is above {limit:g}",
+        )

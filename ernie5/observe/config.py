@@ -33,6 +33,13 @@ class AlarmsConfig(Config):
         4.0, doc="max/mean expert load of a layer above which a warning is logged; 0 switches it off",
         check=non_negative, kind="logging",
     )
+    load_grace: float = field(
+        0.1, doc="first share of the run in which uneven expert loads are normal and not warned of", check=fraction,
+        kind="logging",
+    )
+    load_every_steps: int = field(
+        100, doc="smallest distance between two warnings of expert load", unit="steps", check=positive, kind="logging"
+    )
 
 
 @config

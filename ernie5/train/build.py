@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, load_run
+from ernie5.checkpoint.save import point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
 from ernie5.data.document import SPEAKER_FEATURES
@@ -82,6 +83,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     if loaded is not None:
         restore(loaded, engine=engine, loader=loader, progression=progression)
     checkpoints = checkpoint_folder(config, run_dir=run_dir)
+    if loaded is not None and engine.is_main:
+        point_latest(checkpoints, target=loaded.directory)  # before the hooks cut the metrics back to its step
     identity = CheckpointIdentity(config_to_yaml(config), config.engine.precision, identities)
     hooks = build_hooks(
         config,
@@ -136,6 +139,7 @@ def build_hooks(
 ) -> tuple[Hook, ...]:
     """What happens after each step, in this order: figures, validation, routing, writing, alarms, checkpoint."""
     last_step = progression.step
+    routing = RoutingHook(run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main)
     if engine.is_main:
         keep_until_step(run_dir / ROUTING_FILE, last_step=last_step)
     sinks = open_sinks(config.observe, run_dir=run_dir, last_step=last_step) if engine.is_main else ()
@@ -160,13 +164,14 @@ def build_hooks(
             every=config.train.eval_every_steps,
             objectives=config.objectives,
         ),
-        RoutingHook(run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main),
+        routing,
         RecordHook(board, metrics=metrics, log_every=config.observe.log_every_steps),
         AlarmHook(
             config.observe.alarms,
             progression=progression,
             retries=config.train.spike_retries,
             objectives=config.objectives,
+            steps=config.train.steps,
         ),
         CheckpointHook(
             checkpoint_folder(config, run_dir=run_dir),
@@ -176,6 +181,7 @@ def build_hooks(
             data=loader,
             identity=identity,
             metrics=metrics,
+            routing=routing,
         ),
     )
 
@@ -249,26 +255,9 @@ def choose_device(name: str) -> torch.device:
 
 
 def refuse_unavailable(config: RootConfig, *, world_size: int) -> None:
-    """Refuse settings that this version would have to ignore."""
+    """Refuse more processes than the engine has; what the configuration alone can tell, RootConfig refuses."""
     if config.engine.kind == "local" and world_size > 1:
         config.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
-    if config.observe.alarms.on_spike == "skip":
-        config.fail("observe.alarms.on_spike", "dropping a finite update is not available in this version. Use warn")
-    if config.objectives.orthogonality_weight and (config.engine.kind, config.engine.precision) != ("local", "fp32"):
-        config.fail(
-            "objectives.orthogonality_weight",
-            "the decoupled router step needs whole fp32 weights. Set engine.kind: local and engine.precision: fp32",
-        )
-    balance, weights = config.model.moe.balance, config.objectives
-    for name, on, weight in (
-        ("switch", balance.switch_loss, weights.switch_weight),
-        ("sequence", balance.sequence_loss, weights.sequence_weight),
-        ("z", balance.z_loss, weights.z_weight),
-    ):
-        if weight and not on:
-            config.fail(
-                f"objectives.{name}_weight", f"this loss is not computed. Set model.moe.balance.{name}_loss: true"
-            )
 
 
 def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:

@@ -63,7 +63,6 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
             source = None if fresh else _resume_source(folder, resume=resume)
             if is_main:
                 _note_changes(config, run_dir=run_dir)
-                (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
             _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached)
     except (Exception, KeyboardInterrupt) as error:
         fault = classify(_as_peer_error(error))
@@ -87,6 +86,8 @@ def _train(
 
     run = build_run(config, run_dir=run_dir, resume_from=source)
     try:
+        if run.engine.is_main:  # only now: a start that is refused must not describe a run that it never was
+            (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
         if run.progression.step >= config.train.steps:
             get_log().info("nothing to do: %s has %d of %d steps", source, run.progression.step, config.train.steps)
         run_steps(

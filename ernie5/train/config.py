@@ -109,6 +109,27 @@ class RootConfig(Config):
                     f"empty placeholders. Set data.mixture.{task}: 0 or add {modality} to model.modalities",
                 )
         self.check_layout(self.parallel.dp or 1)
+        self._refuse_unavailable()
+
+    def _refuse_unavailable(self) -> None:
+        """Refuse settings that this version would have to ignore."""
+        if self.observe.alarms.on_spike == "skip":
+            self.fail("observe.alarms.on_spike", "dropping a finite update is not available in this version. Use warn")
+        if self.objectives.orthogonality_weight and (self.engine.kind, self.engine.precision) != ("local", "fp32"):
+            self.fail(
+                "objectives.orthogonality_weight",
+                "the decoupled router step needs whole fp32 weights. Set engine.kind: local and engine.precision: fp32",
+            )
+        balance, weights = self.model.moe.balance, self.objectives
+        for name, on, weight in (
+            ("switch", balance.switch_loss, weights.switch_weight),
+            ("sequence", balance.sequence_loss, weights.sequence_weight),
+            ("z", balance.z_loss, weights.z_weight),
+        ):
+            if weight and not on:
+                self.fail(
+                    f"objectives.{name}_weight", f"this loss is not computed. Set model.moe.balance.{name}_loss: true"
+                )
 
     def check_layout(self, dp: int) -> None:
         """Check that rows and data streams divide over `dp` ranks; raises LayoutError."""

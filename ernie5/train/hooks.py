@@ -19,7 +19,7 @@ from ernie5.engine.interface import Engine, StepSums
 from ernie5.errors import EnvironmentFault, NumericsError
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import mean_losses, weighted_loss
-from ernie5.observe.alarms import LossAlarm, load_alarm
+from ernie5.observe.alarms import LoadAlarm, LossAlarm
 from ernie5.observe.config import AlarmsConfig
 from ernie5.observe.experts import bias_spread, summarise_loads
 from ernie5.observe.log import get_log
@@ -117,18 +117,25 @@ class RoutingHook(Hook):
     def __init__(self, path: Path, *, every: int, is_main: bool) -> None:
         self._path, self._every, self._is_main = path, every, is_main
         self._sum: torch.Tensor | None = None
+        self._step = 0
 
     def after_step(self, context: StepContext) -> None:
         """Add this step's loads; write and start over on the steps of the rhythm."""
         loads = context.report.sums.routing.group_loads
         if not (self._every and self._is_main and loads.shape[0]):
             return
-        self._sum = loads.clone() if self._sum is None else self._sum + loads
+        self._sum, self._step = loads.clone() if self._sum is None else self._sum + loads, context.step
         if context.step % self._every == 0 or context.is_last:
-            line = json.dumps({"step": context.step, "group_loads": self._sum.long().tolist()})
+            self.save_now()
+
+    def save_now(self) -> str:
+        """Write what was summed since the last line, so that the file reaches as far as the checkpoint."""
+        if self._sum is not None:
+            line = json.dumps({"step": self._step, "group_loads": self._sum.long().tolist()})
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
             self._sum = None
+        return ""
 
 
 class RecordHook(Hook):
@@ -160,9 +167,9 @@ class AlarmHook(Hook):
     """Warns of spikes and imbalance; ends the run on too many steps that are not finite."""
 
     def __init__(self, config: AlarmsConfig, *, progression: Progression, retries: int,
-                 objectives: ObjectivesConfig) -> None:
+                 objectives: ObjectivesConfig, steps: int) -> None:
         self._config, self._progression, self._retries = config, progression, retries
-        self._objectives, self._loss = objectives, LossAlarm(config)
+        self._objectives, self._loss, self._load = objectives, LossAlarm(config), LoadAlarm(config, total_steps=steps)
         self._loss.load_state(progression.recent_losses)
 
     def after_step(self, context: StepContext) -> None:
@@ -183,7 +190,7 @@ class AlarmHook(Hook):
             get_log().warning(alarm.message)
         if sums.routing.loads.shape[0] and self._config.load_ratio:
             ratios = summarise_loads(sums.routing.loads).max_ratio.tolist()
-            load = load_alarm(ratios, config=self._config, step=context.step)
+            load = self._load.check(ratios, step=context.step)
             if load is not None:
                 get_log().info(load.message)
 
@@ -201,9 +208,10 @@ class CheckpointHook(Hook):
         data: Cursor,
         identity: CheckpointIdentity,
         metrics: Metrics,
+        routing: RoutingHook,
     ) -> None:
         self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
-        self._data, self._identity, self._metrics = data, identity, metrics
+        self._data, self._identity, self._metrics, self._routing = data, identity, metrics, routing
         self._saved_step, self._saved_path = -1, ""
 
     def after_step(self, context: StepContext) -> None:
@@ -217,6 +225,7 @@ class CheckpointHook(Hook):
         if self._saved_step == self._progression.step:
             return self._saved_path
         self._metrics.flush()
+        self._routing.save_now()
         contents = Contents(
             engine=self._engine.state(),
             run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),

@@ -11,6 +11,7 @@ import torch
 
 from ernie5.engine.interface import Engine, StepReport
 from ernie5.errors import Interrupted
+from ernie5.observe.log import get_log
 from ernie5.observe.progress import Progress
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.schedule import learning_rate
@@ -85,9 +86,24 @@ def run_steps(
                 bar.advance(note=f"objective {float(context.report.sums.objective):.3f}")
                 if not context.is_last and _must_stop(engine, stop=stop):
                     _interrupt(hooks, stop=stop, step=progression.step)
-    finally:
-        for hook in hooks:
+    except BaseException:
+        for error in _finish(hooks):  # the error under way is the one to raise
+            get_log().error("ending the run: %s", error)
+        raise
+    errors = _finish(hooks)
+    if errors:
+        raise errors[0]
+
+
+def _finish(hooks: Sequence[Hook]) -> list[Exception]:
+    """Finish every hook, whatever happens to the others; returns what went wrong."""
+    errors = []
+    for hook in hooks:
+        try:
             hook.finish()
+        except Exception as error:  # the caller raises or logs it, once all hooks are finished
+            errors.append(error)
+    return errors
 
 
 def _run_step(

@@ -6,8 +6,10 @@ from pathlib import Path
 
 from ernie5.checkpoint.names import step_name
 from ernie5.data.config import DataConfig
+from ernie5.errors import Ernie5Error
 from ernie5.generate.gallery import GallerySize, write_samples
 from ernie5.generate.interleave import Generation
+from ernie5.observe.log import get_log
 from ernie5.train.loop import Hook, StepContext
 
 SIZE = GallerySize(pictures=2, clips=1, speeches=1, texts=2)
@@ -27,4 +29,7 @@ class SamplesHook(Hook):
         self._generation.decoder.model.eval()
         folder = self._folder / step_name(context.step)
         folder.mkdir(parents=True, exist_ok=True)
-        write_samples(folder, generation=self._generation, data=self._data, step=context.step, size=SIZE)
+        try:
+            write_samples(folder, generation=self._generation, data=self._data, step=context.step, size=SIZE)
+        except Ernie5Error as error:  # a gallery is not worth the run
+            get_log().warning("no samples of step %d: %s", context.step, error)

@@ -15,7 +15,7 @@ from ernie5.checkpoint.load import check_tokenizers, load_run
 from ernie5.checkpoint.manifest import RunState, read_manifest
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
 from ernie5.checkpoint.retention import checkpoints_to_remove, clear_checkpoints
-from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.checkpoint.save import Contents, point_latest, save_checkpoint
 from ernie5.engine.interface import EngineState
 from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
 
@@ -108,6 +108,24 @@ def test_saving_the_same_step_twice_replaces_it(tmp_path: Path) -> None:
     for _ in range(2):
         save_checkpoint(tmp_path, contents=make_contents(4), config=CheckpointConfig())
     assert load_run(tmp_path).run.step == 4
+
+
+def test_a_kill_in_the_middle_of_replacing_a_step_loses_no_complete_checkpoint(tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(4), config=CheckpointConfig())
+    path.rename(tmp_path / f".tmp-replaced-{path.name}")
+    (tmp_path / ".tmp-step-00000004-1").mkdir()
+    save_checkpoint(tmp_path, contents=make_contents(5), config=CheckpointConfig())
+    assert load_run(path).run.step == 4 and not list(tmp_path.glob(".tmp-*"))
+
+
+def test_latest_can_name_a_checkpoint_of_the_folder_and_of_another_one(tmp_path: Path) -> None:
+    first = save_checkpoint(tmp_path / "run", contents=make_contents(1), config=CheckpointConfig())
+    save_checkpoint(tmp_path / "run", contents=make_contents(2), config=CheckpointConfig())
+    other = save_checkpoint(tmp_path / "other", contents=make_contents(7), config=CheckpointConfig())
+    for target in (first, other):
+        point_latest(tmp_path / "run", target=target)
+        assert find_checkpoint(tmp_path / "run") == target
+    assert (tmp_path / "other" / "latest").read_text() == "step-00000007\n"
 
 
 def test_retention_keeps_the_newest_and_the_milestones() -> None:

@@ -7,7 +7,7 @@ import random
 
 import pytest
 
-from ernie5.observe.alarms import LossAlarm, load_alarm
+from ernie5.observe.alarms import LoadAlarm, LossAlarm
 from ernie5.observe.config import AlarmsConfig
 
 
@@ -70,7 +70,14 @@ def test_no_spike_is_called_before_half_the_window_is_known_or_when_switched_off
 
 
 def test_imbalance_names_the_worst_layer() -> None:
-    found = load_alarm([1.2, 7.5, math.nan], config=AlarmsConfig(), step=3)
+    alarm = LoadAlarm(AlarmsConfig(), total_steps=20)
+    assert alarm.check([1.2, math.nan], step=3) is None
+    assert alarm.check([], step=3) is None
+    found = alarm.check([1.2, 7.5, math.nan], step=3)
     assert found.action == "warn" and "7.50 in MoE layer 1" in found.message
-    assert load_alarm([1.2, math.nan], config=AlarmsConfig(), step=3) is None
-    assert load_alarm([], config=AlarmsConfig(), step=3) is None
+
+
+def test_imbalance_is_no_news_at_the_start_of_a_run_and_is_not_repeated_each_step() -> None:
+    alarm = LoadAlarm(AlarmsConfig(load_grace=0.1, load_every_steps=50), total_steps=1000)
+    said = [step for step in range(1, 251) if alarm.check([9.0], step=step)]
+    assert said == [101, 151, 201]

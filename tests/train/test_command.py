@@ -36,6 +36,19 @@ def test_validate_already_refuses_streams_that_do_not_divide_the_rows(world: Pat
 
 
 @pytest.mark.parametrize(
+    ("override", "words"),
+    [
+        ("observe.alarms.on_spike=skip", "on_spike"),
+        ("objectives.z_weight=0.1", "z_loss"),
+        ("objectives.orthogonality_weight=0.1", "whole fp32 weights"),
+    ],
+)
+def test_validate_already_refuses_what_this_version_cannot_do(override: str, words: str, world: Path) -> None:
+    with pytest.raises(ConfigError, match=words):
+        main([str(world / "run.yaml"), "--validate", "engine.precision=bf16", override])
+
+
+@pytest.mark.parametrize(
     ("override", "error", "words"),
     [
         ("parallel.tp=2", LayoutError, "parallel.tp"),
@@ -77,8 +90,10 @@ def test_an_error_is_recorded_in_exit_json_and_the_run_directory_stays_usable(wo
 def test_a_checkpoint_of_another_architecture_names_every_mismatch(world: Path, tmp_path: Path) -> None:
     arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}"]
     main([*arguments, "train.steps=1"])
+    before = (tmp_path / "run" / "config.yaml").read_text("utf-8")
     with pytest.raises(CheckpointError, match=r"experts.*shape \[8, .*the model wants \[4, "):
         main([*arguments, "model.moe.num_experts=4"])
+    assert (tmp_path / "run" / "config.yaml").read_text("utf-8") == before
 
 
 def test_weights_that_explode_end_in_exit_code_four(world: Path, tmp_path: Path) -> None:

@@ -10,6 +10,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ernie5.train.command import main
 
@@ -54,6 +55,24 @@ def test_a_run_killed_in_the_middle_repeats_the_uninterrupted_losses_bit_for_bit
     assert again.returncode == 0, errors
     assert "resumed from" in errors
     assert read_rows(tmp_path / "killed") == read_rows(whole_run)
+
+
+def test_a_start_from_an_earlier_checkpoint_that_dies_before_its_first_save_is_gone_on_with(
+    world: Path, tmp_path: Path, read_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.routing_every_steps=3"]
+    main([*arguments, "train.steps=4"])
+    with monkeypatch.context() as patch:
+        patch.setattr("ernie5.train.loop._run_step", lambda *_, **__: 1 / 0)
+        with pytest.raises(ZeroDivisionError):
+            main([*arguments, "train.steps=5", "--resume", str(run_dir / "checkpoints" / "step-00000002")])
+    main([*arguments, "train.steps=5"])
+    assert [row["step"] for row in read_rows(run_dir)] == [1, 2, 3, 4, 5]
+    lines = [json.loads(line) for line in (run_dir / "routing.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [2, 3, 4, 5]
+    loads = [torch.tensor(line["group_loads"]).sum(dim=(1, 2))[0] for line in lines]
+    assert sum(loads) == 2 * read_rows(run_dir)[-1]["tokens"]  # two experts per token
 
 
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])

@@ -6,6 +6,9 @@ import json
 from collections.abc import Callable
 from pathlib import Path
 
+import pytest
+
+from ernie5.errors import DataError
 from ernie5.train.command import main
 
 
@@ -20,3 +23,16 @@ def test_samples_appear_on_their_steps_and_do_not_change_the_losses(
     assert {item["task"] for item in json.loads((gallery / "samples.json").read_text())["items"]} >= {"text_to_image"}
     assert list(gallery.glob("*.png")) and list(gallery.glob("*.wav")) and list(gallery.glob("*.mp4"))
     assert read_rows(tmp_path / "with") == read_rows(tmp_path / "without")
+
+
+def test_samples_that_cannot_be_drawn_do_not_end_the_run(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise DataError("no such voice")
+
+    monkeypatch.setattr("ernie5.train.samples.write_samples", refuse)
+    run_dir = tmp_path / "run"
+    changes = [f"train.run_dir={run_dir}", "train.steps=1", "train.sample_every_steps=1"]
+    assert main([str(world / "run.yaml"), *changes]) == 0
+    assert "no samples of step 1: no such voice" in (run_dir / "log.txt").read_text("utf-8")

@@ -14,6 +14,7 @@ from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
 from ernie5.data.document import SPEAKER_FEATURES
 from ernie5.data.features import FRAMES_PER_GROUP
+from ernie5.data.lengths import shortest_documents
 from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.data.patches import SIDE
 from ernie5.engine.interface import Engine, StepSettings
@@ -283,6 +284,7 @@ def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:
         if value != needed:
             config.fail(f"model.{key}", f"the tokenizers need {needed}. Set model.{key}: {needed}", error=ConfigError)
     check_pixels(config, stride=visual.stride)
+    check_lengths(config, lengths=shortest_documents(config.data, visual=visual))
 
 
 def check_pixels(config: RootConfig, *, stride: int) -> None:
@@ -301,3 +303,16 @@ def check_pixels(config: RootConfig, *, stride: int) -> None:
                 f"{max(1, round(pixels / unit)) * unit}",
                 error=ConfigError,
             )
+
+
+def check_lengths(config: RootConfig, *, lengths: dict[str, int]) -> None:
+    """Raise ConfigError where no document of a task can ever fit a row: else every one of its samples is skipped."""
+    used = {task: length for task, length in lengths.items() if vars(config.data.mixture)[task]}
+    longest = max(used, key=lambda task: used[task], default=None)
+    if longest is not None and used[longest] > config.data.sequence_tokens:
+        config.fail(
+            "data.sequence_tokens",
+            f"a document of {longest} takes {used[longest]} positions besides its words, and media are never split. "
+            f"Nearest that works: {used[longest]} and room for the words; or set data.mixture.{longest}: 0",
+            error=ConfigError,
+        )

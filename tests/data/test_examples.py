@@ -10,6 +10,7 @@ import torch
 from ernie5.data.collate import Layout, collate_rows
 from ernie5.data.document import Document
 from ernie5.data.examples import ExampleMaker, PromptPart
+from ernie5.data.lengths import shortest_documents
 from ernie5.data.positions import next_position
 from ernie5.data.samples import Caption, Sample, SampleMeta
 from ernie5.data.shards import list_shards, open_corpus
@@ -222,6 +223,18 @@ def test_media_longer_than_a_row_and_samples_without_parts_are_named(tiny_data, 
         maker.build_document(
             dataclasses.replace(sample, meta=SampleMeta(task="image")), task="text_to_image"
         )
+
+
+@pytest.mark.parametrize("task", ["image_to_text", "text_to_image", "video_to_text", "text_to_video", "page"])
+def test_lengths_known_before_any_sample_are_those_of_its_document(
+    tiny_data, tiny_tokenizers, sample_of, task: str
+) -> None:
+    needed = shortest_documents(tiny_data, visual=tiny_tokenizers.visual)[task]
+    maker = ExampleMaker(tiny_data, tokenizers=tiny_tokenizers, seed=1, training=False)
+    key = next(f"{medium}-0" for medium in ("image", "video", "page") if medium in task)
+    document = maker.build_documents(sample_of(key), task=task)[0]
+    words = sum(tiny_tokenizers.vocab.describe(token).space == "text" for token in document.token_ids.tolist())
+    assert document.length - words == needed + (task == "page")  # a page also has BOS
 
 
 def test_features_are_computed_once_and_the_cache_forgets_the_oldest(tiny_data, tiny_tokenizers, sample_of) -> None:

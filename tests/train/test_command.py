@@ -64,6 +64,7 @@ def test_validate_already_refuses_what_this_version_cannot_do(override: str, wor
         ("model.audio.speaker_features=8", ConfigError, "model.audio.speaker_features.*need 160"),
         ("model.modalities=[text,image,audio]", ConfigError, "data.mixture.video_to_text.*needs video"),
         ("data.image_pixels=40", ConfigError, "data.image_pixels.*multiple of 16.*works: 32"),
+        ("data.sequence_tokens=32", ConfigError, "data.sequence_tokens = 32.*text_to_image takes 50.*works: 50"),
         ("tokenizers.text=/nowhere", TokenizerError, "nowhere"),
         ("observe.alarms.on_spike=skip", ConfigError, "on_spike"),
         ("objectives.z_weight=0.1", ConfigError, "z_loss"),

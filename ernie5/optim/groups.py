@@ -7,13 +7,32 @@ of two or more dimensions does, embeddings included.
 from __future__ import annotations
 
 import dataclasses
+import fnmatch
 
 import torch
+
+NOT_HIDDEN = (
+    ("embedding.text.weight", "a table of ids"),
+    ("embedding.cells.*", "bits and scale ids enter here"),
+    ("embedding.audio.*", "codes and speakers enter here"),
+    ("embedding.vision.vit.patch.weight", "pixels enter here"),
+    ("embedding.vision.cnn.weight", "tokenizer features enter here"),
+    ("embedding.vision.*_merger.slots", "a table of slots"),
+    ("layers.*.moe.router.weight", "scores of experts leave here"),
+    ("text_head.weight", "logits leave here"),
+    ("bit_head.weight", "logits leave here"),
+    ("audio_head.*", "logits leave here, and a table of target codes"),
+)
+"""Matrices that are no map between hidden layers: pattern of the name, and why."""
+
+FUSED = (("*.gate_up", 2), ("*.gate_up.weight", 2))
+"""Matrices that stand on top of one another in a single parameter: pattern of the name, how many."""
 
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
-    """A named set of parameters with one weight decay. names[i] belongs to parameters[i]."""
+    """A named set of parameters with one weight decay. names[i] belongs to parameters[i]; fused[i] matrices are
+    stacked along its rows."""
 
     name: str
     names: tuple[str, ...]
@@ -21,11 +40,20 @@ class ParameterGroup:
     weight_decay: float
     is_matrix: bool
 
+    @property
+    def fused(self) -> tuple[int, ...]:
+        """How many matrices each parameter holds, one above the other (experts not counted)."""
+        return tuple(count_fused(name) for name in self.names)
+
 
 def is_hidden_matrix(name: str, *, parameter: torch.nn.Parameter) -> bool:
-    """True for what Muon handles: matrices (or stacks of them) between hidden layers, not embeddings or heads."""
-    outside = any(word in name for word in ("embedding", "embed", "head", "router", "table"))
-    return parameter.dim() in (2, 3) and not outside
+    """True for what Muon handles: matrices (or stacks of them) between hidden layers, all but those of NOT_HIDDEN."""
+    return parameter.dim() in (2, 3) and not any(fnmatch.fnmatchcase(name, pattern) for pattern, _ in NOT_HIDDEN)
+
+
+def count_fused(name: str) -> int:
+    """Matrices that the parameter called `name` holds, one above the other."""
+    return next((count for pattern, count in FUSED if fnmatch.fnmatchcase(name, pattern)), 1)
 
 
 def build_groups(model: torch.nn.Module, *, weight_decay: float, split_matrices: bool = False) -> list[ParameterGroup]:

@@ -41,7 +41,10 @@ class Muon(torch.optim.Optimizer):
     def __init__(self, groups: Sequence[ParameterGroup], *, config: OptimConfig) -> None:
         super().__init__(
             [
-                {"params": list(g.parameters), "weight_decay": g.weight_decay, "name": g.name, "is_matrix": g.is_matrix}
+                {
+                    "params": list(g.parameters), "weight_decay": g.weight_decay, "name": g.name,
+                    "is_matrix": g.is_matrix, "fused": g.fused,
+                }
                 for g in groups
             ],
             {"lr": config.learning_rate},
@@ -78,12 +81,13 @@ class Muon(torch.optim.Optimizer):
             self._adamw.step()
 
     def _step_matrices(self, group: dict) -> None:
-        for parameter in group["params"]:
+        for parameter, fused in zip(group["params"], group["fused"], strict=True):
             if parameter.grad is None:
                 continue
             state = self.state[parameter]
             state["momentum"].lerp_(parameter.grad, 1.0 - self._config.muon_momentum)
             nesterov = parameter.grad.lerp(state["momentum"], self._config.muon_momentum)
-            update = orthogonalise(nesterov, steps=self._config.muon_steps)
+            matrices = nesterov.unflatten(-2, (fused, -1))  # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
+            update = orthogonalise(matrices, steps=self._config.muon_steps).flatten(-3, -2)
             parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(parameter.shape[-2:])))
+            parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrices.shape[-2:])))

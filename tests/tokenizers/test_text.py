@@ -65,7 +65,7 @@ def test_dropout_is_a_function_of_its_seed_and_splits_more(small: TextTokenizer)
         small.encode(text, dropout=0.1)
 
 
-def test_no_piece_is_merged_over_a_word_border_or_half_a_character(small: TextTokenizer) -> None:
+def test_no_piece_holds_a_space_behind_its_first_character_and_pieces_join_to_the_text(small: TextTokenizer) -> None:
     for text in CORPUS[:3]:
         words = [small.decode([token]) for token in small.encode(text)]
         assert "".join(words) == text

@@ -1,0 +1,49 @@
+"""Which parameters of the real model Muon orthogonalises, and that fused matrices are taken apart."""
+
+from __future__ import annotations
+
+import torch
+
+from ernie5.model.backbone import build_model
+from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, VisualModelConfig
+from ernie5.optim.build import build_optimizer
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import NOT_HIDDEN, build_groups
+from ernie5.optim.muon import orthogonalise
+
+CONFIG = ModelConfig(
+    layers=3, width=16, query_heads=2, kv_heads=1, head_width=8, vocab_size=64, dense_layers=1, dense_width=16,
+    moe=MoEConfig(num_experts=4, top_k=2, expert_width=8, shared_experts=1),
+    visual=VisualModelConfig(bits=4, num_scales=3, patch_pixels=2, encoder_channels=6, vit_width=8, vit_layers=1,
+                             vit_heads=1),
+    audio=AudioModelConfig(levels=2, codes=16), tie_embeddings=False,
+)
+
+
+def test_muon_takes_the_matrices_of_layers_vit_and_mergers_and_no_table_input_or_head() -> None:
+    model = build_model(CONFIG, seed=0)
+    groups = {g.name: g for g in build_groups(model, weight_decay=0.1, split_matrices=True)}
+    matrices, others = set(groups["matrix"].names), set(groups["decay"].names)
+    block = ("attention.query.weight", "attention.output.weight", "mlp.gate_up.weight", "mlp.down.weight")
+    for part in ("embedding.vision.vit.layers.0", "layers.0", "mtp.0.block"):
+        assert {f"{part}.{name}" for name in block} <= matrices
+    assert {"embedding.vision.image_merger.output.weight", "layers.1.moe.experts.gate_up", "mtp.0.project.weight",
+            "layers.1.moe.shared.down.weight"} <= matrices
+    patterns = [pattern for pattern, _ in NOT_HIDDEN]
+    assert {name for name in others if any(p.split("*")[0] in name for p in patterns)} == others
+    assert {"embedding.text.weight", "text_head.weight", "layers.1.moe.router.weight", "bit_head.weight",
+            "embedding.vision.image_merger.slots", "embedding.vision.vit.patch.weight"} <= others
+
+
+def test_gate_and_up_are_orthogonalised_apart() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.ModuleDict({"experts": torch.nn.Module()})
+    model["experts"].gate_up = torch.nn.Parameter(torch.zeros(3, 8, 6))
+    groups = build_groups(model, weight_decay=0.0, split_matrices=True)
+    optimizer = build_optimizer(groups, config=OptimConfig(name="muon", learning_rate=1.0, muon_momentum=0.0))
+    gradient = torch.randn(3, 8, 6)
+    gradient[:, 4:] *= 100.0  # as one matrix, the large half would decide where the small one goes
+    model["experts"].gate_up.grad = gradient.clone()
+    optimizer.step()
+    halves = [orthogonalise(half, steps=5) for half in gradient.split(4, dim=1)]
+    torch.testing.assert_close(model["experts"].gate_up.data, -0.2 * 6**0.5 * torch.cat(halves, dim=1))

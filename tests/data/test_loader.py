@@ -76,6 +76,23 @@ def test_resuming_repeats_and_skips_nothing_and_may_change_the_number_of_ranks(t
     assert len(json.dumps(stored)) < 10_000
 
 
+def test_a_run_that_goes_on_with_larger_steps_reads_on_where_it_stood(tiny_data, tiny_tokenizers) -> None:
+    def texts_per_stream(*rows_of_steps: int) -> list[list[list[int]]]:
+        streams: list[list[list[int]]] = [[] for _ in range(tiny_data.streams)]
+        state = None
+        for rows in rows_of_steps:
+            shape = StepShape(rows * tiny_data.streams, 1)
+            loader = build_loader(tiny_data, tokenizers=tiny_tokenizers, shape=shape, seed=3)
+            if state is not None:
+                loader.load_state_dict(state)
+            for place, row in enumerate(loader.next_rows()):
+                streams[place // rows].append([token for part in row for token in part.token_ids.tolist()])
+            state = loader.state_dict()
+        return streams
+
+    assert texts_per_stream(1, 2) == texts_per_stream(3)
+
+
 def test_another_seed_gives_other_batches_and_an_equal_seed_equal_ones(tiny_data, tiny_tokenizers) -> None:
     first = _open(tiny_data, tiny_tokenizers).next_step()
     assert _same(first, _open(tiny_data, tiny_tokenizers).next_step())

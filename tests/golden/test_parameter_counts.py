@@ -11,6 +11,7 @@ import pytest
 
 from ernie5.config.load import config_from_dict, config_to_dict, load_config
 from ernie5.model.config import num_active_params, num_params
+from ernie5.optim.schedule import learning_rate
 from ernie5.train.config import RootConfig
 
 PRETRAIN = Path(__file__).resolve().parents[2] / "configs" / "pretrain"
@@ -54,6 +55,21 @@ def test_every_shipped_config_survives_a_round_trip_and_tells_how_to_launch_it(p
     assert config_from_dict(config_to_dict(config), schema=RootConfig) == config
     header = path.read_text(encoding="utf-8").split("base:")[0]
     assert "launch:" in header and "hardware:" in header and "time:" in header
+
+
+@pytest.mark.parametrize(("stage", "tokens"), [("mid_training_32k", 32_768), ("mid_training_128k", 131_072)])
+def test_the_mid_training_recipes_fit_the_flagship_and_follow_the_table(
+    stage: str, tokens: int, tmp_path: Path
+) -> None:
+    folder, path = PRETRAIN.parent, tmp_path / "run.yaml"
+    bases = f"[{folder / 'model' / 'ernie5_2t4.yaml'}, {folder / 'recipe' / f'{stage}.yaml'}]"
+    path.write_text(f"base: {bases}\ntrain: {{steps: 100, run_dir: runs/mid}}\n", encoding="utf-8")
+    config = load_config(path, schema=RootConfig)
+    assert config.data.sequence_tokens == tokens
+    assert abs(config.batch.global_sequences * tokens / 56e6 - 1) < 0.02
+    assert learning_rate(0, config=config.optim, total_steps=100) == pytest.approx(1e-4, rel=1e-3)
+    assert learning_rate(99, config=config.optim, total_steps=100) == pytest.approx(1e-5, rel=0.01)
+    assert (config.model.moe.balance.speed, config.objectives.mtp_weight, config.model.rope_base) == (1e-5, 0.1, 1e6)
 
 
 def test_every_shipped_config_has_golden_counts() -> None:

@@ -58,4 +58,5 @@ PYTHONWARNINGS=ignore "${pip[@]}" --use-pep517 -e ".${extra:+[$extra]}"
   echo "EnvironmentFault: the installation is damaged. Remove $root/.venv and run this command again." >&2
   exit 3
 }
+echo "Installed. So that your shell finds the command ernie5: source $root/.venv/bin/activate"
 echo "$stamp" >".venv/ernie5-installed${extra:+-$extra}"

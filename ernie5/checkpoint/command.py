@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import argparse
 import json
 from pathlib import Path
 
 from ernie5.checkpoint.manifest import Manifest, read_manifest
 from ernie5.checkpoint.names import CONFIG_FILE, OPTIMIZER_FILE, find_checkpoint
+from ernie5.config.arguments import CommandParser
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_dict, load_config
 from ernie5.config.registry import resolve
@@ -15,7 +15,7 @@ from ernie5.config.registry import resolve
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
-    parser = argparse.ArgumentParser(prog="ernie5 inspect", description="Show what a checkpoint holds.")
+    parser = CommandParser(prog="ernie5 inspect", description="Show what a checkpoint holds.")
     parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
     parser.add_argument("--against", metavar="CKPT", help="another checkpoint whose configuration is compared")
     parser.add_argument("--optimizer", action="store_true", help="list the optimizer's tensors too")

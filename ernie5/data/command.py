@@ -6,6 +6,8 @@ import argparse
 import sys
 from pathlib import Path
 
+from ernie5.config.arguments import CommandParser
+
 BUILD_RULES = """
 what becomes a sample (folders are searched; hidden files and folders are left out):
   a.txt a.md a.html          one text document (Markdown and html with local pictures: one interleaved page)
@@ -26,7 +28,7 @@ def main(argv: list[str]) -> int:
 
 
 def _make_parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(prog="ernie5 data", description="Build shards from files, or look into shards.")
+    parser = CommandParser(prog="ernie5 data", description="Build shards from files, or look into shards.")
     verbs = parser.add_subparsers(dest="verb", required=True)
     build = verbs.add_parser(
         "build",

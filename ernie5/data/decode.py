@@ -41,7 +41,7 @@ def decode_image(
         with Image.open(io.BytesIO(data)) as opened:
             image = _flatten(opened, background=background)
     except (UnidentifiedImageError, OSError, SyntaxError, ValueError, Image.DecompressionBombError) as error:
-        raise DataError(f"sample {name}: the picture cannot be decoded ({error}).") from error
+        raise DataError(f"sample {name}: the picture cannot be decoded ({_reason(error)}).") from error
     return _to_tensor(_fit_square(image, pixels=pixels, crop=crop))
 
 
@@ -61,7 +61,7 @@ def decode_video(
                 if len(decoded) == frames:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise DataError(f"sample {name}: the clip cannot be decoded ({error}).") from error
+        raise DataError(f"sample {name}: the clip cannot be decoded ({_reason(error)}).") from error
     if not decoded:
         raise DataError(f"sample {name}: the clip holds no frame.")
     decoded += [decoded[-1]] * (frames - len(decoded))
@@ -99,7 +99,7 @@ def probe_video(data: bytes, *, name: str, max_frames: int) -> MediaInfo:
                 if frames > max_frames:
                     break
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise DataError(f"sample {name}: the clip cannot be decoded ({error}).") from error
+        raise DataError(f"sample {name}: the clip cannot be decoded ({_reason(error)}).") from error
     if frames == 0:
         raise DataError(f"sample {name}: the clip holds no frame.")
     return MediaInfo(seconds=frames / rate, frames=frames)
@@ -108,6 +108,15 @@ def probe_video(data: bytes, *, name: str, max_frames: int) -> MediaInfo:
 def probe_audio(data: bytes, *, name: str) -> MediaInfo:
     """Decode a sound and measure it. Raises DataError."""
     return MediaInfo(seconds=len(decode_audio(data, name=name)) / SAMPLE_RATE)
+
+
+def _reason(error: Exception) -> str:
+    """What a media library means, in words: two of their messages say nothing to a user."""
+    if isinstance(error, UnidentifiedImageError):
+        return "it is not in a known picture format"
+    if isinstance(error, IndexError):
+        return "the file has no such track"
+    return str(error)
 
 
 def _flatten(image: Image.Image, *, background: tuple[int, int, int]) -> Image.Image:
@@ -150,7 +159,7 @@ def _read_container(data: bytes, *, name: str) -> tuple[np.ndarray, int]:
                 rate = frame.sample_rate
                 pieces += [part.to_ndarray().mean(axis=0, keepdims=True) for part in converter.resample(frame)]
     except (av.FFmpegError, IndexError, ValueError) as error:
-        raise DataError(f"sample {name}: the sound cannot be decoded ({error}).") from error
+        raise DataError(f"sample {name}: the sound cannot be decoded ({_reason(error)}).") from error
     return np.concatenate(pieces, axis=1), rate
 
 

@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint
+from ernie5.config.arguments import CommandParser, add_setting, replace_settings
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import EXIT_DONE
 from ernie5.evaluate.config import EvaluateConfig
@@ -24,7 +25,7 @@ OVERRIDES = ("loss_samples", "text_bytes", "caption_samples", "match_samples", "
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the verb."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ernie5 evaluate", description="Measure a checkpoint against baselines that are computed alongside."
     )
     parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
@@ -34,7 +35,8 @@ def build_parser() -> argparse.ArgumentParser:
                         help=f"where to write the JSON (default: {EVALUATION_NAME} of the run directory)")
     for name in OVERRIDES:
         kind = float if name == "guidance" else int
-        parser.add_argument(f"--{name.replace('_', '-')}", type=kind, dest=name, help=f"evaluate.{name}")
+        option = name.replace("_", "-")
+        add_setting(parser, option, schema=EvaluateConfig, field=name, kind=kind, section="evaluate")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     return parser
 
@@ -47,7 +49,7 @@ def main(argv: Sequence[str]) -> int:
     loaded = load_generation(directory, device=options.device)
     chosen = vars(options)
     changes = {name: chosen[name] for name in OVERRIDES if chosen[name] is not None}
-    config: EvaluateConfig = dataclasses.replace(loaded.config.evaluate, **changes)
+    config: EvaluateConfig = replace_settings(loaded.config.evaluate, changes=changes, section="evaluate")
     # Likeliest choices everywhere: a figure should not depend on the luck of a draw.
     greedy = dataclasses.replace(
         loaded.config.generate, temperature=0.0, beam=1, bit_temperature=0.0, audio_temperature=0.0,

@@ -8,11 +8,13 @@ from pathlib import Path
 
 import torch
 
+from ernie5.config.arguments import CommandParser, add_setting
 from ernie5.data.decode import decode_audio, decode_image, decode_video
 from ernie5.data.examples import PromptPart
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import EXIT_DONE, ConfigError, DataError
 from ernie5.generate import media
+from ernie5.generate.config import GenerateConfig
 from ernie5.generate.gallery import GallerySize, write_samples
 from ernie5.generate.interleave import Prompt
 from ernie5.generate.load import LoadedGeneration, load_generation
@@ -46,7 +48,7 @@ class _Attach(argparse.Action):
 
 def build_parser() -> argparse.ArgumentParser:
     """The options of the verb."""
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ernie5 generate",
         description="Write, draw, film or speak. --prompt, --image, --audio and --video may be mixed and repeated; "
         "their order is the order in which the model reads them.",
@@ -64,7 +66,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="instead of a prompt: samples of every modality from the run's shards, for the report")
     parser.add_argument("--data", nargs="+", metavar="SHARDS", help="shards of --gallery (default: those of the run)")
     for option, (kind, field) in SETTINGS.items():
-        parser.add_argument(f"--{option}", type=kind, dest=field, help=f"generate.{field} of the run's configuration")
+        add_setting(parser, option, schema=GenerateConfig, field=field, kind=kind, section="generate")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
     return parser
 
@@ -95,6 +97,8 @@ def check_options(options: argparse.Namespace) -> None:
         return
     if not options.parts:
         raise ConfigError("Nothing to start from. Give --prompt TEXT, --image, --audio or --video, or --gallery DIR.")
+    if any(kind == "prompt" and not value for kind, value in options.parts):
+        raise ConfigError("--prompt is empty. Write the words to start from, or leave it out beside an attached file.")
     if options.out is None and options.to != "text":
         raise ConfigError(f"--to {options.to} needs --out FILE{SUFFIXES[options.to][0]}; only text goes to the screen.")
     if options.out is not None and options.to != "text" and options.out.suffix not in SUFFIXES[options.to]:

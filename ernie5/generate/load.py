@@ -8,6 +8,7 @@ from pathlib import Path
 import torch
 
 from ernie5.checkpoint.load import check_tokenizers, load_model
+from ernie5.config.arguments import replace_settings
 from ernie5.config.base import Config
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.interleave import Generation
@@ -35,7 +36,9 @@ def load_generation(
     loaded = load_model(path, device=place)
     tokenizers = load_tokenizers(loaded.config.tokenizers)
     check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))
-    config: GenerateConfig = dataclasses.replace(loaded.config.generate, **(changes or {}))
+    config: GenerateConfig = replace_settings(
+        loaded.config.generate, changes=changes or {}, section="generate"
+    )
     generation = Generation(
         loaded.model, tokenizers=tokenizers, data=loaded.config.data, config=config, batch_rows=batch_rows
     )

@@ -18,6 +18,7 @@ DISK_FULL = "the disk is full. Free some space, then run the same command again"
 ENVIRONMENT_ERRNOS = {
     errno.ENOSPC: DISK_FULL,
     errno.EDQUOT: "the disk quota is used up. Free some space, then run the same command again",
+    errno.EFBIG: "the file is larger than the file system or `ulimit -f` allows. Choose another place or raise it",
     errno.EACCES: "permission denied. Choose a place that you may write to, for example train.run_dir=runs/mine",
     errno.EPERM: "operation not permitted. Choose a place that you may write to, for example train.run_dir=runs/mine",
     errno.EROFS: "that file system is read-only. Choose another place, for example train.run_dir=runs/mine",
@@ -29,6 +30,7 @@ ENVIRONMENT_ERRNOS = {
 WRAPPED_FAULTS = (
     ("No space left on device", DISK_FULL),
     ("os error 28", DISK_FULL),
+    ("os error 27", "a file is larger than the file system or `ulimit -f` allows. Choose another place or raise it"),
     ("can't allocate memory", OUT_OF_MEMORY),
     ("CUDA out of memory", OUT_OF_MEMORY),
 )

@@ -12,6 +12,7 @@ import copy
 import json
 import math
 import os
+import sys
 import time
 from dataclasses import dataclass
 from pathlib import Path
@@ -48,7 +49,7 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
     if (out / "state.pt").exists():
         _load_state(task, state, path=out / "state.pt")
         _forget_after(out / "curves.jsonl", step=state.step)
-    bar = tqdm(total=100, desc=f"codec step {state.step}", unit="%", disable=not progress)
+    bar = tqdm(total=100, desc=f"codec step {state.step}", unit="%", disable=not (progress and sys.stderr.isatty()))
     facts, clock, last_tick = None, _clock(state, config), time.monotonic()
     while clock.fraction < 1.0:
         record = _step(task, state, clock=clock, config=config)

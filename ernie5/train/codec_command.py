@@ -7,6 +7,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.load import load_config
 from ernie5.errors import EXIT_DONE
 from ernie5.tokenizers.config import TokenizerRunConfig
@@ -25,13 +26,13 @@ def main(argv: Sequence[str]) -> int:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ernie5 tokenizer",
         description="Train a tokenizer; the same command continues a run that was stopped.",
     )
     parser.add_argument("action", choices=("train",))
     parser.add_argument("config", metavar="CONFIG", help="YAML, for example configs/tokenizer/visual.yaml")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    add_overrides(parser)
     parser.add_argument("--out", metavar="DIR", help="where everything is written (default runs/tokenizer_KIND)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser

@@ -10,6 +10,7 @@ from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
 from ernie5.checkpoint.retention import clear_checkpoints
+from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
 from ernie5.errors import ConfigError, PeerError
@@ -50,7 +51,10 @@ def main(argv: list[str]) -> int:
 def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None = None) -> int:
     """Train `config` in its run directory and leave exit.json there, whatever happens."""
     run_dir, is_main = Path(config.train.run_dir), int(os.environ.get("RANK", "0")) == 0
-    run_dir.mkdir(parents=True, exist_ok=True)
+    try:
+        run_dir.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        config.fail("train.run_dir", "a file stands in its place. Name another directory or move the file away")
     folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
     if is_main:
         clear_exit(run_dir)
@@ -73,7 +77,9 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
             raise
         raise _as_peer_error(error) from error
     if is_main:
-        write_exit(run_dir, record=done_record(step=reached.step, checkpoint=str(latest_checkpoint(folder) or "")))
+        newest = str(latest_checkpoint(folder) or "")
+        write_exit(run_dir, record=done_record(step=reached.step, checkpoint=newest))
+        get_log().info("done: %d steps, %s. Look at it: ernie5 report %s", reached.step, newest or "not saved", run_dir)
     return 0
 
 
@@ -107,12 +113,12 @@ def _train(
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ernie5 train",
         description="Pretrain a model; a run directory that holds a checkpoint is resumed.",
     )
     parser.add_argument("config", help="YAML file")
-    parser.add_argument("overrides", nargs="*", metavar="a.b=c", help="settings that replace those of the file")
+    add_overrides(parser)
     parser.add_argument("--validate", action="store_true", help="check the configuration and stop; no torch needed")
     parser.add_argument("--fresh", action="store_true", help="start over: clears the run directory's own files")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint instead of the latest")

@@ -6,6 +6,7 @@ import argparse
 import json
 from collections.abc import Sequence
 
+from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.describe import describe_fields, describe_text
 from ernie5.config.load import config_to_dict, load_config, peek_keys
 from ernie5.config.registry import resolve
@@ -63,13 +64,13 @@ def _counts_text(config: RootConfig) -> str:
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = argparse.ArgumentParser(
+    parser = CommandParser(
         prog="ernie5 describe",
         description="Print a resolved config: every value with its documentation, kind, default and the line it was "
         "set in, and the model's parameter and FLOP counts.",
         epilog="example: ernie5 describe configs/pretrain/quickstart.yaml model.layers=12",
     )
     parser.add_argument("config", metavar="CONFIG", help="a YAML file")
-    parser.add_argument("overrides", metavar="a.b=c", nargs="*", help="settings that replace the file's")
+    add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object: config, counts, fields")
     return parser

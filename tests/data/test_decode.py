@@ -113,3 +113,12 @@ def test_a_sound_is_no_clip_and_a_picture_no_sound(tmp_path: Path, media_writers
         decode_video(tone, pixels=8)
     with pytest.raises(DataError):
         decode_audio(encode(Image.new("RGB", (4, 4))))
+
+
+def test_what_no_library_can_name_is_said_in_words() -> None:
+    picture = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(picture, format="PNG")
+    with pytest.raises(DataError, match="not in a known picture format"):
+        decode_image(b"some text", pixels=8, name="a.png")
+    with pytest.raises(DataError, match="no such track"):
+        decode_audio(picture.getvalue(), name="a.wav")

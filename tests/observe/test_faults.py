@@ -22,6 +22,8 @@ from ernie5.observe.faults import classify, keep_tracebacks
         (KeyboardInterrupt(), 75),
         (MemoryError(), 3),
         (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 3),
+        (OSError(errno.EFBIG, "File too large", "a.bin"), 3),
+        (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), 3),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),
         (RuntimeError("DefaultCPUAllocator: can't allocate memory: you tried to allocate 9 bytes"), 3),
         (RuntimeError("I/O error: No space left on device (os error 28)"), 3),

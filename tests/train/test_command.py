@@ -30,6 +30,14 @@ def test_a_mistyped_key_is_one_line_with_the_closest_key(run_ernie5: Callable, w
     assert done.exit_code == 2 and done.stderr.count("\n") == 1 and "train.steps" in done.stderr
 
 
+@pytest.mark.parametrize("place", ["notes", "notes/run"])
+def test_a_file_in_place_of_the_run_directory_is_the_users_mistake(world: Path, tmp_path: Path, place: str) -> None:
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train\.run_dir = .*notes.*: a file stands in its place"):
+        main([str(world / "run.yaml"), f"train.run_dir={tmp_path / place}"])
+    assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
+
+
 def test_validate_already_refuses_streams_that_do_not_divide_the_rows(world: Path) -> None:
     with pytest.raises(LayoutError, match=r"global_sequences = 4: is not a multiple of data.streams = 3"):
         main([str(world / "run.yaml"), "--validate", "data.streams=3"])

@@ -16,12 +16,14 @@ BUCKET_ELEMENTS = 50_000_000
 
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedPlan:
-    """Sizes that DeepSpeed wants to know: micro-batches per rank and step, rows in each, ranks, parameters."""
+    """Sizes that DeepSpeed wants to know: micro-batches per rank and step, rows in each, ranks, parameters of the
+    model and of its largest layer."""
 
     micro_batches: int
     micro_sequences: int
     dp: int
     num_params: int
+    layer_params: int
 
 
 def deepspeed_config(
@@ -32,7 +34,7 @@ def deepspeed_config(
     Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
     where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole.
     """
-    check_combination(engine, optim=optim, dp=plan.dp)
+    check_combination(engine, optim=optim)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
     result: dict[str, object] = {
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
@@ -50,6 +52,7 @@ def deepspeed_config(
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
+            **(_whole_while_used(plan.layer_params) if engine.zero_stage == 3 else {}),
         },
     }
     if engine.precision == "bf16":
@@ -58,21 +61,21 @@ def deepspeed_config(
     return result
 
 
-def check_combination(engine: EngineConfig, *, optim: OptimConfig, dp: int) -> None:
+def _whole_while_used(layer_params: int) -> dict[str, object]:
+    """Stage 3: every parameter is sharded, and whole only while its layer runs.
+
+    DeepSpeed's own settings keep all small parameters and whatever is used again within 1e9 elements. The window of
+    prefetching is one layer at most: weights inside the window are not released either.
+    """
+    return {
+        "stage3_param_persistence_threshold": 0,
+        "stage3_max_reuse_distance": 0,
+        "stage3_prefetch_bucket_size": min(BUCKET_ELEMENTS, layer_params),
+    }
+
+
+def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
-    if engine.zero_stage == 2 and dp > 1:
-        engine.fail(
-            "zero_stage",
-            f"with dp = {dp} ranks, DeepSpeed's stage 2 fills its reduction buckets in the order of each rank's own "
-            "backward pass, and ranks whose rows hold other modalities would add up gradients of different "
-            "parameters. Set engine.zero_stage: 1",
-        )
-    if engine.zero_stage == 3:
-        engine.fail(
-            "zero_stage",
-            "stage 3 is not available in this version: a parameter that a batch leaves untouched is empty while the "
-            "loss runs. Set engine.zero_stage: 2, which shards all but the weights",
-        )
     if engine.precision == "bf16" and engine.zero_stage == 0:
         engine.fail(
             "zero_stage",

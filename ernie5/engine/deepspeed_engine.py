@@ -7,6 +7,7 @@ micro-batches is switched off for the same reason.
 
 from __future__ import annotations
 
+import contextlib
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -17,6 +18,7 @@ import torch.distributed as dist
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
 from ernie5.engine.deepspeed_launch import start_processes
+from ernie5.engine.deepspeed_order import OrderedStep
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
@@ -54,15 +56,17 @@ class DeepSpeedEngine(Engine):
         model.to(device)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
-        step = MicroStep(model, config=settings.objectives)
+        step: torch.nn.Module = MicroStep(model, config=settings.objectives)
+        self._ordered = OrderedStep(step) if self._stage >= 2 else None
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,
             micro_sequences=micro_sequences,
             dp=self.world_size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
+            layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
         )
         self._engine, _, _, _ = deepspeed.initialize(
-            model=step,
+            model=self._prepare(step),
             optimizer=build_optimizer(groups, config=optim),
             config=deepspeed_config(engine, optim=optim, plan=plan),
             dist_init_required=False,
@@ -73,6 +77,7 @@ class DeepSpeedEngine(Engine):
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over this rank's micro-batches; the last backward reduces gradients over ranks."""
         self._engine.train()
+        self.model.train()
         counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         for index, batch in enumerate(micro_batches):
@@ -86,6 +91,8 @@ class DeepSpeedEngine(Engine):
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, move balance bias and magnitudes; a norm that is not finite skips all of it on every rank."""
+        if self._ordered is not None:
+            self._ordered.check_order(largest=self._max_over_ranks, device=self.device)
         for group in self._engine.optimizer.param_groups:
             group["lr"] = learning_rate
         norm = self._step_whole() if self._stage == 0 else self._step_sharded()
@@ -108,6 +115,7 @@ class DeepSpeedEngine(Engine):
     def evaluate_batch(self, batch: Batch) -> StepSums:
         """Forward without gradients on every rank's own batch."""
         self._engine.eval()
+        self.model.eval()
         batch = batch.to(self.device)
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
@@ -138,10 +146,39 @@ class DeepSpeedEngine(Engine):
             dist.all_gather_object(found, value)
         return found
 
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Stage 3 gathers all weights and takes its gathering hooks off, so that one rank may run layers alone."""
+        if self._stage < 3:
+            yield
+            return
+        from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
+
+        with unwrap_model_for_generation(self._engine):
+            yield
+
     def close(self) -> None:
         """Leave the process group (a group of one has nothing to leave)."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _prepare(self, step: torch.nn.Module) -> torch.nn.Module:
+        """The module that DeepSpeed wraps: stages 2 and 3 need one order of gradients on all ranks."""
+        if self._ordered is None:
+            return step
+        if self._stage == 2:
+            self._ordered.watch_units()
+        else:
+            from deepspeed.utils import set_z3_leaf_module
+
+            for unit in self._ordered.units:
+                set_z3_leaf_module(unit, True)
+        return self._ordered
+
+    def _max_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
+        if self.world_size > 1:
+            dist.all_reduce(values, op=dist.ReduceOp.MAX)
+        return values
 
     def _step_whole(self) -> float:
         """Stage 0: gradients are whole on every rank, so clip them as the local engine does."""

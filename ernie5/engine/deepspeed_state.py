@@ -8,6 +8,7 @@ which setup.py pins; the equality tests guard them.
 from __future__ import annotations
 
 import torch
+import torch.distributed as dist
 
 from ernie5.engine.interface import EngineState, check_names
 from ernie5.engine.local import load_buffers, persistent_buffers
@@ -56,6 +57,9 @@ class DeepSpeedState:
             self._write(parameter, value=state.parameters[name], key=None)
             for key in self._keys(parameter):
                 self._write(parameter, value=state.moments[f"{key}/{name}"], key=key)
+        if self._stage == 3:
+            for group in range(len(self._optimizer().fp16_groups)):
+                self._optimizer()._reassign_or_swap_out_partitioned_parameters(group)
         for master in self._masters():
             entry = self._inner().state[master]
             if "step" in entry:
@@ -82,6 +86,8 @@ class DeepSpeedState:
         value = value.to(parameter.device)
         if self._stage == 0:
             (parameter if key is None else self._inner().state[parameter][key]).copy_(value)
+        elif self._stage == 3:
+            self._write_piece(parameter, value=value, key=key)
         elif key is not None:
             safe_set_full_optimizer_state(parameter, value, key)
         else:
@@ -89,7 +95,15 @@ class DeepSpeedState:
             parameter.data.copy_(value)
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        if self._stage == 3:
+            return self._optimizer().get_fp32_grad_for_param(parameter)
         return parameter.grad if self._stage == 0 else parameter.get_full_hp_grad()
+
+    def _write_piece(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
+        """This rank's piece, padded: safe_set_full_* fails where ranks do not divide the number of elements."""
+        size = parameter.ds_tensor.numel()
+        pieces = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
+        self._optimizer().set_local_hp_param(pieces.view(-1, size)[dist.get_rank()], parameter, key)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer
@@ -100,4 +114,6 @@ class DeepSpeedState:
 
     def _masters(self) -> list[torch.Tensor]:
         """The tensors that the client's optimizer steps: whole parameters, or flat fp32 pieces."""
+        if self._stage == 3:
+            return list(self._optimizer().fp32_partitioned_groups_flat)
         return [parameter for group in self._inner().param_groups for parameter in group["params"]]

@@ -8,8 +8,9 @@ is the engine's secret.
 from __future__ import annotations
 
 import abc
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
@@ -112,6 +113,11 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def gather(self, value: dict) -> list[dict]:
         """The JSON-able `value` of every rank, in order of ranks, on every rank."""
+
+    @contextlib.contextmanager
+    def whole_model(self) -> Iterator[None]:
+        """Within it, every parameter of `model` is whole on every rank, to be read and run by hand; collective."""
+        yield
 
     @abc.abstractmethod
     def close(self) -> None:

@@ -200,7 +200,7 @@ def sample_hooks(
             generation=generation,
             data=config.data,
             every=config.train.sample_every_steps,
-            is_main=engine.is_main,
+            engine=engine,
         ),
     )
 

@@ -111,11 +111,13 @@ def probe_audio(data: bytes, *, name: str) -> MediaInfo:
 
 
 def _reason(error: Exception) -> str:
-    """What a media library means, in words: two of their messages say nothing to a user."""
+    """What a media library means, in words: some of their messages say nothing to a user."""
     if isinstance(error, UnidentifiedImageError):
         return "it is not in a known picture format"
     if isinstance(error, IndexError):
         return "the file has no such track"
+    if isinstance(error, av.FFmpegError):
+        return error.strerror  # the whole message ends in '<none>', the name of a file in memory
     return str(error)
 
 

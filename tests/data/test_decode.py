@@ -120,5 +120,7 @@ def test_what_no_library_can_name_is_said_in_words() -> None:
     Image.new("RGB", (8, 8)).save(picture, format="PNG")
     with pytest.raises(DataError, match="not in a known picture format"):
         decode_image(b"some text", pixels=8, name="a.png")
+    with pytest.raises(DataError, match=r"\(Invalid data found when processing input\)\.$"):
+        decode_video(b"some text", pixels=8, name="a.mp4")
     with pytest.raises(DataError, match="no such track"):
         decode_audio(picture.getvalue(), name="a.wav")

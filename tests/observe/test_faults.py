@@ -22,6 +22,7 @@ from ernie5.observe.faults import classify, keep_tracebacks
         (KeyboardInterrupt(), 75),
         (MemoryError(), 3),
         (OSError(errno.ENOSPC, "No space left on device", "a.bin"), 3),
+        (RuntimeError("The server socket has failed to listen. port: 29500, code: -98, name: EADDRINUSE"), 3),
         (OSError(errno.EFBIG, "File too large", "a.bin"), 3),
         (RuntimeError("Error while serializing: I/O error: File too large (os error 27)"), 3),
         (PermissionError(errno.EACCES, "Permission denied", "/root/x"), 3),

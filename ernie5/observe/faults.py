@@ -31,7 +31,7 @@ WRAPPED_FAULTS = (
     ("No space left on device", DISK_FULL),
     ("os error 28", DISK_FULL),
     ("os error 27", "a file is larger than the file system or `ulimit -f` allows. Choose another place or raise it"),
-    ("EADDRINUSE", "the port where the processes meet is in use, perhaps by another run. Choose another: --master_port N"),
+    ("EADDRINUSE", "the port where processes meet is in use, perhaps by another run. Choose one: --master_port N"),
     ("can't allocate memory", OUT_OF_MEMORY),
     ("CUDA out of memory", OUT_OF_MEMORY),
 )

@@ -92,6 +92,8 @@ def test_two_ranks_with_other_modalities_equal_one_local_process(tmp_path: Path,
     for stage, result in results.items():
         compare(result, expected=local_result)
         assert result["resident_elements"] == (0 if stage == 3 else total)
+        assert result["evaluated"] == pytest.approx(results[0]["evaluated"], rel=1e-4)
+        assert torch.allclose(result["hidden_by_hand"], results[0]["hidden_by_hand"], atol=1e-3)
     for kind in ("parameters", "moments", "buffers"):
         for name, value in getattr(results[3]["state"], kind).items():
             assert torch.equal(getattr(results[3]["copied_state"], kind)[name], value), name
@@ -175,6 +177,14 @@ def test_the_model_can_be_run_by_hand_between_steps(stage: int, tiny: types.Modu
         outputs.append(one.evaluate_batch(batch).objective)
     for expected, found in zip(outputs[:3], outputs[3:], strict=True):
         assert torch.allclose(found.double(), expected.double(), rtol=1e-4, atol=1e-5)
+
+
+def test_gradients_arrive_layer_by_layer_in_the_same_order_for_any_modalities(tiny: types.ModuleType) -> None:
+    engine = tiny.make_engine("deepspeed", stage=2)
+    engine.accumulate(tiny.make_batches([1, 1, 1, 1]))  # text alone, and all tasks, in turn
+    arrived = engine._ordered._arrived
+    # indices count what surrounds the layers, then the layers from the lowest: the reverse of this is backward's order
+    assert arrived == 4 * list(reversed(range(len(arrived) // 4)))
 
 
 def test_ranks_that_disagree_about_the_order_of_gradients_stop(tiny: types.ModuleType) -> None:

@@ -128,6 +128,11 @@ def main(path: str) -> None:
         engine = make_engine("deepspeed", stage=stage, micro=4 // job["ranks"])
         results[stage] = two_steps(engine, rank=int(os.environ["RANK"]), ranks=job["ranks"])
         results[stage]["resident_elements"] = sum(p.numel() for p in engine.model.parameters())
+        batch = make_batches([1], seed=7)[0]
+        with engine.whole_model(), torch.no_grad():
+            if engine.is_main:  # the other rank does nothing here: no collective may be left in the model
+                results[stage]["hidden_by_hand"] = engine.model(batch).text_hidden
+        results[stage]["evaluated"] = float(engine.evaluate_batch(batch).objective)
         if stage == 3:
             copy = make_engine("deepspeed", stage=stage, micro=4 // job["ranks"])
             copy.load_state(results[stage]["state"])

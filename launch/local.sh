@@ -1,11 +1,12 @@
 #!/usr/bin/env bash
-# Trains with one process per GPU of this machine, or with PROCESSES=n processes on a CPU, through DeepSpeed's launcher:
+# Trains with one process per GPU of this machine through DeepSpeed's launcher, or on a CPU with one process per core
+# (PROCESSES=n sets their number; data.streams and batch.global_sequences must be multiples of it):
 #   bash launch/local.sh configs/pretrain/single_gpu.yaml train.steps=1000
 #   PROCESSES=2 bash launch/local.sh configs/pretrain/quickstart.yaml
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
-  sed -n '2,4s/^# //p' "${BASH_SOURCE[0]}"
+  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
   exit 2
 fi
 [[ -x "$root/.venv/bin/deepspeed" ]] || bash "$root/launch/install.sh"
@@ -15,6 +16,4 @@ if command -v nvidia-smi >/dev/null; then gpus="$(nvidia-smi -L 2>/dev/null | gr
 if [[ "$gpus" -gt 0 ]]; then
   exec deepspeed --num_gpus "${PROCESSES:-$gpus}" "$root/launch/pretrain.py" "$@"
 fi
-export DS_ACCELERATOR=cpu OMP_NUM_THREADS="${OMP_NUM_THREADS:-1}"
-# --bind_cores_to_rank needs numactl, which a laptop lacks; one process per core is close enough.
-exec torchrun --standalone --nproc_per_node "${PROCESSES:-1}" "$root/launch/pretrain.py" "$@"
+exec python "$root/launch/spawn.py" "${PROCESSES:-$(nproc)}" "$@"

@@ -1,0 +1,67 @@
+"""Several ranks on one machine end as the run does: one message, the run's exit code, one reaction to a signal."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture
+def spawn(repository: Path, tmp_path: Path):
+    """spawn(arguments) starts launch/spawn.py with two ranks and returns the process."""
+    started = []
+
+    def start(*arguments: str) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(repository / "launch" / "spawn.py"), *arguments], cwd=repository, text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            env={**os.environ, "RANK_LOGS": str(tmp_path / "ranks"), "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def test_a_users_mistake_is_said_once_and_ends_with_2(spawn) -> None:
+    process = spawn("2", "configs/pretrain/debug.yaml", "train.stepz=3")
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2
+    assert said.count("ConfigError") == 1 and "train.stepz" in said and "Traceback" not in said
+
+
+def test_a_wrong_number_of_processes_is_named(spawn) -> None:
+    process = spawn("two", "configs/pretrain/debug.yaml")
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2 and "'two configs/pretrain/debug.yaml'" in said
+
+
+def test_two_ranks_train_and_a_signal_saves_once_and_ends_with_75(spawn, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = spawn(
+        "2", "configs/pretrain/debug.yaml", "engine.kind=deepspeed", "batch.micro_sequences=2", "train.steps=500",
+        f"train.run_dir={run}", "engine.cpu_threads=1", "checkpoint.every_steps=0", "observe.flush_every_steps=1",
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    process.send_signal(signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 75, said
+    step = json.loads((run / "exit.json").read_text(encoding="utf-8"))["step"]
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]

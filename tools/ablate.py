@@ -10,8 +10,10 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 VARIANTS = {
@@ -35,16 +37,20 @@ def main() -> int:
     parser.add_argument("config")
     parser.add_argument("--out", type=Path, required=True, help="folder of the runs and of the table")
     parser.add_argument("--steps", type=int, help="train.steps of every variant")
+    parser.add_argument("--jobs", type=int, default=1, help="variants at a time, one thread each (default: 1)")
     parser.add_argument("overrides", nargs="*", help="a.b=c, for every variant")
     options = parser.parse_intermixed_args()
     shared = [*options.overrides, *([f"train.steps={options.steps}"] if options.steps else [])]
-    rows = []
-    for name, changes in VARIANTS.items():
+
+    def measure(name: str) -> tuple[str, dict]:
         run = options.out / name.replace(" ", "-")
         if not (run / "evaluation.json").exists():
-            ernie5("train", options.config, *shared, *changes, f"train.run_dir={run}")
+            ernie5("train", options.config, *shared, *VARIANTS[name], f"train.run_dir={run}")
             ernie5("evaluate", str(run))
-        rows.append((name, json.loads((run / "evaluation.json").read_text(encoding="utf-8"))))
+        return name, json.loads((run / "evaluation.json").read_text(encoding="utf-8"))
+
+    with ThreadPoolExecutor(options.jobs) as pool:
+        rows = list(pool.map(measure, VARIANTS))
     text = table(rows)
     (options.out / "table.md").write_text(text, encoding="utf-8")
     print(text)
@@ -52,10 +58,11 @@ def main() -> int:
 
 
 def ernie5(*arguments: str) -> None:
-    """Run a verb of the command line; ends this program with its exit code where it fails."""
-    done = subprocess.run([sys.executable, "-m", "ernie5", *arguments], check=False)
+    """Run a verb of the command line with one thread; raises SystemExit with its exit code where it fails."""
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run([sys.executable, "-m", "ernie5", *arguments], check=False, env=environment)
     if done.returncode:
-        sys.exit(done.returncode)
+        raise SystemExit(done.returncode)
 
 
 def table(rows: list[tuple[str, dict]]) -> str:

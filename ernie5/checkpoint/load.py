@@ -18,6 +18,7 @@ from ernie5.checkpoint.names import (
     OPTIMIZER_FILE,
     STATE_FILE,
     find_checkpoint,
+    list_checkpoints,
 )
 from ernie5.checkpoint.save import describe_tensor, file_hash
 from ernie5.config.base import Config
@@ -26,6 +27,9 @@ from ernie5.config.registry import resolve
 from ernie5.engine.interface import EngineState, check_names
 from ernie5.errors import CheckpointError, TokenizerError
 from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.tokenizers.kept import KEPT_FOLDER
+
+RUN_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,11 +44,13 @@ class LoadedRun:
 
 @dataclasses.dataclass(frozen=True)
 class LoadedModel:
-    """A model ready to evaluate or generate, its training configuration (RootConfig), and the manifest."""
+    """A model ready to evaluate or generate, its training configuration (RootConfig), the manifest, and where they were
+    found."""
 
     model: UnifiedModel
     config: Config
     manifest: Manifest
+    directory: Path
 
 
 def load_run(path: Path | str) -> LoadedRun:
@@ -53,8 +59,7 @@ def load_run(path: Path | str) -> LoadedRun:
     Raises CheckpointError naming the damaged file and tensor.
     """
     directory = find_checkpoint(path)
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest=manifest, names=(MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE))
+    manifest = _read_verified(directory, names=RUN_FILES)
     weights = _read_tensors(directory, file=MODEL_FILE)
     optimizer = _read_tensors(directory, file=OPTIMIZER_FILE)
     run, updates, magnitudes = _read_state(directory)
@@ -81,8 +86,7 @@ def load_model(
     dtype: of the parameters, by default as stored; buffers stay fp32. Raises CheckpointError.
     """
     directory = find_checkpoint(path)
-    manifest = read_manifest(directory)
-    verify_files(directory, manifest=manifest, names=(MODEL_FILE, CONFIG_FILE))
+    manifest = _read_verified(directory, names=(MODEL_FILE, CONFIG_FILE))
     config = load_config(directory / CONFIG_FILE, schema=resolve("root", name="train"))
     model = build_model(config.model, seed=0)
     weights = _read_tensors(directory, file=MODEL_FILE)
@@ -96,7 +100,7 @@ def load_model(
                 parameters[name].data = weights[name].to(dtype or weights[name].dtype)
             else:
                 tensor.copy_(weights[name])
-    return LoadedModel(model=model.to(device).eval(), config=config, manifest=manifest)
+    return LoadedModel(model=model.to(device).eval(), config=config, manifest=manifest, directory=directory)
 
 
 def verify_files(directory: Path, *, manifest: Manifest, names: tuple[str, ...]) -> None:
@@ -104,17 +108,16 @@ def verify_files(directory: Path, *, manifest: Manifest, names: tuple[str, ...])
     for name in names:
         path, entry = directory / name, manifest.files.get(name)
         if entry is None or not path.is_file():
-            raise CheckpointError(f"{path} is missing. Resume from another checkpoint with --resume")
+            raise CheckpointError(f"{path} is missing")
         size = path.stat().st_size
         if size != entry.num_bytes:
             raise CheckpointError(
-                f"{path} has {size} bytes, the manifest says {entry.num_bytes}: the file is damaged. "
-                "Resume from another checkpoint with --resume"
+                f"{path} has {size} bytes, the manifest says {entry.num_bytes}: the file is damaged"
             )
         if file_hash(path) != entry.sha256:
             raise CheckpointError(
-                f"{path} does not match its checksum{_damaged_tensors(directory, file=name, manifest=manifest)}. "
-                "The file is damaged; resume from another checkpoint with --resume"
+                f"{path} does not match its checksum{_damaged_tensors(directory, file=name, manifest=manifest)}: "
+                "the file is damaged"
             )
 
 
@@ -125,8 +128,40 @@ def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
         texts = ", ".join(f"{n}: {manifest.tokenizers[n][:12]} trained, {identities[n][:12]} given" for n in wrong)
         raise TokenizerError(
             f"this checkpoint was trained with other tokenizers ({texts}). Ids would mean other things. "
-            f"Set tokenizers.{wrong[0]} to the tokenizer of the run, or start over with --fresh"
+            f"`embedded` is the set of the installed version. Put the run's own, RUN_DIR/{KEPT_FOLDER}, beside the "
+            "folder of its checkpoints, or use the version of ernie5 that trained it, or start over with --fresh"
         )
+
+
+def kept_folders(directory: Path) -> tuple[Path, ...]:
+    """Where the run of the checkpoint `directory` may have kept its tokenizers: beside the folder of checkpoints."""
+    return (directory.absolute().parent.parent / KEPT_FOLDER,)
+
+
+def _read_verified(directory: Path, *, names: tuple[str, ...]) -> Manifest:
+    """The manifest, once the named files agree with it; else a CheckpointError that names the way out."""
+    try:
+        manifest = read_manifest(directory)
+        verify_files(directory, manifest=manifest, names=names)
+    except CheckpointError as error:
+        raise CheckpointError(f"{error}. {_way_out(directory)}") from error
+    return manifest
+
+
+def _way_out(directory: Path) -> str:
+    """The newest other checkpoint of the folder that is whole, and the command that resumes from it."""
+    directory = directory.absolute()
+    for other in reversed(list_checkpoints(directory.parent)):
+        if other.name == directory.name:
+            continue
+        try:
+            verify_files(other, manifest=read_manifest(other), names=RUN_FILES)
+        except CheckpointError:
+            continue
+        config = directory.parent.parent / CONFIG_FILE
+        command = f"ernie5 train {config if config.is_file() else 'CONFIG'} --resume {other}"
+        return f"The newest other checkpoint that is whole is {other}. Resume from it: {command}"
+    return f"No other checkpoint of {directory.parent} is whole: bring one back, or start over with --fresh"
 
 
 def _damaged_tensors(directory: Path, *, file: str, manifest: Manifest) -> str:

@@ -76,7 +76,7 @@ def read_manifest(directory: Path) -> Manifest:
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}, so it is no complete checkpoint") from None
     except (UnicodeDecodeError, json.JSONDecodeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error}). Resume from an older checkpoint with --resume") from None
+        raise CheckpointError(f"{path} is damaged ({error}). Use another checkpoint") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this program (format is not {FORMAT!r})")
     if values.get("version") != VERSION:
@@ -96,4 +96,4 @@ def read_manifest(directory: Path) -> Manifest:
             },
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
-        raise CheckpointError(f"{path} is damaged ({error!r}). Resume from an older checkpoint with --resume") from None
+        raise CheckpointError(f"{path} is damaged ({error!r}). Use another checkpoint") from None

@@ -70,7 +70,19 @@ class _Builder:
             return below
         if is_config(hint):
             return self.section(hint, Node(None, parent.place), path=full)
-        raise ConfigError(f"{full} is missing. It needs {type_text(hint)}: {info.doc} ({parent.place})")
+        raise ConfigError(
+            f"{full} is missing. It needs {type_text(hint)}: {info.doc}{self._fragment_hint(full)} ({parent.place})"
+        )
+
+    def _fragment_hint(self, path: str) -> str:
+        """What to do with a file that lacks a whole section: it is likely one of the fragments."""
+        section = path.split(".")[0]
+        if section in self.places or section == path:
+            return ""
+        return (
+            f". There is no section `{section}`: files of configs/model, configs/data and configs/recipe are fragments "
+            "that a whole configuration names in `base:` (see configs/pretrain)"
+        )
 
     def _convert(self, node: Node, hint: object, path: str, default: object) -> object:
         for option in options(hint):

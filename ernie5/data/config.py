@@ -113,6 +113,8 @@ class DataConfig(Config):
     )
 
     def validate(self) -> None:
-        """Clips must inflate from one frame."""
+        """There is something to read, and clips inflate from one frame."""
+        if not self.shards:
+            self.fail("shards", "no shard is named. Give paths or globs, or [sample] for the embedded corpus")
         if self.video_frames % 4 != 1:
             self.fail("video_frames", "clips have 1+4n frames: one first frame, then groups of four. Try 17")

@@ -18,6 +18,8 @@ from ernie5.errors import CheckpointError
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts, TensorRecord
 
+LISTED_PROBLEMS = 6
+
 
 @dataclasses.dataclass(frozen=True)
 class StepSums(TensorRecord):
@@ -130,7 +132,7 @@ class Engine(abc.ABC):
 
 
 def check_names(found: dict[str, torch.Tensor], *, expected: dict[str, torch.Tensor], what: str) -> None:
-    """Compare names and shapes; raises CheckpointError that lists every difference."""
+    """Compare names and shapes; raises CheckpointError that lists the first differences and counts the others."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown to the model" for name in found if name not in expected]
     problems += [
@@ -139,7 +141,9 @@ def check_names(found: dict[str, torch.Tensor], *, expected: dict[str, torch.Ten
         if name in found and found[name].shape != tensor.shape
     ]
     if problems:
+        more = len(problems) - LISTED_PROBLEMS
+        listed = "; ".join(problems[:LISTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
         raise CheckpointError(
-            f"{len(problems)} {what} of the checkpoint do not fit the model: {'; '.join(problems)}. A checkpoint loads "
+            f"{len(problems)} {what} of the checkpoint do not fit the model: {listed}. A checkpoint loads "
             "only into the architecture it was written by; compare `ernie5 inspect CKPT` with the configuration"
         )

@@ -7,12 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import check_tokenizers, load_model
+from ernie5.checkpoint.load import check_tokenizers, kept_folders, load_model
 from ernie5.config.arguments import replace_settings
 from ernie5.config.base import Config
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.interleave import Generation
 from ernie5.tokenizers.bundle import load_tokenizers
+from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,7 +35,9 @@ def load_generation(
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(path, device=place)
-    tokenizers = load_tokenizers(loaded.config.tokenizers)
+    folders = (*kept_folders(loaded.directory), Path(loaded.config.train.run_dir) / KEPT_FOLDER)
+    places = prefer_kept(loaded.config.tokenizers, identities=loaded.manifest.tokenizers, folders=folders)
+    tokenizers = load_tokenizers(places)
     check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))
     config: GenerateConfig = replace_settings(
         loaded.config.generate, changes=changes or {}, section="generate"

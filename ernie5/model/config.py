@@ -48,7 +48,11 @@ class MoEConfig(Config):
 
     def validate(self) -> None:
         if self.top_k > self.num_experts:
-            self.fail("top_k", f"{self.top_k} exceeds num_experts = {self.num_experts}. Choices are distinct")
+            self.fail(
+                "top_k",
+                f"{self.top_k} exceeds num_experts = {self.num_experts}. Choices are distinct: choose at most "
+                f"{self.num_experts}, or raise num_experts",
+            )
 
 
 @config

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import LoadedRun, check_tokenizers, load_run
+from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders, load_run
 from ernie5.checkpoint.save import point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
@@ -29,6 +29,7 @@ from ernie5.observe.sinks import keep_until_step, open_sinks
 from ernie5.observe.throughput import matrix_rate
 from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
+from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
 from ernie5.train.config import RootConfig
 from ernie5.train.hooks import (
     AlarmHook,
@@ -72,7 +73,11 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
     loaded = load_run(resume_from) if resume_from is not None else None
-    tokenizers = load_tokenizers(config.tokenizers)
+    places = config.tokenizers
+    if loaded is not None:
+        folders = (run_dir / KEPT_FOLDER, *kept_folders(loaded.directory))
+        places = prefer_kept(places, identities=loaded.manifest.tokenizers, folders=folders)
+    tokenizers = load_tokenizers(places)
     check_widths(config, tokenizers=tokenizers)
     identities = dataclasses.asdict(tokenizers.identities)
     if loaded is not None:
@@ -83,6 +88,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     progression = Progression()
     if loaded is not None:
         restore(loaded, engine=engine, loader=loader, progression=progression)
+    if engine.is_main:
+        keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
     checkpoints = checkpoint_folder(config, run_dir=run_dir)
     if loaded is not None and engine.is_main:
         point_latest(checkpoints, target=loaded.directory)  # before the hooks cut the metrics back to its step

@@ -67,6 +67,23 @@ def test_a_truncated_file_and_a_missing_file_are_named(tmp_path: Path) -> None:
         load_run(tmp_path)
 
 
+def test_a_damaged_checkpoint_names_the_newest_other_one_that_is_whole(tmp_path: Path) -> None:
+    folder = tmp_path / "checkpoints"
+    config = CheckpointConfig(keep=3)
+    paths = [save_checkpoint(folder, contents=make_contents(step), config=config) for step in (1, 2, 3)]
+    for path in paths[1:]:
+        (path / "model.safetensors").write_bytes(b"")
+    with pytest.raises(CheckpointError, match=rf"whole is {paths[0]}\. .*ernie5 train CONFIG --resume {paths[0]}$"):
+        load_run(folder)
+    (tmp_path / "config.yaml").write_text("", encoding="utf-8")
+    (paths[2] / "manifest.json").write_text("{", encoding="utf-8")
+    with pytest.raises(CheckpointError, match=rf"train {tmp_path}/config\.yaml --resume {paths[0]}$"):
+        load_run(folder)
+    (paths[0] / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=f"No other checkpoint of {folder} is whole"):
+        load_run(folder)
+
+
 @pytest.mark.parametrize(
     "text", ["", "{", "[]", '{"format": "other"}', '{"format": "ernie5-checkpoint", "version": 1}']
 )

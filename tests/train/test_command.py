@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shutil
 import subprocess
 import sys
 import threading
@@ -10,8 +11,11 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
 from ernie5.errors import CheckpointError, ConfigError, DataError, LayoutError, NumericsError, TokenizerError
+from ernie5.generate.load import load_generation
+from ernie5.tokenizers.visual.tokenizer import load_visual_tokenizer, save_visual_tokenizer
 from ernie5.train.command import main
 
 
@@ -76,6 +80,8 @@ def test_validate_already_refuses_what_this_version_cannot_do(override: str, wor
         ("tokenizers.text=/nowhere", TokenizerError, "nowhere"),
         ("observe.alarms.on_spike=skip", ConfigError, "on_spike"),
         ("objectives.z_weight=0.1", ConfigError, "z_loss"),
+        ("data.shards=[]", ConfigError, "data.shards.*sample"),
+        ("model.moe.top_k=9", ConfigError, "9 exceeds num_experts = 8.*at most 8, or raise num_experts"),
         ("checkpoint.keep=0", ConfigError, "checkpoint.keep"),
     ],
 )
@@ -96,12 +102,13 @@ def test_an_error_is_recorded_in_exit_json_and_the_run_directory_stays_usable(wo
     assert json.loads((run_dir / "exit.json").read_text())["exit_code"] == 0
 
 
-def test_a_checkpoint_of_another_architecture_names_every_mismatch(world: Path, tmp_path: Path) -> None:
+def test_a_checkpoint_of_another_architecture_names_the_first_mismatches(world: Path, tmp_path: Path) -> None:
     arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}"]
     main([*arguments, "train.steps=1"])
     before = (tmp_path / "run" / "config.yaml").read_text("utf-8")
-    with pytest.raises(CheckpointError, match=r"experts.*shape \[8, .*the model wants \[4, "):
+    with pytest.raises(CheckpointError, match=r"shape \[8, .*the model wants \[4, ") as caught:
         main([*arguments, "model.moe.num_experts=4"])
+    assert "experts" in str(caught.value) and str(caught.value).count("the model wants") <= 6
     assert (tmp_path / "run" / "config.yaml").read_text("utf-8") == before
 
 
@@ -120,6 +127,39 @@ def test_fresh_leaves_other_files_of_a_checkpoint_folder_of_the_users_own(world:
     (folder / "thesis.txt").write_text("mine", encoding="utf-8")
     main([*arguments, "train.steps=1", "--fresh"])
     assert (folder / "thesis.txt").read_text(encoding="utf-8") == "mine"
+
+
+def test_a_fragment_says_what_it_is_a_fragment_for(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "part.yaml").write_text("model:\n  layers: 5\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"train\.steps is missing.*fragments.*`base:`.*part\.yaml"):
+        main([str(tmp_path / "part.yaml"), "--validate"])
+
+
+def test_a_run_goes_on_with_the_tokenizers_it_kept_and_fresh_replaces_them(world: Path, tmp_path: Path) -> None:
+    run_dir, mine = tmp_path / "run", tmp_path / "visual"
+    shutil.copytree(world / "visual", mine)
+    arguments = [str(world / "run.yaml"), f"train.run_dir={run_dir}", f"tokenizers.visual={mine}"]
+    main([*arguments, "train.steps=1"])
+    kept = run_dir / "tokenizers" / "visual" / "weights.safetensors"
+    before = kept.read_bytes()
+    stored = load_visual_tokenizer(mine)
+    with torch.no_grad():
+        next(iter(stored.parameters())).add_(1.0)
+    save_visual_tokenizer(stored, mine)
+    main([*arguments, "train.steps=2"])
+    assert "is not the tokenizer of this run; using its own" in (run_dir / "log.txt").read_text("utf-8")
+    assert kept.read_bytes() == before
+    assert load_generation(run_dir).step == 2
+    moved = run_dir.rename(tmp_path / "moved")
+    assert load_generation(moved / "checkpoints").step == 2
+    (moved / "tokenizers").rename(tmp_path / "away")
+    with pytest.raises(TokenizerError, match="visual: .*RUN_DIR/tokenizers, beside"):
+        load_generation(moved)
+    (tmp_path / "away").rename(moved / "tokenizers")
+    moved.rename(run_dir)
+    main([*arguments, "train.steps=1", "--fresh"])
+    assert kept.read_bytes() == (mine / "weights.safetensors").read_bytes() != before
+    assert {path.name for path in (run_dir / "tokenizers").rglob("*.*")} == {"text.json", "weights.safetensors"}
 
 
 def test_no_worker_of_the_data_outlives_a_run(world: Path, tmp_path: Path) -> None:

@@ -27,14 +27,14 @@ mkdir -p "$run_dir"
 part() {  # name, command: runs it under a heading and notes the time it took for the report
   local name="$1" started=$SECONDS
   shift
-  printf '\n== %s: %s\n' "$name" "$*"
+  printf '\n== %s\n' "$name"
   "$@"
   printf '{"name": "%s", "seconds": %d}\n' "$name" $((SECONDS - started)) >>"$run_dir/timings.jsonl"
 }
 
 if [[ "$from_scratch" == yes ]]; then
   for kind in text visual audio; do
-    out="$run_dir/tokenizers/$kind"
+    out="$run_dir/tokenizer_training/$kind"
     part "train the $kind tokenizer" ernie5 tokenizer train "configs/tokenizer/$kind.yaml" --out "$out" \
       "train.minutes=$minutes" train.threads=0
     if [[ -d "$out/export" ]]; then out="$out/export"; fi
@@ -58,9 +58,16 @@ train() {
       "batch.micro_sequences=$((4 / processes))" engine.cpu_threads=1 ${overrides[@]+"${overrides[@]}"}
   fi
 }
+# Evaluation and samples side by side, one thread each: steps of generation are too small for more.
+measure() {
+  [[ "$processes" -eq 1 ]] || export OMP_NUM_THREADS=1
+  ernie5 evaluate "$run_dir" &
+  local evaluation=$!
+  ernie5 generate "$run_dir" --gallery "$run_dir/samples/final"
+  wait "$evaluation"
+}
 part pretrain train
-part evaluate ernie5 evaluate "$run_dir"
-part generate ernie5 generate "$run_dir" --gallery "$run_dir/samples/final"
+part "evaluate and generate" measure
 ernie5 report "$run_dir"
 cat <<END
 Open the report in a browser:   $root/$run_dir/report.html

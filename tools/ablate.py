@@ -67,12 +67,12 @@ def ernie5(*arguments: str) -> None:
 
 def table(rows: list[tuple[str, dict]]) -> str:
     """One row per variant: validation losses in nats per target, then the figures of COLUMNS."""
-    modalities = [loss["modality"] for loss in rows[0][1]["losses"]]
+    modalities = list(rows[0][1]["losses"])
     lines = ["| variant | " + " | ".join([f"{m} loss" for m in modalities] + list(COLUMNS.values())) + " |"]
     lines.append("| --- |" + " ---: |" * (len(modalities) + len(COLUMNS)))
     for name, evaluation in rows:
-        losses = {loss["modality"]: f"{loss['nats']:.4f}" for loss in evaluation["losses"]}
-        figures = {figure["key"]: f"{figure['value']:.3f}" for figure in evaluation["figures"]}
+        losses = {modality: f"{loss:.4f}" for modality, loss in evaluation["losses"].items()}
+        figures = {key: f"{figure['value']:.3f}" for key, figure in evaluation["figures"].items()}
         cells = [losses.get(m, "-") for m in modalities] + [figures.get(key, "-") for key in COLUMNS]
         lines.append(f"| {name} | " + " | ".join(cells) + " |")
     return "\n".join(lines) + "\n"

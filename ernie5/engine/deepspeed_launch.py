@@ -6,6 +6,7 @@ import importlib
 import logging
 import os
 import sys
+import warnings
 from pathlib import Path
 
 import torch
@@ -32,6 +33,8 @@ def import_deepspeed(log_path: Path) -> None:
                 os.dup2(copy, number)
                 os.close(copy)
     _log_to_file(log_path)
+    # DeepSpeed calls collectives by names that torch has replaced; a user can do nothing about it.
+    warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 
 
 def start_processes(device: torch.device, *, log_path: Path) -> None:

@@ -20,7 +20,7 @@ from ernie5.checkpoint.names import (
     find_checkpoint,
     list_checkpoints,
 )
-from ernie5.checkpoint.save import describe_tensor, file_hash
+from ernie5.checkpoint.tensor_file import describe_tensor, file_hash
 from ernie5.config.base import Config
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve

@@ -7,15 +7,12 @@ Order: all files into a temporary directory beside the target, each flushed to d
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
-import zlib
 from pathlib import Path
 
 import torch
-from safetensors.torch import save_file
 
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.manifest import FileEntry, Manifest, RunState, TensorEntry
@@ -31,11 +28,9 @@ from ernie5.checkpoint.names import (
     step_name,
 )
 from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
+from ernie5.checkpoint.tensor_file import file_hash, write_tensor_file
 from ernie5.engine.interface import EngineState
 from ernie5.errors import EnvironmentFault
-
-DTYPE_NAMES = ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"))
-
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
@@ -93,16 +88,17 @@ def _failure_text(folder: Path, *, error: Exception) -> str:
 
 def _write_files(directory: Path, *, contents: Contents) -> None:
     weights, optimizer = split_tensors(contents.engine, precision=contents.precision)
+    files: dict[str, FileEntry] = {}
     entries: dict[str, TensorEntry] = {}
     for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, optimizer)):
-        save_file(tensors, directory / name)
-        entries.update({key: describe_tensor(value, file=name) for key, value in tensors.items()})
+        written = write_tensor_file(directory / name, tensors=tensors)
+        files[name] = written.file
+        entries.update(written.tensors)
     run = dataclasses.asdict(contents.run)
     engine = {"updates": contents.engine.updates, "magnitudes": contents.engine.magnitudes.tolist()}
     (directory / STATE_FILE).write_text(json.dumps({"run": run, "engine": engine}, indent=1), encoding="utf-8")
     (directory / CONFIG_FILE).write_text(contents.config_yaml, encoding="utf-8")
-    files = {}
-    for name in (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE):
+    for name in (STATE_FILE, CONFIG_FILE):
         _sync_file(directory / name)
         files[name] = FileEntry(num_bytes=(directory / name).stat().st_size, sha256=file_hash(directory / name))
     manifest = Manifest(
@@ -132,25 +128,6 @@ def split_tensors(
     if precision == "bf16":
         optimizer.update({f"{MASTER_PREFIX}{name}": value.contiguous() for name, value in state.parameters.items()})
     return weights, optimizer
-
-
-def describe_tensor(tensor: torch.Tensor, *, file: str) -> TensorEntry:
-    """Shape, dtype and checksum of a tensor as it is stored."""
-    names = dict(DTYPE_NAMES)
-    raw = tensor.reshape(-1).view(torch.uint8).numpy()
-    return TensorEntry(
-        file=file,
-        shape=tuple(tensor.shape),
-        dtype=names.get(tensor.dtype, str(tensor.dtype).removeprefix("torch.")),
-        num_bytes=raw.nbytes,
-        crc32=zlib.crc32(raw),
-    )
-
-
-def file_hash(path: Path) -> str:
-    """SHA-256 of a file as hexadecimal text."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def _sync_file(path: Path) -> None:

@@ -1,0 +1,94 @@
+"""Writing one safetensors file: streamed, hashed on the way, and with the interpreter free for the training loop.
+
+The layout is that of the format's own writer (8 bytes of header length, JSON header, tensors by falling size of their
+dtype and then by name), so files are equal byte for byte. Its writer copies every tensor into a bytes object first and
+keeps the interpreter meanwhile; here `write`, SHA-256 and CRC-32 let other threads run, piece by piece.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import zlib
+from pathlib import Path
+
+import torch
+
+from ernie5.checkpoint.manifest import FileEntry, TensorEntry
+
+PIECE_BYTES = 1 << 24
+DTYPE_NAMES = ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"))
+
+
+@dataclasses.dataclass(frozen=True)
+class WrittenFile:
+    """What a manifest says of a file that was just written and synchronised."""
+
+    file: FileEntry
+    tensors: dict[str, TensorEntry]
+
+
+def write_tensor_file(path: Path, *, tensors: dict[str, torch.Tensor]) -> WrittenFile:
+    """Write CPU tensors to the new file `path`, flush it to disk, and return size and checksums. Raises OSError."""
+    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
+    digest, entries, size = hashlib.sha256(), {}, 0
+    with path.open("wb", buffering=0) as file:
+        size += _write_all(file.fileno(), memoryview(_header(tensors, order=order)), digest=digest)
+        for name in order:
+            raw = raw_bytes(tensors[name])
+            size += _write_all(file.fileno(), raw, digest=digest)
+            entries[name] = _entry(tensors[name], file=path.name, raw=raw)
+        os.fsync(file.fileno())
+    return WrittenFile(FileEntry(num_bytes=size, sha256=digest.hexdigest()), {name: entries[name] for name in tensors})
+
+
+def describe_tensor(tensor: torch.Tensor, *, file: str) -> TensorEntry:
+    """Shape, dtype and checksum of a tensor as it is stored."""
+    return _entry(tensor, file=file, raw=raw_bytes(tensor))
+
+
+def raw_bytes(tensor: torch.Tensor) -> memoryview:
+    """The bytes of a contiguous CPU tensor, not copied."""
+    return memoryview(tensor.detach().reshape(-1).view(torch.uint8).numpy())
+
+
+def file_hash(path: Path) -> str:
+    """SHA-256 of a file as hexadecimal text."""
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _header(tensors: dict[str, torch.Tensor], *, order: list[str]) -> bytes:
+    header, offset = {}, 0
+    for name in order:
+        tensor = tensors[name]
+        end = offset + tensor.numel() * tensor.element_size()
+        header[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        offset = end
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
+
+
+def _entry(tensor: torch.Tensor, *, file: str, raw: memoryview) -> TensorEntry:
+    checksum = 0
+    for start in range(0, raw.nbytes, PIECE_BYTES):
+        checksum = zlib.crc32(raw[start : start + PIECE_BYTES], checksum)
+    return TensorEntry(
+        file=file, shape=tuple(tensor.shape), dtype=_dtype_name(tensor), num_bytes=raw.nbytes, crc32=checksum
+    )
+
+
+def _dtype_name(tensor: torch.Tensor) -> str:
+    return dict(DTYPE_NAMES).get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
+
+
+def _write_all(descriptor: int, raw: memoryview, *, digest: hashlib._Hash) -> int:
+    for start in range(0, raw.nbytes, PIECE_BYTES):
+        piece = raw[start : start + PIECE_BYTES]
+        digest.update(piece)
+        while piece.nbytes:  # a nearly full disk writes less than it was given
+            piece = piece[os.write(descriptor, piece) :]
+    return raw.nbytes

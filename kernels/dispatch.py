@@ -13,19 +13,25 @@ import torch
 
 from ernie5.errors import KernelError
 
+from .checks import TRITON_DTYPES
+
 BACKENDS = ("auto", "torch", "reference", "triton")
 
 
-def choose_backend(requested: str, *, op: str, offered: tuple[str, ...], device: torch.device) -> str:
+def choose_backend(
+    requested: str, *, op: str, offered: tuple[str, ...], device: torch.device, dtype: torch.dtype | None = None
+) -> str:
     """Return the backend that runs `op` on `device`.
 
-    requested: one of BACKENDS; offered: what the op has, fastest first. Raises KernelError for an unknown name, for a
+    requested: one of BACKENDS; offered: what the op has, fastest first; dtype: of the op's first tensor, because auto
+    leaves what Triton would compute in fp32 only to the next in line. Raises KernelError for an unknown name, for a
     backend that the op does not have, and for triton where it cannot run.
     """
     if requested not in BACKENDS:
         raise KernelError(f"kernel {op}: unknown backend {requested!r}. Known: {', '.join(BACKENDS)}")
     if requested == "auto":
-        return next(name for name in offered if name != "triton" or triton_runs_on(device))
+        usable = triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)
+        return next(name for name in offered if name != "triton" or usable)
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
     if requested == "triton" and not triton_runs_on(device):

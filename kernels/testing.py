@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import os
 from collections.abc import Callable, Iterator
 
 import torch
@@ -45,3 +46,32 @@ def poisoned_memory() -> Iterator[None]:
     finally:
         torch.utils.deterministic.fill_uninitialized_memory = fill
         torch.use_deterministic_algorithms(before)
+
+
+def kernel_device() -> torch.device:
+    """Where Triton kernels are tested: the GPU, or the CPU under TRITON_INTERPRET=1."""
+    return torch.device("cpu" if os.environ.get("TRITON_INTERPRET") == "1" else "cuda")
+
+
+def random_tensor(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    """Standard normal numbers on the kernels' device, the same on every device."""
+    generator = torch.Generator().manual_seed(seed)
+    return torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype).to(kernel_device())
+
+
+def assert_backends_agree(
+    function: Callable[..., torch.Tensor],
+    *,
+    inputs: tuple[torch.Tensor, ...],
+    tolerance: float,
+    reason: str,
+    backends: tuple[str, str] = ("triton", "reference"),
+) -> None:
+    """Compare output and gradients of `function(*inputs, backend)`, with uninitialised memory full of NaN."""
+    with poisoned_memory():
+        actual, expected = (
+            outputs_and_gradients(lambda *x, b=b: function(*x, b), inputs=inputs) for b in backends
+        )
+    for position, (one, other) in enumerate(zip(actual, expected, strict=True)):
+        name = "output" if position == 0 else f"gradient of input {position - 1}"
+        assert_close(one, expected=other, tolerance=tolerance, reason=f"{name}; {reason}")

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
 from .fused import FusedRMSNorm
 from .reference import rms_norm_reference
 
-OFFERED = ("torch", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
@@ -18,6 +19,13 @@ def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str 
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    if choose_backend(backend, op="rms_norm", offered=OFFERED, device=x.device) == "reference":
+    chosen = choose_backend(backend, op="rms_norm", offered=OFFERED, device=x.device, dtype=x.dtype)
+    if chosen == "reference":
         return rms_norm_reference(x, weight=weight, eps=eps)
+    if chosen == "triton":
+        from .kernel import rms_norm_triton
+
+        require_float(x, op="rms_norm", name="x")
+        require_beside(weight, first=x, op="rms_norm", name="weight")
+        return rms_norm_triton(x, weight=weight, eps=eps)
     return FusedRMSNorm.apply(x, weight, eps)

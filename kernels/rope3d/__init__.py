@@ -7,10 +7,11 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
 from .reference import rope3d_reference
 
-OFFERED = ("torch", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 def rotation_of(angles: torch.Tensor) -> torch.Tensor:
@@ -25,8 +26,15 @@ def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") ->
     """
     if rotation.shape != (*x.shape[:2], x.shape[-1] // 2) or x.shape[-1] % 2:
         raise ValueError(f"rope3d: rotation {tuple(rotation.shape)} does not fit x {tuple(x.shape)}")
-    if choose_backend(backend, op="rope3d", offered=OFFERED, device=x.device) == "reference":
+    chosen = choose_backend(backend, op="rope3d", offered=OFFERED, device=x.device, dtype=x.dtype)
+    if chosen == "reference":
         return rope3d_reference(x, angles=rotation.angle())
+    if chosen == "triton":
+        from .kernel import rope3d_triton
+
+        require_float(x, op="rope3d", name="x")
+        require_beside(rotation, first=x, op="rope3d", name="rotation")
+        return rope3d_triton(x, torch.view_as_real(rotation).float(), 1.0)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
     pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
     return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
 from .fused import FusedSwiGLU
 from .reference import swiglu_reference
 
-OFFERED = ("torch", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 def swiglu(
@@ -20,6 +21,14 @@ def swiglu(
     """
     if gate_up.shape[-1] % 2 or (row_weights is not None and row_weights.shape != gate_up.shape[:-1]):
         raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)} needs an even last dim and one weight per row")
-    if choose_backend(backend, op="swiglu", offered=OFFERED, device=gate_up.device) == "reference":
+    chosen = choose_backend(backend, op="swiglu", offered=OFFERED, device=gate_up.device, dtype=gate_up.dtype)
+    if chosen == "reference":
         return swiglu_reference(gate_up, row_weights=row_weights)
+    if chosen == "triton":
+        from .kernel import swiglu_triton
+
+        require_float(gate_up, op="swiglu", name="gate_up")
+        if row_weights is not None:
+            require_beside(row_weights, first=gate_up, op="swiglu", name="row_weights")
+        return swiglu_triton(gate_up, row_weights)
     return FusedSwiGLU.apply(gate_up, row_weights)

@@ -14,6 +14,10 @@ class CheckpointConfig(Config):
         100, doc="distance between checkpoints; 0 saves only at the end and on interruption", unit="steps",
         check=non_negative, kind="logging",
     )
+    asynchronous: bool = field(
+        True, doc="write behind the training, which waits for a copy in memory only; false: wait for the disk",
+        kind="performance",
+    )
     dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")
     keep: int = field(2, doc="newest checkpoints that stay on disk", unit="checkpoints", check=positive,
                       kind="logging")

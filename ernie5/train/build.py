@@ -33,8 +33,6 @@ from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
 from ernie5.train.config import RootConfig
 from ernie5.train.hooks import (
     AlarmHook,
-    CheckpointHook,
-    CheckpointIdentity,
     FiguresBoard,
     RecordHook,
     RoutingHook,
@@ -43,6 +41,7 @@ from ernie5.train.hooks import (
 )
 from ernie5.train.loop import Hook
 from ernie5.train.samples import SamplesHook
+from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords
 from ernie5.train.state import Progression
 
 ROUTING_FILE = "routing.jsonl"
@@ -188,8 +187,7 @@ def build_hooks(
             progression=progression,
             data=loader,
             identity=identity,
-            metrics=metrics,
-            routing=routing,
+            records=RunRecords(board, metrics, routing),
         ),
     )
 

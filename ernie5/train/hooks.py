@@ -1,5 +1,6 @@
 """What happens after a step, as an explicit ordered list (`build_hooks` in build.py): figures, validation, writing,
-alarms, checkpoints, samples. Each hook is small, owns its rhythm, and runs on every rank.
+alarms; checkpoints (saving.py) and samples (samples.py) follow. Each hook is small, owns its rhythm, and runs on every
+rank.
 """
 
 from __future__ import annotations
@@ -8,15 +9,11 @@ import dataclasses
 import json
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Protocol
 
 import torch
 
-from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.save import Contents, save_checkpoint
-from ernie5.data.loader import merge_states
 from ernie5.engine.interface import Engine, StepSums
-from ernie5.errors import EnvironmentFault, NumericsError
+from ernie5.errors import NumericsError
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import mean_losses, weighted_loss
 from ernie5.observe.alarms import LoadAlarm, LossAlarm
@@ -30,18 +27,13 @@ from ernie5.train.loop import Hook, StepContext
 from ernie5.train.state import Progression
 
 
-class Cursor(Protocol):
-    """The part of a loader that a checkpoint needs."""
-
-    def state_dict(self) -> dict:
-        """JSON-able position of this rank's streams."""
-
-
 @dataclasses.dataclass
 class FiguresBoard:
-    """The figures of the current step, filled by the hooks before RecordHook."""
+    """The figures of the current step, filled by the hooks before RecordHook; stall_seconds: waited for a checkpoint
+    since the step before (its row was on disk first)."""
 
     current: Figures
+    stall_seconds: float = 0.0
 
 
 class StepFiguresHook(Hook):
@@ -79,6 +71,8 @@ class StepFiguresHook(Hook):
         figures.add("mfu", speed.mfu)
         figures.add("step_seconds", speed.step_seconds)
         figures.add("data_seconds", context.data_seconds)
+        figures.add("save/stall_seconds", self._board.stall_seconds)
+        self._board.stall_seconds = 0.0
         figures.add("skipped", int(context.report.skipped))
         for modality in Modality:
             figures.add(f"magnitude/{modality.name.lower()}", self._engine.magnitudes[modality])
@@ -193,68 +187,6 @@ class AlarmHook(Hook):
             load = self._load.check(ratios, step=context.step)
             if load is not None:
                 get_log().info(load.message)
-
-
-class CheckpointHook(Hook):
-    """Saves on the steps of the rhythm, at the end, and on request."""
-
-    def __init__(
-        self,
-        folder: Path,
-        *,
-        config: CheckpointConfig,
-        engine: Engine,
-        progression: Progression,
-        data: Cursor,
-        identity: CheckpointIdentity,
-        metrics: Metrics,
-        routing: RoutingHook,
-    ) -> None:
-        self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
-        self._data, self._identity, self._metrics, self._routing = data, identity, metrics, routing
-        self._saved_step, self._saved_path = -1, ""
-
-    def after_step(self, context: StepContext) -> None:
-        """Save if it is time; never in the middle of skipped steps."""
-        due = self._config.every_steps and context.step % self._config.every_steps == 0
-        if context.is_last or (due and not context.report.skipped):
-            self.save_now()
-
-    def save_now(self) -> str:
-        """Save the present state once and return the path. Raises EnvironmentFault on every rank if it fails."""
-        if self._saved_step == self._progression.step:
-            return self._saved_path
-        self._metrics.flush()
-        self._routing.save_now()
-        contents = Contents(
-            engine=self._engine.state(),
-            run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
-            config_yaml=self._identity.config_yaml,
-            precision=self._identity.precision,
-            tokenizers=self._identity.tokenizers,
-        )
-        fault = None
-        if self._engine.is_main:
-            try:
-                self._saved_path = str(save_checkpoint(self._folder, contents=contents, config=self._config))
-            except EnvironmentFault as error:
-                fault = error
-        failed = self._engine.sum_over_ranks(torch.tensor(float(fault is not None), device=self._engine.device))
-        if fault is not None:
-            raise fault
-        if bool(failed > 0):
-            raise EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
-        self._saved_step = self._progression.step
-        return self._saved_path
-
-
-@dataclasses.dataclass(frozen=True)
-class CheckpointIdentity:
-    """What a checkpoint says about the run: resolved configuration, precision, identities of tokenizers by name."""
-
-    config_yaml: str
-    precision: str
-    tokenizers: dict[str, str]
 
 
 def add_losses(figures: Figures, *, sums: StepSums, objectives: ObjectivesConfig, prefix: str) -> None:

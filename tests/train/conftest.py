@@ -123,7 +123,7 @@ def read_rows() -> Callable[[Path], list[dict]]:
 
     def read(run_dir: Path) -> list[dict]:
         lines = (run_dir / "metrics.jsonl").read_text("utf-8").splitlines()
-        clock = {"tokens_per_second", "mfu", "step_seconds", "data_seconds"}
+        clock = {"tokens_per_second", "mfu", "step_seconds", "data_seconds", "save/stall_seconds"}
         return [{k: v for k, v in json.loads(line).items() if k not in clock} for line in lines]
 
     return read

@@ -1,0 +1,127 @@
+"""When checkpoints are written, while training goes on: the copy in memory is all that a step waits for."""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from pathlib import Path
+from typing import Protocol
+
+import torch
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
+from ernie5.data.loader import merge_states
+from ernie5.engine.interface import Engine
+from ernie5.errors import EnvironmentFault
+from ernie5.observe.log import get_log
+from ernie5.observe.metrics import Metrics
+from ernie5.train.hooks import FiguresBoard, RoutingHook
+from ernie5.train.loop import Hook, StepContext
+from ernie5.train.state import Progression
+
+
+class Cursor(Protocol):
+    """The part of a loader that a checkpoint needs."""
+
+    def state_dict(self) -> dict:
+        """JSON-able position of this rank's streams."""
+
+
+@dataclasses.dataclass(frozen=True)
+class CheckpointIdentity:
+    """What a checkpoint says about the run: resolved configuration, precision, identities of tokenizers by name."""
+
+    config_yaml: str
+    precision: str
+    tokenizers: dict[str, str]
+
+
+@dataclasses.dataclass(frozen=True)
+class RunRecords:
+    """What must be on disk as far as the checkpoint that covers it: figures and routing; board: the step's figures."""
+
+    board: FiguresBoard
+    metrics: Metrics
+    routing: RoutingHook
+
+
+class CheckpointHook(Hook):
+    """Saves on the steps of the rhythm, at the end, and on request; every rank learns how a save ended."""
+
+    def __init__(
+        self,
+        folder: Path,
+        *,
+        config: CheckpointConfig,
+        engine: Engine,
+        progression: Progression,
+        data: Cursor,
+        identity: CheckpointIdentity,
+        records: RunRecords,
+    ) -> None:
+        self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
+        self._data, self._identity, self._records = data, identity, records
+        self._writer = BackgroundWriter()
+        self._begun_step: int | None = None
+        self._saved_step, self._saved_path = -1, ""
+
+    def after_step(self, context: StepContext) -> None:
+        """Save if it is time; never in the middle of skipped steps. Raises what a save in flight ended in."""
+        self._settle(wait=False)
+        due = self._config.every_steps and context.step % self._config.every_steps == 0
+        if context.is_last or (due and not context.report.skipped):
+            self._begin(wait=context.is_last or not self._config.asynchronous)
+
+    def save_now(self) -> str:
+        """Save the present state once, wait for it, and return the path. Raises EnvironmentFault on every rank if it
+        fails."""
+        self._begin(wait=True)
+        return self._saved_path
+
+    def finish(self) -> None:
+        """Wait for a save in flight, without asking other ranks: some of them may be gone."""
+        if self._begun_step is not None and self._engine.is_main:
+            self._writer.result()
+
+    def _begin(self, *, wait: bool) -> None:
+        """Copy the state and start writing it, unless it is saved already; counts the seconds that training waits."""
+        started = time.perf_counter()
+        if self._begun_step is not None:
+            self._settle(wait=wait or self._begun_step != self._progression.step)
+        if self._begun_step is None and self._saved_step != self._progression.step:
+            self._records.metrics.flush()
+            self._records.routing.save_now()
+            contents = self._snapshot()
+            if self._engine.is_main:
+                self._writer.start(lambda: save_checkpoint(self._folder, contents=contents, config=self._config))
+            self._begun_step = self._progression.step
+            if wait:
+                self._settle(wait=True)
+        self._records.board.stall_seconds += time.perf_counter() - started
+
+    def _snapshot(self) -> Contents:
+        return Contents(
+            engine=self._engine.state(),
+            run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
+            config_yaml=self._identity.config_yaml,
+            precision=self._identity.precision,
+            tokenizers=self._identity.tokenizers,
+        )
+
+    def _settle(self, *, wait: bool) -> None:
+        """Let every rank know how the save in flight stands: one small sum per step as long as there is one."""
+        if self._begun_step is None:
+            return
+        status = self._writer.status(wait=wait) if self._engine.is_main else SaveStatus.RUNNING
+        agreed = self._engine.sum_over_ranks(torch.tensor(float(status), device=self._engine.device))
+        if int(agreed) == SaveStatus.RUNNING:
+            return
+        step, self._begun_step = self._begun_step, None
+        if int(agreed) == SaveStatus.FAILED and not self._engine.is_main:
+            raise EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
+        self._saved_step = step
+        if self._engine.is_main:
+            self._saved_path = str(self._writer.result())
+            get_log().info("saved %s, written in %.2f s", self._saved_path, self._writer.seconds)

@@ -33,6 +33,7 @@ def import_deepspeed(log_path: Path) -> None:
                 os.dup2(copy, number)
                 os.close(copy)
     _log_to_file(log_path)
+    _import_muon_uncompiled()
     # DeepSpeed calls collectives by names that torch has replaced; a user can do nothing about it.
     warnings.filterwarnings("ignore", message=r"`torch\.distributed\.", category=FutureWarning)
 
@@ -55,6 +56,19 @@ def start_processes(device: torch.device, *, log_path: Path) -> None:
         else:
             dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
     _join_deepspeed()
+
+
+def _import_muon_uncompiled() -> None:
+    """Import DeepSpeed's Muon, which it does for every ZeRO run and nobody uses here (optim/muon.py is ours).
+
+    Its functions are decorated with torch.compile, and that loads the whole compiler: 3 s of CPU per process.
+    """
+    whole = torch.compile
+    torch.compile = lambda *functions, **_: functions[0] if functions else lambda function: function
+    try:
+        importlib.import_module("deepspeed.runtime.zero.muon.original_muon")
+    finally:
+        torch.compile = whole
 
 
 def _log_to_file(path: Path) -> None:

@@ -5,13 +5,15 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import choose_backend
-from .chunked import ChunkedAttention
-from .plan import AttentionPlan, plan_attention
+from .chunked import ChunkedAttention, attend, attend_backward
+from .plan import AttentionPlan, plan_attention, plan_piecewise
 from .reference import attention_reference, dense_mask
 
 OFFERED = ("torch", "reference")
 
-__all__ = ["AttentionPlan", "attention", "dense_mask", "plan_attention"]
+__all__ = [
+    "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
+]
 
 
 def attention(

@@ -18,19 +18,7 @@ class ChunkedAttention(torch.autograd.Function):
     def forward(
         ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
     ) -> torch.Tensor:
-        wide = torch.promote_types(query.dtype, torch.float32)
-        out = torch.empty_like(query, memory_format=torch.contiguous_format)
-        lse = query.new_empty(query.shape[:3], dtype=wide)
-        for chunk in plan.chunks:
-            q, k, v = _folded(query, chunk=chunk, groups=key.shape[2]), *_keys(key, value, chunk=chunk)
-            scores = _scores(q, k=k, hidden=plan.hidden_of(chunk), scale=scale, wide=wide)
-            peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
-            scores.sub_(peak).exp_()
-            mass = scores.sum(-1, keepdim=True)
-            result = torch.bmm(scores.to(v.dtype), v).to(wide).div_(mass.clamp(min=torch.finfo(wide).tiny))
-            _unfold(out, chunk=chunk, groups=key.shape[2]).copy_(_shaped(result, chunk=chunk))
-            chunk_lse = peak.add_(mass.log_()).masked_fill_(peak == float("-inf"), float("inf"))
-            _unfold(lse.unsqueeze(-1), chunk=chunk, groups=key.shape[2]).copy_(_shaped(chunk_lse, chunk=chunk))
+        out, lse = attend(query, key=key, value=value, plan=plan, scale=scale, dtype=query.dtype)
         ctx.plan, ctx.scale = plan, scale
         ctx.save_for_backward(query, key, value, out, lse)
         return out
@@ -38,26 +26,75 @@ class ChunkedAttention(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
-        groups, wide = key.shape[2], lse.dtype
         grad = grad.contiguous()
-        delta = (grad.to(wide) * out.to(wide)).sum(-1, keepdim=True)
-        grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
-        grad_key, grad_value = torch.zeros(key.shape, dtype=wide, device=key.device), torch.zeros(
-            value.shape, dtype=wide, device=key.device
+        delta = (grad.to(lse.dtype) * out.to(lse.dtype)).sum(-1)
+        gradients = attend_backward(
+            grad, query=query, key=key, value=value, lse=lse, delta=delta, plan=ctx.plan, scale=ctx.scale
         )
-        for chunk in ctx.plan.chunks:
-            q, k, v = _folded(query, chunk=chunk, groups=groups), *_keys(key, value, chunk=chunk)
-            upstream = _folded(grad, chunk=chunk, groups=groups)
-            scores = _scores(q, k=k, hidden=ctx.plan.hidden_of(chunk), scale=ctx.scale, wide=wide)
-            scores.sub_(_folded(lse.unsqueeze(-1), chunk=chunk, groups=groups)).exp_()
-            change = torch.bmm(upstream, v.transpose(1, 2)).to(wide)
-            change.sub_(_folded(delta, chunk=chunk, groups=groups)).mul_(scores).mul_(ctx.scale)
-            change = change.to(query.dtype)
-            span = slice(chunk.key_from, chunk.key_until)
-            grad_value[chunk.row, span] += torch.bmm(scores.to(v.dtype).transpose(1, 2), upstream).transpose(0, 1)
-            grad_key[chunk.row, span] += torch.bmm(change.transpose(1, 2), q).transpose(0, 1)
-            _unfold(grad_query, chunk=chunk, groups=groups).copy_(_shaped(torch.bmm(change, k), chunk=chunk))
-        return grad_query, grad_key.to(key.dtype), grad_value.to(value.dtype), None, None
+        return *(g.to(x.dtype) for g, x in zip(gradients, (query, key, value), strict=True)), None, None
+
+
+def attend(
+    query: torch.Tensor,
+    *,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+    dtype: torch.dtype,
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """Output [B, T, H, C] in `dtype` and log-sum-exp of the scores [B, T, H], at least fp32, +inf for a row that sees
+    nothing. The chunks of `plan` must cover every query row once; their keys may be a part of all, so that results
+    over several parts can be merged.
+    """
+    wide = torch.promote_types(query.dtype, torch.float32)
+    out = query.new_empty(query.shape, dtype=dtype)
+    lse = query.new_empty(query.shape[:3], dtype=wide)
+    for chunk in plan.chunks:
+        q, k, v = _folded(query, chunk=chunk, groups=key.shape[2]), *_keys(key, value, chunk=chunk)
+        scores = _scores(q, k=k, hidden=plan.hidden_of(chunk), scale=scale, wide=wide)
+        peak = scores.amax(-1, keepdim=True).clamp_(min=torch.finfo(wide).min)
+        scores.sub_(peak).exp_()
+        mass = scores.sum(-1, keepdim=True)
+        result = torch.bmm(scores.to(v.dtype), v).to(wide).div_(mass.clamp(min=torch.finfo(wide).tiny))
+        _unfold(out, chunk=chunk, groups=key.shape[2]).copy_(_shaped(result, chunk=chunk))
+        chunk_lse = peak.add_(mass.log_()).masked_fill_(peak == float("-inf"), float("inf"))
+        _unfold(lse.unsqueeze(-1), chunk=chunk, groups=key.shape[2]).copy_(_shaped(chunk_lse, chunk=chunk))
+    return out, lse
+
+
+def attend_backward(
+    grad: torch.Tensor,
+    *,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    lse: torch.Tensor,
+    delta: torch.Tensor,
+    plan: AttentionPlan,
+    scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query in its dtype, of key and value in at least fp32, from the output's, `lse` and `delta`
+    [B, T, H], which belong to the whole row even where the keys are a part of all.
+    """
+    groups, wide = key.shape[2], lse.dtype
+    lse, delta = lse.unsqueeze(-1), delta.unsqueeze(-1)
+    grad_query = torch.empty_like(query, memory_format=torch.contiguous_format)
+    grad_key = torch.zeros(key.shape, dtype=wide, device=key.device)
+    grad_value = torch.zeros(value.shape, dtype=wide, device=key.device)
+    for chunk in plan.chunks:
+        q, k, v = _folded(query, chunk=chunk, groups=groups), *_keys(key, value, chunk=chunk)
+        upstream = _folded(grad, chunk=chunk, groups=groups)
+        scores = _scores(q, k=k, hidden=plan.hidden_of(chunk), scale=scale, wide=wide)
+        scores.sub_(_folded(lse, chunk=chunk, groups=groups)).exp_()
+        change = torch.bmm(upstream, v.transpose(1, 2)).to(wide)
+        change.sub_(_folded(delta, chunk=chunk, groups=groups)).mul_(scores).mul_(scale)
+        change = change.to(query.dtype)
+        span = slice(chunk.key_from, chunk.key_until)
+        grad_value[chunk.row, span] += torch.bmm(scores.to(v.dtype).transpose(1, 2), upstream).transpose(0, 1)
+        grad_key[chunk.row, span] += torch.bmm(change.transpose(1, 2), q).transpose(0, 1)
+        _unfold(grad_query, chunk=chunk, groups=groups).copy_(_shaped(torch.bmm(change, k), chunk=chunk))
+    return grad_query, grad_key, grad_value
 
 
 def _scores(

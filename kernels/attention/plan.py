@@ -20,7 +20,8 @@ class Chunk:
     """Query rows [query_from, query_until) of batch row `row` need keys [key_from, key_until) and no others.
 
     Queries count from the first query, keys from the first key. hidden [queries, keys] bool marks what may not be
-    seen; None where it is remade on use (long rows) or where `is_full`, nothing being hidden.
+    seen; None where it is remade on use (long rows) or where `is_full`, nothing being hidden. first_row: the row that
+    query_from has in the numbering of the intervals.
     """
 
     row: int
@@ -28,6 +29,7 @@ class Chunk:
     query_until: int
     key_from: int
     key_until: int
+    first_row: int
     is_full: bool
     hidden: torch.Tensor | None
 
@@ -45,7 +47,8 @@ class AttentionPlan:
         """The mask [queries, keys] of a chunk, True where hidden; None where all is visible."""
         if chunk.is_full or chunk.hidden is not None:
             return chunk.hidden
-        rows = self.query_start + torch.arange(chunk.query_from, chunk.query_until, device=self.intervals.device)
+        last_row = chunk.first_row + chunk.query_until - chunk.query_from
+        rows = torch.arange(chunk.first_row, last_row, device=self.intervals.device)
         return hidden_mask(self.intervals[chunk.row, chunk.key_from : chunk.key_until], rows=rows)
 
 
@@ -72,7 +75,7 @@ def plan_attention(
     query_start = key_tokens - query_tokens
     if intervals is None:
         chunks = [
-            Chunk(row, start, min(start + chunk_rows, query_tokens), 0, key_tokens, True, None)
+            Chunk(row, start, min(start + chunk_rows, query_tokens), 0, key_tokens, start, True, None)
             for row in range(batch_rows)
             for start in range(0, query_tokens, chunk_rows)
         ]
@@ -83,12 +86,41 @@ def plan_attention(
     for row in range(batch_rows):
         for start, end in _cuts(host[row, :, 3], first=query_start, last=key_tokens, chunk_rows=chunk_rows):
             chunks.append(_chunk(host[row], row=row, start=start, end=end, query_start=query_start, keep=keep))
-    device = intervals.device
-    moved = (
+    return AttentionPlan(intervals, query_start, query_tokens, _moved(chunks, device=intervals.device))
+
+
+def plan_piecewise(
+    intervals: torch.Tensor,
+    *,
+    pieces: tuple[tuple[int, int], ...],
+    keep_masks: bool = True,
+    chunk_rows: int = CHUNK_ROWS,
+) -> AttentionPlan:
+    """Plan queries that are several contiguous runs of the rows, over any selection of key columns.
+
+    intervals [B, S, 4] of the selected columns, in the order of the keys; pieces: (first row, rows) of each run, which
+    stand one after another among the queries. Every query is covered, also where none of these keys is visible.
+    """
+    host = intervals.detach().cpu()
+    chunks: list[Chunk] = []
+    for row in range(host.shape[0]):
+        local = 0
+        for first, rows in pieces:
+            for start in range(0, rows, chunk_rows):
+                end = min(start + chunk_rows, rows)
+                chunk = _chunk(
+                    host[row], row=row, start=first + start, end=first + end, query_start=first - local, keep=keep_masks
+                )
+                chunks.append(chunk)
+            local += rows
+    return AttentionPlan(intervals, 0, local, _moved(chunks, device=intervals.device))
+
+
+def _moved(chunks: list[Chunk], *, device: torch.device) -> tuple[Chunk, ...]:
+    return tuple(
         dataclasses.replace(c, hidden=None if c.hidden is None else c.hidden.to(device, non_blocking=True))
         for c in chunks
     )
-    return AttentionPlan(intervals, query_start, query_tokens, tuple(moved))
 
 
 def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int) -> list[tuple[int, int]]:
@@ -105,8 +137,8 @@ def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int
 
 def _chunk(columns: torch.Tensor, *, row: int, start: int, end: int, query_start: int, keep: bool) -> Chunk:
     needed = ((columns[:, 0] < end) & (columns[:, 3] > start)).nonzero().flatten()
-    key_from, key_until = (int(needed[0]), int(needed[-1]) + 1) if needed.numel() else (start, end)
+    key_from, key_until = (int(needed[0]), int(needed[-1]) + 1) if needed.numel() else (0, 1)
     hidden = hidden_mask(columns[key_from:key_until], rows=torch.arange(start, end))
     is_full = not bool(hidden.any())
     kept = hidden if keep and not is_full else None
-    return Chunk(row, start - query_start, end - query_start, key_from, key_until, is_full, kept)
+    return Chunk(row, start - query_start, end - query_start, key_from, key_until, start, is_full, kept)

@@ -14,17 +14,20 @@ import torch
 from ernie5.engine.interface import StepSums
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import combine, combine_routing, losses
+from ernie5.objectives.next_token import TextLoss
 from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts
+from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MicroStep(torch.nn.Module):
-    """Model and objectives."""
+    """Model and objectives. `text_loss` is a seam: the cross-entropy that fits how the text head is held."""
 
     def __init__(self, model: torch.nn.Module, *, config: ObjectivesConfig) -> None:
         super().__init__()
         self.model = model
+        self.text_loss: TextLoss = linear_cross_entropy
         self._config = config
 
     def forward(
@@ -32,7 +35,7 @@ class MicroStep(torch.nn.Module):
     ) -> tuple[torch.Tensor, LossTerms, RoutingStats]:
         """Return (share of the step's objective 0-d fp32, sums of nats, routing); counts are the whole step's."""
         output = self.model(batch)
-        terms = losses(output, batch)
+        terms = losses(output, batch, text_loss=self.text_loss)
         share = combine(terms, counts=counts, divisors=divisors, config=self._config)
         share = share + combine_routing(
             output.routing, tokens=batch.counts().tokens, total_tokens=counts.tokens, config=self._config

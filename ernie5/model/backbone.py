@@ -10,7 +10,8 @@ from ernie5.model.config import ModelConfig
 from ernie5.model.embedding import InputEmbedding
 from ernie5.model.heads import AudioHead
 from ernie5.model.init import initialize
-from ernie5.model.interfaces import KeyValueCache, LayerInputs
+from ernie5.model.interfaces import AttentionPlanner, KeyValueCache, LayerInputs
+from ernie5.model.linear import Linear
 from ernie5.model.moe.balance import LayerRouting
 from ernie5.model.moe.layer import MoELayer
 from ernie5.model.moe.router import Router
@@ -19,21 +20,26 @@ from ernie5.model.norm import RMSNorm
 from ernie5.model.rope import rotation
 from ernie5.records import AudioFrames, Batch, ModelOutput, RoutingStats, SubNetwork, TokenKind
 from ernie5_kernels.attention import plan_attention
+from ernie5_kernels.linear import linear
 
 
 class UnifiedModel(nn.Module):
-    """Text, image, video and audio, in and out, over one sparse decoder (SPEC sections 1 and 2)."""
+    """Text, image, video and audio, in and out, over one sparse decoder (SPEC sections 1 and 2).
+
+    `plan_attention` is the seam beside each layer's AttentionOp.
+    """
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.config = config
+        self.plan_attention: AttentionPlanner = plan_attention
         self.embedding = InputEmbedding(config)
         self.layers = nn.ModuleList(
             [(DenseBlock if i < config.dense_layers else MoEBlock)(config, layer=i) for i in range(config.layers)]
         )
         self.final_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.text_head = None if config.tie_embeddings else nn.Linear(config.width, config.vocab_size, bias=False)
-        self.bit_head = nn.Linear(config.width, config.visual.bits, bias=False) if config.has_visual else None
+        self.text_head = None if config.tie_embeddings else Linear(config.width, config.vocab_size)
+        self.bit_head = Linear(config.width, config.visual.bits) if config.has_visual else None
         self.audio_head = AudioHead(config) if config.has_audio else None
         self.mtp = nn.ModuleList([MTPModule(config, depth=d) for d in range(config.mtp.depth)])
 
@@ -60,7 +66,7 @@ class UnifiedModel(nn.Module):
 
     def text_logits(self, hidden: torch.Tensor) -> torch.Tensor:
         """Output of the last layer [..., D] -> logits [..., V], at least fp32."""
-        logits = nn.functional.linear(self.final_norm(hidden), self.text_weight)
+        logits = linear(self.final_norm(hidden), weight=self.text_weight)
         return logits.to(torch.promote_types(logits.dtype, torch.float32))
 
     def bit_logits(self, hidden: torch.Tensor) -> torch.Tensor:
@@ -93,7 +99,7 @@ class UnifiedModel(nn.Module):
         config, (batch_rows, tokens) = self.config, positions.shape[:2]
         wide = torch.promote_types(self.final_norm.weight.dtype, torch.float32)
         cached = 0 if cache is None else cache.length(first_layer)
-        plan = plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=cached + tokens)
+        plan = self.plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=cached + tokens)
         active = None
         if subnetwork is not None and subnetwork.experts is not None:
             active = torch.zeros(config.moe.num_experts, dtype=torch.bool)

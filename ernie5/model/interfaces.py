@@ -15,12 +15,29 @@ from ernie5_kernels.attention import AttentionPlan
 
 
 class AttentionOp(Protocol):
-    """Softmax attention; `attention` of ernie5_kernels by default."""
+    """Softmax attention; `attention` of ernie5_kernels by default. It understands the plans of its own planner."""
 
     def __call__(
         self, query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan
     ) -> torch.Tensor:
         """query [B, T, H, C], key and value [B, S, G, C] -> [B, T, H, C]."""
+
+
+class AttentionPlanner(Protocol):
+    """Turns the masks of a batch into what its AttentionOp wants to know, once for all layers; `plan_attention` of
+    ernie5_kernels by default."""
+
+    def __call__(
+        self, intervals: torch.Tensor | None, *, batch_rows: int, query_tokens: int, key_tokens: int
+    ) -> AttentionPlan:
+        """intervals [B, S, 4] over all columns; None where everything is visible."""
+
+
+class LookAhead(Protocol):
+    """Hands every position what stands `by` positions later in its row; `torch.roll` by default."""
+
+    def __call__(self, x: torch.Tensor, *, by: int) -> torch.Tensor:
+        """[B, T, D] -> [B, T, D]; the last `by` positions get anything of the right shape."""
 
 
 @dataclasses.dataclass(frozen=True)

@@ -7,19 +7,21 @@ from torch import nn
 
 from ernie5.model.block import DenseBlock
 from ernie5.model.config import ModelConfig
-from ernie5.model.interfaces import LayerInputs
+from ernie5.model.interfaces import LayerInputs, LookAhead
+from ernie5.model.linear import Linear
 from ernie5.model.norm import RMSNorm
 
 
 class MTPModule(nn.Module):
-    """At position t, module d reads [norm(emb(token t+d+1)) ; norm(h)] and predicts token t+d+2, shared head."""
+    """At position t, module d reads [norm(emb(token t+d+1)) ; norm(h)] and predicts token t+d+2, shared head. `look_ahead` is a seam."""
 
     def __init__(self, config: ModelConfig, *, depth: int) -> None:
         super().__init__()
         self.depth = depth
+        self.look_ahead: LookAhead = _roll
         self.embedding_norm = RMSNorm(config.width, eps=config.norm_eps)
         self.hidden_norm = RMSNorm(config.width, eps=config.norm_eps)
-        self.project = nn.Linear(2 * config.width, config.width, bias=False)
+        self.project = Linear(2 * config.width, config.width)
         self.block = DenseBlock(config, layer=config.layers + depth)
 
     def forward(self, hidden: torch.Tensor, *, embeddings: torch.Tensor, inputs: LayerInputs) -> torch.Tensor:
@@ -27,6 +29,10 @@ class MTPModule(nn.Module):
 
         The last d+1 positions of a row have no such token; they read the row's first ones, and no term counts there.
         """
-        ahead = torch.roll(embeddings, -(self.depth + 1), dims=1)
+        ahead = self.look_ahead(embeddings, by=self.depth + 1)
         joined = torch.cat((self.embedding_norm(ahead), self.hidden_norm(hidden)), dim=-1)
         return self.block(self.project(joined), inputs=inputs)[0]
+
+
+def _roll(x: torch.Tensor, *, by: int) -> torch.Tensor:
+    return torch.roll(x, -by, dims=1)

@@ -18,21 +18,22 @@ from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mtp import mtp_loss
 from ernie5.objectives.next_codec import next_codec_loss
 from ernie5.objectives.next_scale import next_scale_loss
-from ernie5.objectives.next_token import next_token_loss
+from ernie5.objectives.next_token import TextLoss, next_token_loss
 from ernie5.records import Batch, LossTerms, Modality, ModelOutput, RoutingStats, TargetCounts
+from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
 SMALLEST_MAGNITUDE = 1e-3
 
 
-def losses(output: ModelOutput, batch: Batch) -> LossTerms:
+def losses(output: ModelOutput, batch: Batch, *, text_loss: TextLoss = linear_cross_entropy) -> LossTerms:
     """All objectives of one micro-batch as sums of nats (0-d fp32, differentiable)."""
     bits = next_scale_loss(output, batch=batch)
     return LossTerms(
-        text=next_token_loss(output, batch=batch),
+        text=next_token_loss(output, batch=batch, text_loss=text_loss),
         image=bits.image,
         video=bits.video,
         audio=next_codec_loss(output, batch=batch),
-        mtp=mtp_loss(output, batch=batch),
+        mtp=mtp_loss(output, batch=batch, text_loss=text_loss),
     )
 
 

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from . import interpreter  # noqa: F401  mends bf16 products where kernels are interpreted
+
 INTERPRETED_CAPABILITY, INTERPRETED_PROCESSORS = 80, 3
 
 

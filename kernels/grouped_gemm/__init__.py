@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require, require_beside, require_float
 from ..dispatch import choose_backend
 from .reference import grouped_gemm_reference
 from .segments import SegmentedGemm
 
-OFFERED = ("torch", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 def grouped_gemm(
@@ -24,6 +25,22 @@ def grouped_gemm(
         raise ValueError(
             f"grouped_gemm: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, offsets {tuple(offsets.shape)}"
         )
-    if choose_backend(backend, op="grouped_gemm", offered=OFFERED, device=rows.device) == "reference":
+    chosen = choose_backend(backend, op="grouped_gemm", offered=OFFERED, device=rows.device, dtype=rows.dtype)
+    if chosen == "reference":
         return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
+    if chosen == "triton":
+        from .kernel import grouped_gemm_triton
+
+        _require(rows, weight=weight, offsets=offsets)
+        return grouped_gemm_triton(rows, weight, offsets, False)
     return SegmentedGemm.apply(rows, weight, offsets)
+
+
+def _require(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor) -> None:
+    require_float(rows, op="grouped_gemm", name="rows")
+    require_beside(weight, first=rows, op="grouped_gemm", name="weight", same_dtype=True)
+    require_beside(offsets, first=rows, op="grouped_gemm", name="offsets")
+    rule = "it must be contiguous, because the experts' weights are too large to copy"
+    require(weight.is_contiguous(), op="grouped_gemm", name="weight", tensor=weight, rule=rule)
+    holds = offsets.dtype in (torch.int32, torch.int64) and offsets.is_contiguous()
+    require(holds, op="grouped_gemm", name="offsets", tensor=offsets, rule="it must be contiguous int32 or int64")

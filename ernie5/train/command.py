@@ -23,7 +23,10 @@ from ernie5.train.recover import StopRequest, clear_exit, done_record, fault_rec
 CONFIG_FILE = "config.yaml"
 RUN_FILES = ("metrics.jsonl", "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
-PEER_SIGNS = ("Connection closed by peer", "Connection reset by peer", "NCCL communicator was aborted")
+PEER_SIGNS = (
+    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "gloo/transport",
+    "NCCL communicator was aborted",
+)
 
 
 @dataclasses.dataclass
@@ -164,6 +167,9 @@ def _flatten(config: Config) -> dict[str, object]:
 
 
 def _as_peer_error(error: BaseException) -> BaseException:
-    if isinstance(error, RuntimeError) and any(sign in str(error) for sign in PEER_SIGNS):
+    """Collectives and the store where ranks meet say in many words that somebody is gone; a port in use is another
+    matter."""
+    from_store = any(kind.__name__ == "DistError" for kind in type(error).__mro__) and "EADDRINUSE" not in str(error)
+    if isinstance(error, RuntimeError) and (from_store or any(sign in str(error) for sign in PEER_SIGNS)):
         return PeerError("another process of this run is gone. Its own message is above; start the run again to resume")
     return error

@@ -32,6 +32,10 @@ VERBS = {
                      "ernie5.train.describe_command:main"),
     "report": Verb("report RUN_DIR", "write RUN_DIR/report.html", "ernie5.evaluate.report_command:main"),
     "inspect": Verb("inspect CKPT", "print what a checkpoint holds", "ernie5.checkpoint.command:main"),
+    "verify": Verb("verify CKPT", "compare a checkpoint with its checksums; names damaged files and tensors",
+                   "ernie5.checkpoint.verify:main"),
+    "convert": Verb("convert SRC DST --to FORMAT", "carry a model to ERNIE 4.5's formats and back",
+                    "ernie5.checkpoint.convert.command:main"),
 }
 
 

@@ -40,6 +40,10 @@ def find_checkpoint(path: Path | str) -> Path:
         newest = latest_checkpoint(folder)
         if newest is not None:
             return newest
+    if (path / "config.json").is_file():
+        raise CheckpointError(
+            f"{path} is a model directory of another format. Import it first: ernie5 convert {path} DST --to ernie5"
+        )
     raise CheckpointError(
         f"{path} holds no checkpoint. Expected a directory with {MANIFEST_FILE}, a directory of step-* checkpoints, or "
         "a run directory. List the run directory to see what is there"

@@ -1,4 +1,5 @@
-"""`ernie5 evaluate CKPT --data SHARDS [--json] [--out FILE]`: losses and the figures of "It learns"."""
+"""`ernie5 evaluate CKPT --data SHARDS [--json] [--out FILE]`: losses and the figures of "It learns"; or the logits of
+given ids."""
 
 from __future__ import annotations
 
@@ -8,12 +9,15 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+import torch
+
 from ernie5.checkpoint.names import find_checkpoint
 from ernie5.config.arguments import CommandParser, add_setting, replace_settings
 from ernie5.data.shards import list_shards, open_corpus
-from ernie5.errors import EXIT_DONE
+from ernie5.errors import EXIT_DONE, ConfigError
 from ernie5.evaluate.config import EvaluateConfig
 from ernie5.evaluate.figures import EVALUATION_NAME, Evaluation
+from ernie5.evaluate.logits import write_logits
 from ernie5.evaluate.report_figures import format_value
 from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
@@ -33,6 +37,9 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path,
                         help=f"where to write the JSON (default: {EVALUATION_NAME} of the run directory)")
+    parser.add_argument("--logits", type=Path, metavar="IDS.pt",
+                        help="measure nothing; write the fp32 text logits [B, T, V] of these ids (a LongTensor [B, T], "
+                        "torch.save) to --out")
     for name in OVERRIDES:
         kind = float if name == "guidance" else int
         option = name.replace("_", "-")
@@ -45,6 +52,8 @@ def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code. Raises the errors of ernie5/errors.py."""
     options = build_parser().parse_args(argv)
     directory = find_checkpoint(options.checkpoint)
+    if options.logits is not None:
+        return _logits(options, directory=directory)
     corpus = open_corpus(list_shards(tuple(options.data))) if options.data else None
     loaded = load_generation(directory, device=options.device)
     chosen = vars(options)
@@ -62,6 +71,15 @@ def main(argv: Sequence[str]) -> int:
     path = options.out or _default_place(directory)
     write_file(path, content=found.to_json().encode("utf-8"))
     print(found.to_json() if options.json else describe(found))
+    return EXIT_DONE
+
+
+def _logits(options: argparse.Namespace, *, directory: Path) -> int:
+    if options.out is None or options.data or options.json:
+        raise ConfigError("ernie5 evaluate --logits IDS.pt goes with --out LOGITS.pt, without --data and --json")
+    device = options.device or ("cuda" if torch.cuda.is_available() else "cpu")
+    logits = write_logits(directory, ids=options.logits, out=options.out, device=device)
+    print(f"logits {list(logits.shape)} float32 of {directory}: {options.out}")
     return EXIT_DONE
 
 

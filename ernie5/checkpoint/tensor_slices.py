@@ -1,0 +1,179 @@
+"""Parts of tensors in safetensors files by plain reads and writes, so that memory is what is asked for and no more.
+
+A mapped file counts as resident memory page by page until the whole shard is in; a positioned read into a buffer of
+our own does not. The format is eight bytes of header length (little-endian), a JSON header of names, dtypes, shapes
+and byte ranges, then the bytes (https://huggingface.co/docs/safetensors, section Format).
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import math
+import os
+import types
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+from ernie5.checkpoint.tensor_file import raw_bytes
+from ernie5.errors import CheckpointError
+
+DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
+    {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
+)
+ITEM_BYTES: Mapping[str, int] = types.MappingProxyType({name: dtype.itemsize for name, dtype in DTYPES.items()})
+# Real headers of 300 B models have a few megabytes; a damaged length must not become an allocation.
+LARGEST_HEADER = 100 * 2**20
+METADATA_KEY = "__metadata__"
+
+
+@dataclasses.dataclass(frozen=True)
+class TensorPlace:
+    """Where a tensor lies: its file, dtype as safetensors names it, shape, and bytes [start, stop) of the file."""
+
+    path: Path
+    dtype: str
+    shape: tuple[int, ...]
+    start: int
+    stop: int
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the whole tensor."""
+        return self.stop - self.start
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor that a file is going to hold."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
+
+
+def read_header(path: Path, *, may_be_cut: bool = False) -> dict[str, TensorPlace]:
+    """The tensors of a safetensors file by name; may_be_cut: even those that reach beyond its end.
+
+    Raises CheckpointError naming the file and what is wrong with it.
+    """
+    try:
+        size = path.stat().st_size
+        with path.open("rb") as file:
+            length = int.from_bytes(file.read(8), "little")
+            if size < 8 or length > min(size - 8, LARGEST_HEADER):
+                raise CheckpointError(f"{path} is cut off or no safetensors file: {size} bytes do not hold its header")
+            values = json.loads(file.read(length))
+    except FileNotFoundError:
+        raise CheckpointError(f"{path} is missing") from None
+    except (UnicodeDecodeError, json.JSONDecodeError, RecursionError) as error:
+        raise CheckpointError(f"{path} is no safetensors file: its header is not JSON ({error})") from None
+    if not isinstance(values, dict):
+        raise CheckpointError(f"{path} is no safetensors file: its header is no table of tensors")
+    values.pop(METADATA_KEY, None)
+    places = {name: _place(path, name=name, entry=entry, data=8 + length) for name, entry in values.items()}
+    beyond = [name for name, place in places.items() if place.stop > size]
+    if beyond and not may_be_cut:
+        raise CheckpointError(
+            f"{path} is cut off after {size} bytes: {len(beyond)} tensors are not whole (first: {beyond[0]}). Copy it "
+            "again"
+        )
+    return places
+
+
+def _place(path: Path, *, name: str, entry: object, data: int) -> TensorPlace:
+    try:
+        start, stop = (int(value) for value in entry["data_offsets"])
+        shape, dtype = tuple(int(size) for size in entry["shape"]), str(entry["dtype"])
+    except (KeyError, TypeError, ValueError) as error:
+        raise CheckpointError(f"{path}: the header's entry of tensor {name} is damaged ({error!r})") from None
+    if dtype not in DTYPES:
+        raise CheckpointError(
+            f"{path}: tensor {name} has dtype {dtype}; known are {', '.join(DTYPES)}. Quantised weights cannot be "
+            "converted: take the bf16 release"
+        )
+    if min((start, *shape), default=0) < 0 or stop - start != math.prod(shape) * ITEM_BYTES[dtype]:
+        raise CheckpointError(f"{path}: tensor {name} of shape {list(shape)} {dtype} cannot fill bytes {start}..{stop}")
+    return TensorPlace(path, dtype, shape, data + start, data + stop)
+
+
+def read_span(place: TensorPlace, *, first: int, shape: tuple[int, ...]) -> torch.Tensor:
+    """The elements first, first + 1, ... of a tensor in row-major order, as `shape`, in memory of their own.
+
+    Raises CheckpointError when the file ends early.
+    """
+    item = ITEM_BYTES[place.dtype]
+    buffer = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
+    with place.path.open("rb", buffering=0) as file:
+        _fill(file.fileno(), place=place, view=memoryview(buffer.numpy()), offset=place.start + first * item)
+    return buffer.view(DTYPES[place.dtype]).view(shape)
+
+
+def read_columns(place: TensorPlace, *, start: int, stop: int) -> torch.Tensor:
+    """Columns start..stop of a matrix [R, C] -> [R, stop-start]: one read per row, or one where all are wanted."""
+    rows, columns = place.shape
+    if (start, stop) == (0, columns):
+        return read_span(place, first=0, shape=place.shape)
+    item = ITEM_BYTES[place.dtype]
+    buffer = torch.empty(rows, (stop - start) * item, dtype=torch.uint8)
+    with place.path.open("rb", buffering=0) as file:
+        for row, target in enumerate(buffer.numpy()):
+            offset = place.start + (row * columns + start) * item
+            _fill(file.fileno(), place=place, view=memoryview(target), offset=offset)
+    return buffer.view(DTYPES[place.dtype])
+
+
+def _fill(descriptor: int, *, place: TensorPlace, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):
+        count = os.preadv(descriptor, [view[done:]], offset + done)
+        if count == 0:
+            raise CheckpointError(f"{place.path} ends at byte {offset + done}, its header promises more. Copy it again")
+        done += count
+
+
+def write_span(descriptor: int, *, place: TensorPlace, first: int, values: torch.Tensor) -> memoryview:
+    """Write `values` from element `first` of the tensor at `place`; returns the bytes written, for checksums."""
+    view = raw_bytes(values.contiguous())
+    _write_all(descriptor, view=view, offset=place.start + first * ITEM_BYTES[place.dtype])
+    return view
+
+
+def write_columns(descriptor: int, *, place: TensorPlace, start: int, values: torch.Tensor) -> None:
+    """Write `values` [R, c] into columns start.. of the matrix [R, C] at `place`."""
+    columns, item = place.shape[1], ITEM_BYTES[place.dtype]
+    if values.shape[1] == columns:
+        write_span(descriptor, place=place, first=0, values=values)
+        return
+    for row, source in enumerate(values.contiguous().view(torch.uint8).numpy()):
+        _write_all(descriptor, view=memoryview(source), offset=place.start + (row * columns + start) * item)
+
+
+def _write_all(descriptor: int, *, view: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(view):  # a nearly full disk writes less than it was given
+        done += os.pwrite(descriptor, view[done:], offset + done)
+
+
+def create_file(path: Path, *, tensors: Sequence[NewTensor]) -> dict[str, TensorPlace]:
+    """Write the header of a file that is to hold `tensors` in this order, at its final size; returns their places."""
+    header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}  # older transformers refuse files without it
+    end = 0
+    for tensor in tensors:
+        header[tensor.name] = {
+            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.num_bytes]
+        }
+        end += tensor.num_bytes
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
+    text += b" " * (-len(text) % 8)
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        file.truncate(8 + len(text) + end)
+    return read_header(path)

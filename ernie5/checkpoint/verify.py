@@ -1,0 +1,134 @@
+"""`ernie5 verify CKPT`: does every byte of a checkpoint still match its checksum?
+
+Reads each file once for its SHA-256; only a file that does not match is read again, tensor by tensor, for the CRC-32
+that names what is damaged. Memory stays at one block. A model directory of a foreign format has no checksums: its
+headers, index and config are compared instead, which finds what is cut off, missing or of the wrong shape.
+"""
+
+from __future__ import annotations
+
+import zlib
+from collections.abc import Sequence
+from pathlib import Path
+
+from ernie5.checkpoint.manifest import Manifest, read_manifest
+from ernie5.checkpoint.names import MANIFEST_FILE, OPTIMIZER_FILE, find_checkpoint, list_checkpoints
+from ernie5.checkpoint.tensor_file import file_hash
+from ernie5.checkpoint.tensor_slices import TensorPlace, read_header
+from ernie5.config.arguments import CommandParser
+from ernie5.errors import EXIT_DONE, CheckpointError
+
+BLOCK_BYTES = 1 << 24
+LISTED_TENSORS = 8
+
+
+def main(argv: Sequence[str]) -> int:
+    """Run the verb: exit code 0 where everything is whole; raises CheckpointError (exit code 2) naming all damage."""
+    parser = CommandParser(prog="ernie5 verify", description="Compare a checkpoint's files with their checksums.")
+    parser.add_argument("checkpoint", type=Path, help="checkpoint, folder of checkpoints, run or model directory")
+    parser.add_argument("--all", action="store_true", help="every checkpoint of the folder or run")
+    options = parser.parse_args(argv)
+    if _is_foreign(options.checkpoint):
+        print(_verify_foreign(options.checkpoint))
+        return EXIT_DONE
+    newest = find_checkpoint(options.checkpoint)
+    chosen = [newest]
+    if options.all and newest != options.checkpoint:
+        chosen = list_checkpoints(newest.parent)
+    damage = []
+    for directory in chosen:
+        try:
+            manifest = read_manifest(directory)
+        except CheckpointError as error:
+            damage.append(str(error))
+            continue
+        found = find_damage(directory, manifest=manifest)
+        damage += found
+        if not found:
+            total = sum(entry.num_bytes for entry in manifest.files.values())
+            print(f"{directory}: whole. {len(manifest.files)} files, {len(manifest.tensors)} tensors, {total:,} bytes")
+    if damage:
+        raise CheckpointError("; ".join(damage))
+    return EXIT_DONE
+
+
+def find_damage(directory: Path, *, manifest: Manifest, with_optimizer: bool = True) -> list[str]:
+    """One sentence per file that does not match the manifest, naming damaged tensors; empty where all is whole."""
+    damage = []
+    for name, entry in manifest.files.items():
+        if name == OPTIMIZER_FILE and not with_optimizer:
+            continue
+        path = directory / name
+        if not path.is_file():
+            damage.append(f"{path} is missing")
+        elif path.stat().st_size != entry.num_bytes:
+            damage.append(
+                f"{path} has {path.stat().st_size} bytes, the manifest says {entry.num_bytes}: it is cut off or was "
+                f"replaced{_lost(path, file=name, manifest=manifest)}"
+            )
+        elif file_hash(path) != entry.sha256:
+            damage.append(f"{path} does not match its checksum{_damaged(path, file=name, manifest=manifest)}")
+    held = {entry.file for entry in manifest.tensors.values()}
+    damage += [f"{directory / name} holds tensors but has no checksum" for name in sorted(held - set(manifest.files))]
+    return damage
+
+
+def _damaged(path: Path, *, file: str, manifest: Manifest) -> str:
+    wanted = {name: entry for name, entry in manifest.tensors.items() if entry.file == file}
+    if not wanted:
+        return ""
+    try:
+        places = read_header(path)
+    except CheckpointError as error:
+        return f", its header is damaged ({error})"
+    gone = [name for name in wanted if name not in places or places[name].shape != wanted[name].shape]
+    bad = gone + [n for n, entry in wanted.items() if n not in gone and tensor_crc(places[n]) != entry.crc32]
+    return _listed(bad) if bad else ", in its header or between tensors"
+
+
+def _lost(path: Path, *, file: str, manifest: Manifest) -> str:
+    """The tensors that a file of the wrong size no longer holds in full."""
+    if not any(entry.file == file for entry in manifest.tensors.values()):
+        return ""
+    size = path.stat().st_size
+    try:
+        places = read_header(path, may_be_cut=True)
+    except CheckpointError:
+        return ", its header is gone"
+    lost = [name for name, place in places.items() if place.stop > size]
+    return _listed(lost) if lost else ""
+
+
+def _listed(names: list[str]) -> str:
+    shown = ", ".join(names[:LISTED_TENSORS])
+    more = f" and {len(names) - LISTED_TENSORS} more" if len(names) > LISTED_TENSORS else ""
+    return f" (damaged: {shown}{more})"
+
+
+def tensor_crc(place: TensorPlace) -> int:
+    """CRC-32 of a tensor's bytes, block by block."""
+    crc, left = 0, place.num_bytes
+    with place.path.open("rb") as file:
+        file.seek(place.start)
+        while left:
+            block = file.read(min(BLOCK_BYTES, left))
+            if not block:
+                break
+            crc = zlib.crc32(block, crc)
+            left -= len(block)
+    return crc
+
+
+def _is_foreign(path: Path) -> bool:
+    return (path / "config.json").is_file() and not (path / MANIFEST_FILE).is_file()
+
+
+def _verify_foreign(path: Path) -> str:
+    from ernie5.checkpoint.convert.source import open_source
+
+    source = open_source(path)
+    files = {location.place.path for location in source.pieces.values()}
+    return (
+        f"{path}: {source.format}, {len(files)} files, {len(source.pieces)} pieces, all there and of the right shape. "
+        "This format has no checksums, so flipped bytes cannot be seen"
+    )

@@ -22,6 +22,7 @@ TABLES: Mapping[str, Mapping[str, str]] = types.MappingProxyType(
         "engine": types.MappingProxyType(
             {
                 "local": "ernie5.engine.local:LocalEngine",
+                "grid": "ernie5.engine.grid:GridEngine",
                 "deepspeed": "ernie5.engine.deepspeed_engine:DeepSpeedEngine",
             }
         ),

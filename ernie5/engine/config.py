@@ -11,8 +11,8 @@ class EngineConfig(Config):
     """Which engine, in which precision."""
 
     kind: str = field(
-        "deepspeed", doc="local: plain PyTorch, one process; deepspeed: any number of ranks",
-        choices=("local", "deepspeed"), kind="performance",
+        "deepspeed", doc="local: plain PyTorch, one process; grid: plain PyTorch on any layout; deepspeed: ZeRO",
+        choices=("local", "grid", "deepspeed"), kind="performance",
     )
     precision: str = field(
         "fp32", doc="dtype of weights and activations; bf16 keeps fp32 master weights and moments",

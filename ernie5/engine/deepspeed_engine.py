@@ -51,6 +51,7 @@ class DeepSpeedEngine(Engine):
 
         self.model, self.device, self._settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
+        self.dp_rank, self.dp_size = self.rank, self.world_size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage = engine.zero_stage
         model.to(device)

@@ -71,12 +71,17 @@ class StepSettings:
 
 
 class Engine(abc.ABC):
-    """Interface of `local.py` and `deepspeed_engine.py`, which are tested to be equal."""
+    """Interface of `local.py`, `grid.py` and `deepspeed_engine.py`, which are tested to be equal.
+
+    dp_rank of dp_size: which streams of data this rank reads; ranks of one tp, cp or pp group read the same.
+    """
 
     model: torch.nn.Module
     device: torch.device
     rank: int
     world_size: int
+    dp_rank: int
+    dp_size: int
     magnitudes: torch.Tensor
 
     def train_step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepReport:

@@ -32,10 +32,11 @@ class LocalEngine(Engine):
         device: torch.device,
     ) -> None:
         self.model, self.device, self.rank, self.world_size = model, device, 0, 1
+        self.dp_rank, self.dp_size = 0, 1
         self._settings = settings
         self.magnitudes = settings.magnitudes.to(device)
         model.to(device)
-        self._masters = _make_masters(model, precision=precision)
+        self._masters = make_masters(model, precision=precision)
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
         groups = [
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
@@ -56,7 +57,7 @@ class LocalEngine(Engine):
             batch = batch.to(self.device)
             share, terms, routing = self._step(batch, counts, self.magnitudes)
             share.backward()
-            self._move_gradients()
+            move_gradients(self.model, masters=self._masters)
             builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
         return builder.finish(reduce=self.sum_over_ranks)
 
@@ -70,7 +71,7 @@ class LocalEngine(Engine):
                 group["lr"] = learning_rate
             self._optimizer.step()
             self._updates += 1
-            self._copy_masters()
+            copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
             update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
             self.magnitudes = update_magnitudes(
@@ -126,7 +127,7 @@ class LocalEngine(Engine):
                     value.fill_(state.updates)
                 else:
                     value.copy_(state.moments[f"{kind}/{name}"])
-        self._copy_masters()
+        copy_masters(self._masters, model=self.model)
         self._updates = state.updates
         self.magnitudes = state.magnitudes.to(self.device)
 
@@ -149,21 +150,25 @@ class LocalEngine(Engine):
         for router in self.model.routers():
             orthogonality_step(router, speed=speed)
 
-    def _move_gradients(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            master = self._masters.get(name)
-            if master is None or master is parameter or parameter.grad is None:
-                continue
-            gradient = parameter.grad.float()
-            master.grad = gradient if master.grad is None else master.grad.add_(gradient)
-            parameter.grad = None
 
-    @torch.no_grad()
-    def _copy_masters(self) -> None:
-        for name, parameter in self.model.named_parameters():
-            master = self._masters.get(name)
-            if master is not None and master is not parameter:
-                parameter.copy_(master)
+def move_gradients(model: torch.nn.Module, *, masters: dict[str, torch.nn.Parameter]) -> None:
+    """Add the gradients of bf16 parameters to those of their fp32 masters, and clear them."""
+    for name, parameter in model.named_parameters():
+        master = masters.get(name)
+        if master is None or master is parameter or parameter.grad is None:
+            continue
+        gradient = parameter.grad.float()
+        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        parameter.grad = None
+
+
+@torch.no_grad()
+def copy_masters(masters: dict[str, torch.nn.Parameter], *, model: torch.nn.Module) -> None:
+    """Write the fp32 masters into bf16 parameters."""
+    for name, parameter in model.named_parameters():
+        master = masters.get(name)
+        if master is not None and master is not parameter:
+            parameter.copy_(master)
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
@@ -192,7 +197,8 @@ def cast_parameters(model: torch.nn.Module, *, precision: str) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def _make_masters(model: torch.nn.Module, *, precision: str) -> dict[str, torch.nn.Parameter]:
+def make_masters(model: torch.nn.Module, *, precision: str) -> dict[str, torch.nn.Parameter]:
+    """fp32 weights by name that the optimizer steps: copies under bf16 parameters, else the parameters themselves."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if precision == "fp32":
         return trainable

@@ -30,6 +30,11 @@ def clip_gradients(
     """
     gradients = list(gradients)
     norm = global_norm(gradients, reduce=reduce)
+    scale_gradients(gradients, norm=norm, max_norm=max_norm)
+    return norm
+
+
+def scale_gradients(gradients: list[torch.Tensor], *, norm: torch.Tensor, max_norm: float) -> None:
+    """The second half of `clip_gradients`, for a norm over more than these gradients."""
     if max_norm > 0:
         torch._foreach_mul_(gradients, (max_norm / (norm + EPSILON)).clamp(max=1.0))
-    return norm

@@ -1,35 +1,104 @@
-"""Parallel degrees. This version runs data parallelism; the other axes are named and refused."""
+"""Parallel degrees and the rules that a legal layout obeys. Axes that this version cannot run are refused.
+
+Every rule is checked before a process group exists; a LayoutError names the rule and the nearest degrees that work.
+"""
 
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
 from ernie5.config.field import field, positive
 from ernie5.errors import LayoutError
+from ernie5.model.config import ModelConfig
+from ernie5.parallel.dims import GridDims, nearest_divisors
 
-UNAVAILABLE_AXES = ("tp", "ep", "etp", "pp", "vpp", "cp")
+UNAVAILABLE_AXES = ("tp", "pp", "vpp", "cp")
+RUNNING_AXES = "data parallelism (dp), expert parallelism (ep) and tensor parallelism inside experts (etp)"
+DISPATCHERS = ("auto", "alltoall", "allgather", "deepep", "megablocks")
+UNAVAILABLE_DISPATCHERS = ("deepep", "megablocks")
 
 
 @config
 class ParallelConfig(Config):
-    """Number of ranks along each axis of the grid."""
+    """Number of ranks along each axis of the two grids (attention: pp dp cp tp; experts: pp edp ep etp)."""
 
     dp: int | None = field(
         None, doc="data-parallel ranks; none: derived from the number of processes", check=positive, kind="derived"
     )
     tp: int = field(1, doc="tensor-parallel ranks", check=positive, kind="performance")
-    ep: int = field(1, doc="expert-parallel ranks", check=positive, kind="performance")
-    etp: int = field(1, doc="tensor-parallel ranks inside an expert", check=positive, kind="performance")
+    ep: int = field(1, doc="expert-parallel ranks, taken from dp x cp x tp", check=positive, kind="performance")
+    etp: int = field(
+        1, doc="tensor-parallel ranks inside an expert, chosen apart from tp", check=positive, kind="performance"
+    )
     pp: int = field(1, doc="pipeline stages", check=positive, kind="performance")
     vpp: int = field(1, doc="virtual stages per pipeline rank", check=positive, kind="performance")
     cp: int = field(1, doc="context-parallel ranks", check=positive, kind="performance")
+    dispatcher: str = field(
+        "auto", doc="how tokens reach experts of other ranks; auto: alltoall", choices=DISPATCHERS, kind="performance"
+    )
 
     def validate(self) -> None:
         """Refuse the axes that this version cannot run, instead of ignoring them."""
         for axis in UNAVAILABLE_AXES:
-            if getattr(self, axis) > 1:
-                self.fail(
-                    axis,
-                    "this axis is not available in this version; only data parallelism (dp) runs beyond one process. "
-                    f"Set parallel.{axis}: 1",
-                    error=LayoutError,
+            if vars(self)[axis] > 1:
+                self._refuse(
+                    axis, f"this axis is not available in this version; it runs {RUNNING_AXES}. Set parallel.{axis}: 1"
                 )
+        if self.dispatcher in UNAVAILABLE_DISPATCHERS:
+            self._refuse(
+                "dispatcher", "this version has no adapter for that library. Set parallel.dispatcher: alltoall"
+            )
+
+    @property
+    def model_ranks(self) -> int:
+        """Ranks that share one copy of the attention grid's model: pp x cp x tp."""
+        return self.pp * self.cp * self.tp
+
+    def derive_dims(self, world_size: int) -> GridDims:
+        """The grids of `world_size` processes; raises LayoutError where the degrees do not factor them."""
+        if world_size % self.model_ranks:
+            axis = max(("pp", "cp", "tp"), key=lambda name: vars(self)[name])
+            self._refuse(
+                axis,
+                f"pp x cp x tp = {self.model_ranks} does not divide the {world_size} processes. Every data-parallel "
+                f"rank holds one whole grid. Start a multiple of {self.model_ranks} processes",
+            )
+        dp = world_size // self.model_ranks
+        if self.dp not in (None, dp):
+            self._refuse(
+                "dp",
+                f"{world_size} processes were started, and dp x cp x tp x pp must be their number. "
+                f"Start {self.dp * self.model_ranks} processes or leave parallel.dp out",
+            )
+        stage = dp * self.cp * self.tp
+        if stage % (self.ep * self.etp):
+            axis, other = ("ep", self.etp) if self.ep >= self.etp else ("etp", self.ep)
+            whole = stage // other if stage % other == 0 else stage
+            self._refuse(
+                axis,
+                f"ep x etp = {self.ep} x {self.etp} does not divide dp x cp x tp = {stage}, out of which the expert "
+                f"grid is made. {_nearest(whole, wanted=vars(self)[axis])}, or change the number of processes",
+            )
+        return GridDims(dp=dp, cp=self.cp, tp=self.tp, pp=self.pp, ep=self.ep, etp=self.etp)
+
+    def check_model(self, model: ModelConfig) -> None:
+        """Check that the experts of `model` can be cut; raises LayoutError."""
+        experts, width = model.moe.num_experts, model.moe.expert_width
+        if experts % self.ep:
+            self._refuse(
+                "ep",
+                f"does not divide model.moe.num_experts = {experts}. Each expert-parallel rank must hold the same "
+                f"number of experts. {_nearest(experts, wanted=self.ep)}",
+            )
+        if width % self.etp:
+            self._refuse(
+                "etp",
+                f"does not divide model.moe.expert_width = {width}. Each rank must hold the same columns of every "
+                f"expert. {_nearest(width, wanted=self.etp)}",
+            )
+
+    def _refuse(self, axis: str, message: str) -> None:
+        self.fail(axis, message, error=LayoutError)
+
+
+def _nearest(number: int, *, wanted: int) -> str:
+    return "Nearest degrees that work: " + ", ".join(map(str, nearest_divisors(number, wanted=wanted)))

@@ -218,8 +218,8 @@ def open_loader(config: RootConfig, *, tokenizers: TokenizerBundle, split: str, 
         shape=StepShape(config.batch.global_sequences, config.batch.micro_sequences, config.model.mtp.depth),
         seed=config.train.seed,
         split=split,
-        dp_rank=engine.rank,
-        dp_size=engine.world_size,
+        dp_rank=engine.dp_rank,
+        dp_size=engine.dp_size,
     )
 
 

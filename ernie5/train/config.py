@@ -90,11 +90,14 @@ class RootConfig(Config):
 
     def validate(self) -> None:
         """Check the rules that cross sections; raises LayoutError."""
-        if self.engine.kind == "local" and self.parallel.dp not in (None, 1):
-            self.fail(
-                "parallel.dp", "the local engine is one process. Set engine.kind: deepspeed or parallel.dp: 1",
-                error=LayoutError,
-            )
+        for axis in ("dp", "ep", "etp", "tp", "cp", "pp"):
+            if self.engine.kind == "local" and vars(self.parallel)[axis] not in (None, 1):
+                self.fail(
+                    f"parallel.{axis}",
+                    f"the local engine is one process. Set engine.kind: deepspeed or parallel.{axis}: 1",
+                    error=LayoutError,
+                )
+        self.parallel.check_model(self.model)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:
             self.fail(
                 "tokenizers.audio_levels",
@@ -157,13 +160,7 @@ class RootConfig(Config):
             )
 
     def derive_dp(self, world_size: int) -> int:
-        """Return the data-parallel degree of `world_size` processes; raises LayoutError where it does not fit."""
-        if self.parallel.dp is not None and self.parallel.dp != world_size:
-            self.fail(
-                "parallel.dp",
-                f"{world_size} processes were started, and dp times the other degrees (all 1) must be their number. "
-                f"Start {self.parallel.dp} processes or leave parallel.dp out",
-                error=LayoutError,
-            )
-        self.check_layout(world_size)
-        return world_size
+        """Return the data-parallel degree of `world_size` processes; raises LayoutError where the layout is illegal."""
+        dims = self.parallel.derive_dims(world_size)
+        self.check_layout(dims.dp)
+        return dims.dp

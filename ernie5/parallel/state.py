@@ -1,0 +1,108 @@
+"""One rank's place in the grids: coordinates and process groups per axis, passed as an argument, never global."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections import Counter
+
+import torch
+import torch.distributed as dist
+
+from ernie5.errors import LayoutError
+from ernie5.parallel.dims import AXES, GridDims
+
+
+@dataclasses.dataclass
+class Traffic:
+    """Bytes that this rank sent to other ranks, by what they were; read by tests and by the observer."""
+
+    sent_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+
+    def add(self, what: str, *, num_bytes: int) -> None:
+        """Count `num_bytes` that leave this rank."""
+        self.sent_bytes[what] += num_bytes
+
+
+@dataclasses.dataclass(frozen=True)
+class Axis:
+    """This rank's group along one axis. ranks: global ranks in order of coordinates; group: None for one rank."""
+
+    name: str
+    ranks: tuple[int, ...]
+    coordinate: int
+    group: dist.ProcessGroup | None
+    traffic: Traffic
+
+    @property
+    def size(self) -> int:
+        """Ranks in the group."""
+        return len(self.ranks)
+
+
+@dataclasses.dataclass(frozen=True)
+class ParallelState:
+    """Both grids as one rank sees them."""
+
+    dims: GridDims
+    rank: int
+    tp: Axis
+    cp: Axis
+    dp: Axis
+    dp_cp: Axis
+    pp: Axis
+    stage: Axis
+    ep: Axis
+    etp: Axis
+    edp: Axis
+    world: Axis
+    traffic: Traffic
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`, for tables that hold names."""
+        return vars(self)[name]
+
+    def coordinates(self) -> str:
+        """`rank 3 (pp0 dp1 cp0 tp1 | edp0 ep3 etp0)`, for messages."""
+        places = {name: f"{name}{vars(self)[name].coordinate}" for name in AXES}
+        attention = " ".join(places[name] for name in ("pp", "dp", "cp", "tp"))
+        return f"rank {self.rank} ({attention} | " + " ".join(places[name] for name in ("edp", "ep", "etp")) + ")"
+
+
+def build_state(dims: GridDims) -> ParallelState:
+    """Create every group of every axis, in one fixed order on all ranks (lazily created groups can deadlock).
+
+    Groups of one rank are not created, groups of the same ranks only once. Needs torch.distributed to be initialised
+    unless the grid is one rank. Raises LayoutError where the grid is not that of the running processes.
+    """
+    rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
+    if dims.world_size != world_size:
+        raise LayoutError(f"the layout {dims.describe()} needs {dims.world_size} processes, and {world_size} run")
+    traffic = Traffic()
+    made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
+    if world_size > 1:
+        made[tuple(range(world_size))] = dist.group.WORLD
+    axes = {}
+    for name in AXES:
+        for ranks in dims.groups(name):
+            if len(ranks) > 1 and ranks not in made:
+                made[ranks] = dist.new_group(list(ranks))
+            if rank in ranks:
+                axes[name] = Axis(name, ranks, ranks.index(rank), made.get(ranks), traffic)
+    everyone = tuple(range(world_size))
+    world = Axis("world", everyone, rank, made.get(everyone), traffic)
+    return ParallelState(dims=dims, rank=rank, world=world, traffic=traffic, **axes)
+
+
+def join_processes(device: torch.device) -> None:
+    """Join the process group of the launcher (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or make a group of one.
+
+    Without a launcher the store lives in memory, so that one process needs no port.
+    """
+    if dist.is_initialized():
+        return
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
+        dist.init_process_group(backend)
+    else:
+        dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)

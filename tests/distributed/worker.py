@@ -1,0 +1,118 @@
+"""One rank of the layout table: `python worker.py JOB.json` runs every row of the job and writes what rank 0 saw.
+
+A row is a dict: name, engine (grid | deepspeed | local), parallel (degrees), stage, case, rows (of one step). Rows of
+one job run one after another in the same processes, which start once.
+"""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import sys
+from pathlib import Path
+
+import torch
+
+from ernie5.data.synthetic import TASKS, synthetic_batch
+from ernie5.engine.config import EngineConfig
+from ernie5.engine.grid import GridEngine
+from ernie5.engine.interface import Engine, StepSettings
+from ernie5.engine.local import LocalEngine
+from ernie5.model.backbone import build_model
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import uniform_magnitudes
+from ernie5.optim.config import OptimConfig
+from ernie5.parallel.config import ParallelConfig
+from ernie5.records import Batch
+
+SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent.parent / "engine" / "tiny_run.py")
+TINY = importlib.util.module_from_spec(SPEC)
+SPEC.loader.exec_module(TINY)
+SEQUENCE_TOKENS = 157
+STEPS = 2
+FAR = 1e3
+
+
+def make_rows(step: int, *, rows: int) -> list[Batch]:
+    """Micro-batches of one row of an odd number of tokens; every other one without images, sound and clips."""
+    return [
+        synthetic_batch(
+            TINY.VOCAB, shapes=TINY.SHAPES, rows=1, sequence_tokens=SEQUENCE_TOKENS, seed=1000 * step + index,
+            tasks=("text",) if index % 2 else TASKS,
+        )
+        for index in range(rows)
+    ]
+
+
+def make_engine(row: dict) -> Engine:
+    """The engine of a row around the same whole model; `case` shifts the routers' bias."""
+    model = build_model(TINY.MODEL, seed=3)
+    for router in model.routers():
+        if row["case"] == "one_expert":  # the first expert of every token is 5, the second one of the others
+            router.balance_bias[5] = FAR
+        if row["case"] == "one_rank":  # all choices fall on the experts of the first rank
+            router.balance_bias[:2] = FAR
+        if row["case"] == "idle_expert":
+            router.balance_bias[6] = -FAR
+    clip = row.get("clip", 0.05)
+    settings = StepSettings(
+        objectives=ObjectivesConfig(ema_decay=0.5), clip_norm=clip, balance_speed=0.01,
+        magnitudes=uniform_magnitudes(vocab_size=TINY.MODEL.vocab_size, audio_codes=TINY.MODEL.audio.codes),
+    )
+    optim = OptimConfig(learning_rate=1e-2, clip_norm=clip, name=row.get("optimizer", "adamw"))
+    device = torch.device("cpu")
+    precision = row.get("precision", "fp32")
+    if row["engine"] == "local":
+        return LocalEngine(model, optim=optim, settings=settings, precision=precision, device=device)
+    engine = EngineConfig(kind=row["engine"], zero_stage=row["stage"], precision=precision)
+    parallel = ParallelConfig(**row["parallel"])
+    if row["engine"] == "grid":
+        return GridEngine(
+            model, engine=engine, parallel=parallel, optim=optim, settings=settings, device=device
+        )
+    from ernie5.engine.deepspeed_engine import DeepSpeedEngine
+
+    dp = int(os.environ.get("WORLD_SIZE", "1")) // parallel.model_ranks
+    return DeepSpeedEngine(
+        model, engine=engine, parallel=parallel, optim=optim, settings=settings, device=device,
+        micro_batches=row["rows"] // dp, micro_sequences=1, log_path=Path(os.devnull),
+    )
+
+
+def run_row(row: dict) -> dict[str, object]:
+    """Two steps, an evaluation, and the state; the same figures for every engine."""
+    engine = make_engine(row)
+    result: dict[str, object] = {"losses": [], "norms": [], "loads": [], "routing_losses": []}
+    for step in range(STEPS):
+        batches = make_rows(step, rows=row["rows"])[engine.dp_rank :: engine.dp_size]
+        sums = engine.accumulate(batches)
+        if step == 0:
+            result["gradients"] = engine.gradients()
+        report = engine.update(sums, learning_rate=1e-2)
+        names = ("text", "image", "video", "audio", "mtp")
+        result["losses"].append([float(vars(sums.terms)[name]) for name in names] + [float(sums.objective)])
+        result["norms"].append(float(report.grad_norm))
+        result["loads"].append(sums.routing.group_loads)
+    result["state"] = engine.state()
+    batch = make_rows(7, rows=1)[0]
+    with engine.whole_model(), torch.no_grad():
+        if engine.is_main:  # no other rank runs: no collective may be left in the whole model
+            result["by_hand"] = engine.model(batch).text_hidden
+    pair = make_rows(8, rows=engine.dp_size)
+    result["evaluated"] = float(engine.evaluate_batch(pair[engine.dp_rank]).terms.text)
+    return result
+
+
+def main(path: str) -> None:
+    """Run the job's rows; rank 0 writes OUT/NAME.pt for each."""
+    torch.set_num_threads(1)
+    job = json.loads(Path(path).read_text(encoding="utf-8"))
+    for row in job["rows"]:
+        result = run_row(row)
+        if os.environ.get("RANK", "0") == "0":
+            torch.save(result, Path(job["out"]) / f"{row['name']}.pt")
+
+
+if __name__ == "__main__":
+    main(sys.argv[1])

@@ -33,9 +33,14 @@ class VisualTokenizerConfig(Config):
     stem_blocks: int = field(1, doc="residual blocks at stride 4 of the encoder", kind="architecture")
     encoder_blocks: int = field(1, doc="residual blocks at stride 8 of the encoder", kind="architecture")
     decoder_blocks: int = field(2, doc="residual blocks at stride 8 of the decoder", kind="architecture")
+    decoder_attention: int = field(
+        0, doc="attention blocks at stride 8 of the decoder", check=non_negative, kind="architecture"
+    )
     head_blocks: int = field(1, doc="residual blocks at stride 4 of the decoder", kind="architecture")
+    start: str | None = field(None, doc="trained tokenizer to go on from: `embedded`, a directory; null: from scratch")
 
     square_weight: float = field(4.0, doc="squared error of pixels in [-1, 1]", check=non_negative)
+    log_weight: float = field(0.0, doc="mean log of each frame's squared error, PSNR itself", check=non_negative)
     absolute_weight: float = field(0.25, doc="absolute error of pixels", check=non_negative)
     commitment_weight: float = field(0.1, doc="pull of the latents towards their codes", check=non_negative)
     entropy_weight: float = field(0.02, doc="sure bits per cell, even bits over the batch", check=non_negative)
@@ -48,6 +53,7 @@ class VisualTokenizerConfig(Config):
     active_bits: tuple[int, ...] = field((8, 16), doc="progressive switching: bits in use, stage by stage")
     active_from: tuple[float, ...] = field((0.0, 0.05), doc="share of the budget at which each stage starts")
 
+    augment_share: float = field(1.0, doc="share of samples moved and recoloured, others mirrored", check=fraction)
     pixels: tuple[int, ...] = field((64, 48, 32), doc="picture sides drawn in training", check=positive)
     pixel_shares: tuple[float, ...] = field((0.7, 0.1, 0.2), doc="how often each side is drawn", check=fraction)
     batch_images: int = field(8, doc="pictures of the largest side per step, others by equal area", check=positive)

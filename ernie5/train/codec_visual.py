@@ -20,14 +20,19 @@ from ernie5.tokenizers.losses import (
     hinge_discriminator_loss,
     hinge_generator_loss,
     laplacian_loss,
+    log_error,
     psnr,
 )
 from ernie5.tokenizers.visual.codec import fold_frames, unfold_frames
 from ernie5.tokenizers.visual.quantizer import straight_through
 from ernie5.tokenizers.visual.scales import resize_to, scale_schedule
-from ernie5.tokenizers.visual.tokenizer import VisualTokenizer, save_visual_tokenizer
+from ernie5.tokenizers.visual.tokenizer import (
+    VisualTokenizer,
+    continue_visual_tokenizer,
+    save_visual_tokenizer,
+)
 from ernie5.train.codec_task import CodecClock, CodecFacts, CodecLosses, CodecTask
-from ernie5.train.visual_data import VisualSet, augment, load_visual_set, resize_video, to_unit
+from ernie5.train.visual_data import VisualSet, load_visual_set, resize_video, to_unit, vary
 
 POOL_GRID = (4, 4)
 VALIDATION_BATCH = 32
@@ -70,6 +75,8 @@ class VisualCodecTask(CodecTask):
         self._train, self._validation = train, validation
         torch.manual_seed(config.train.seed)
         self._codec = VisualCodec(self._config, num_labels=len(train.label_names))
+        if self._config.start is not None:
+            continue_visual_tokenizer(self._codec.tokenizer, place=self._config.start)
         self._discriminator = PatchDiscriminator() if self._config.adversarial_weight > 0 else None
 
     @property
@@ -104,7 +111,7 @@ class VisualCodecTask(CodecTask):
             else (self._train.pictures[:, :, None], self._train.picture_labels)
         )
         chosen = torch.randint(len(source), (max(1, round(per_step)),), generator=generator)
-        video = augment(to_unit(source[chosen]), generator=generator)
+        video = vary(to_unit(source[chosen]), share=config.augment_share, generator=generator)
         return VisualBatch(resize_video(video, pixels=side), labels[chosen])
 
     def codec_losses(self, batch: VisualBatch, *, clock: CodecClock, generator: torch.Generator) -> CodecLosses:
@@ -128,6 +135,8 @@ class VisualCodecTask(CodecTask):
         logits = self._codec.predict_labels(through).float()
         semantic = functional.binary_cross_entropy_with_logits(logits, batch.labels)
         total = config.square_weight * square + config.absolute_weight * absolute + config.detail_weight * detail
+        if config.log_weight > 0:
+            total = total + config.log_weight * log_error(output, target)
         total = total + config.commitment_weight * commitment + config.entropy_weight * entropy
         total = total + config.semantic_weight * semantic
         parts = {"square": square.detach(), "detail": detail.detach(), "commitment": commitment.detach()}

@@ -104,6 +104,17 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
     return pixels.float() / 127.5 - 1.0
 
 
+def vary(video: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
+    """Augment a `share` of the clips [B, 3, F, H, W]; of the others, half are mirrored."""
+    batch = video.shape[0]
+    draw = torch.rand(batch, 2, generator=generator)
+    chosen, mirrored = draw[:, 0] < share, draw[:, 1] < 0.5
+    video = torch.where(mirrored[:, None, None, None, None], video.flip(-1), video)
+    if chosen.any():
+        video[chosen] = augment(video[chosen], generator=generator)
+    return video
+
+
 def augment(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
     """Flip, scale, rotate, shift and recolour clips [B, 3, F, H, W] in [-1, 1]; one draw per clip, edges repeated."""
     batch = video.shape[0]

@@ -8,6 +8,7 @@ from ernie5.tokenizers.losses import (
     entropy_loss,
     hinge_discriminator_loss,
     laplacian_loss,
+    log_error,
     psnr,
 )
 from ernie5.tokenizers.visual.quantizer import MultiScaleQuantizer
@@ -27,6 +28,27 @@ def test_psnr_is_that_of_a_known_error():
     output = torch.zeros(2, 3, 8, 8)
     target = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), 2.0)])
     torch.testing.assert_close(psnr(output, target), torch.tensor([20.0, 0.0]), atol=1e-5, rtol=0)
+
+
+def test_the_log_error_orders_like_psnr_and_has_a_floor():
+    target = picture(1)
+    ratio = math.log(10.0) / 10.0
+    for gap in (0.2, 0.5):
+        output = target + gap
+        expected = math.log(4.0) - ratio * psnr(output, target).mean()
+        # the floor of 1e-3 adds 1e-3 / 0.04 = 0.025 at the smaller gap
+        torch.testing.assert_close(log_error(output, target), expected, atol=0.03, rtol=0)
+    still = target.clone().requires_grad_(True)
+    log_error(still, target).backward()
+    assert torch.isfinite(still.grad).all() and log_error(target, target) == torch.tensor(1e-3).log()
+
+
+def test_the_log_error_weighs_a_good_picture_as_much_as_a_bad_one():
+    target = torch.zeros(2, 3, 8, 8)
+    output = torch.stack([torch.full((3, 8, 8), 0.2), torch.full((3, 8, 8), 1.0)]).requires_grad_(True)
+    log_error(output, target).backward()
+    pull = (output.grad * output).flatten(1).sum(1)
+    torch.testing.assert_close(pull[0], pull[1], atol=0.03, rtol=0)
 
 
 def test_the_detail_loss_ignores_shade_and_sees_blur():

@@ -12,7 +12,7 @@ from ernie5.tokenizers.visual.tokenizer import load_visual_tokenizer
 from ernie5.train.codec import train_codec
 from ernie5.train.codec_task import CodecClock
 from ernie5.train.codec_visual import VisualCodecTask, active_bits_at
-from ernie5.train.visual_data import VisualSet, augment, labels_of, resize_video
+from ernie5.train.visual_data import VisualSet, augment, labels_of, resize_video, vary
 
 
 def blobs(count: int, *, seed: int) -> VisualSet:
@@ -87,6 +87,35 @@ def test_augmentation_moves_all_frames_of_a_clip_alike_and_keeps_the_range():
     for frame in range(1, 5):
         assert torch.equal(moved[:, :, frame], moved[:, :, 0])
     assert not torch.equal(moved, still)
+
+
+@pytest.mark.parametrize("share", [0.0, 0.5, 1.0])
+def test_only_a_share_of_the_samples_is_augmented(share):
+    generator = torch.Generator().manual_seed(0)
+    clips = torch.rand(64, 3, 2, 8, 8, generator=generator) * 2 - 1
+    before = clips.clone()
+    varied = vary(clips, share=share, generator=generator)
+    kept = ((varied == before) | (varied == before.flip(-1))).flatten(1).all(1)
+    mirrored = (varied == before.flip(-1)).flatten(1).all(1)
+    assert torch.equal(clips, before)
+    assert abs(float((~kept).float().mean()) - share) < 0.15
+    assert share == 1.0 or 0 < mirrored.sum() < kept.sum()
+
+
+def test_a_second_stage_goes_on_from_the_first_with_new_layers(run_config, tmp_path):
+    first = task_of(run_config)
+    train_codec(first, config=run_config.train, out=tmp_path, progress=False)
+    visual = dataclasses.replace(run_config.tokenizer.visual, start=str(tmp_path / "export"), decoder_attention=1,
+                                 log_weight=0.3, augment_share=0.5)
+    second = dataclasses.replace(run_config, tokenizer=dataclasses.replace(run_config.tokenizer, visual=visual))
+    task = task_of(second)
+    loaded = load_visual_tokenizer(tmp_path / "export")
+    pictures = torch.linspace(-1, 1, 3 * 32 * 32).reshape(1, 3, 1, 32, 32)
+    continued = task.codec.tokenizer.eval().reconstruct(pictures)
+    # equal but for the order of fp32 sums, which depends on whether gradients are kept
+    torch.testing.assert_close(continued, loaded.reconstruct(pictures), atol=1e-4, rtol=0)
+    facts = train_codec(task, config=second.train, out=tmp_path / "second", progress=False)
+    assert facts.steps == 12 and len(load_visual_tokenizer(tmp_path / "second/export").decoder.attention) == 1
 
 
 @pytest.mark.parametrize("pixels", [16, 24, 32])

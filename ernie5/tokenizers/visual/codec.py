@@ -16,6 +16,12 @@ from ernie5.tokenizers.config import VisualTokenizerConfig
 PAST_FRAMES = 2
 """Frames before the present one that an inflated kernel covers."""
 
+HEAD_CHANNELS = 32
+"""Channels of an attention head."""
+
+BRANCH_SCALE = 0.3
+"""What the branches of an attention block are scaled by: they start at zero and should grow slowly."""
+
 
 def previous_frames(x: torch.Tensor, *, frames: int, steps: int) -> torch.Tensor:
     """[B*F, C, H, W] -> the same shifted `steps` frames into the future: frame t holds t-steps, zeros before it."""
@@ -62,6 +68,37 @@ class Block(nn.Module):
             shifted = previous_frames(normed, frames=frames, steps=steps)
             mixed = mixed + functional.conv2d(shifted, self.past[steps - 1], padding=1, groups=x.shape[1])
         return x + self.second(functional.gelu(mixed, approximate="tanh")) * self.scale
+
+
+class AttentionBlock(nn.Module):
+    """Residual attention over the cells of one frame, then a pointwise network; starts as the identity.
+
+    A depthwise convolution before it tells cells where they are, by the zeros beyond the edges, on grids of any size.
+    """
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.place = nn.Conv2d(channels, channels, 3, padding=1, groups=channels)
+        self.norm, self.inner_norm = ChannelNorm(channels), ChannelNorm(channels)
+        self.queries_keys_values = nn.Linear(channels, 3 * channels)
+        self.mix = nn.Linear(channels, channels)
+        self.widen = nn.Linear(channels, 4 * channels)
+        self.narrow = nn.Linear(4 * channels, channels)
+        self.heads = max(1, channels // HEAD_CHANNELS)
+        for last in (self.place, self.mix, self.narrow):
+            nn.init.zeros_(last.weight)
+            nn.init.zeros_(last.bias)
+
+    def forward(self, x: torch.Tensor, *, frames: int) -> torch.Tensor:
+        """[B*F, C, H, W] -> the same shape; every frame by itself, whatever `frames` is."""
+        x = x + self.place(x) * BRANCH_SCALE
+        height, width = x.shape[-2:]
+        heads = self.queries_keys_values(_rows(self.norm(x))).unflatten(-1, (3, self.heads, -1))
+        queries, keys, values = heads.permute(2, 0, 3, 1, 4)
+        seen = functional.scaled_dot_product_attention(queries, keys, values).transpose(1, 2).flatten(2)
+        x = x + _grid(self.mix(seen), height=height, width=width) * BRANCH_SCALE
+        wide = functional.gelu(self.widen(_rows(self.inner_norm(x))), approximate="tanh")
+        return x + _grid(self.narrow(wide), height=height, width=width) * BRANCH_SCALE
 
 
 class TemporalDown(nn.Module):
@@ -158,6 +195,7 @@ class Decoder(nn.Module):
         self.patch = config.patch
         self.inward = nn.Conv2d(config.bits, channels, 3, padding=1)
         self.blocks = _blocks(config.decoder_blocks, channels=channels)
+        self.attention = nn.ModuleList(AttentionBlock(channels) for _ in range(config.decoder_attention))
         self.temporal = nn.ModuleList(TemporalUp(channels) for _ in range(2))
         self.up = nn.Conv2d(channels, 4 * stem, 1)
         self.head_blocks = _blocks(config.head_blocks, channels=stem)
@@ -168,7 +206,7 @@ class Decoder(nn.Module):
         """[B, d, f, h, w] -> video [B, 3, 1+4(f-1), h*stride, w*stride] fp32, not clamped."""
         batch, frames = latents.shape[0], latents.shape[2]
         x = self.inward(fold_frames(latents))
-        for block in self.blocks:
+        for block in (*self.blocks, *self.attention):
             x = block(x, frames=frames)
         for double in self.temporal:
             x = double(x, frames=frames)
@@ -178,6 +216,16 @@ class Decoder(nn.Module):
             x = block(x, frames=frames)
         pixels = functional.pixel_shuffle(self.out(self.norm(x)).float(), self.patch)
         return unfold_frames(pixels, batch=batch)
+
+
+def _rows(x: torch.Tensor) -> torch.Tensor:
+    """[N, C, H, W] -> [N, H*W, C]."""
+    return x.flatten(2).transpose(1, 2)
+
+
+def _grid(rows: torch.Tensor, *, height: int, width: int) -> torch.Tensor:
+    """[N, H*W, C] -> [N, C, H, W] in channels_last."""
+    return rows.transpose(1, 2).unflatten(2, (height, width))
 
 
 def _blocks(count: int, *, channels: int) -> nn.ModuleList:

@@ -88,6 +88,24 @@ class VisualTokenizer(nn.Module):
         return self.decode(self.quantize(self.to_latents(self.encode_features(video)), num_scales=num_scales))
 
 
+def continue_visual_tokenizer(tokenizer: VisualTokenizer, *, place: str | Path) -> None:
+    """Fill `tokenizer` with the tokenizer at `place`; layers that only the new one has keep their initial weights.
+
+    Blocks start as (nearly) the identity, so that a codec can grow deeper. Raises TokenizerError when the stored one
+    has layers that the new one lacks or holds in another shape.
+    """
+    stored = load_weights(place, kind="visual")
+    own = tokenizer.state_dict()
+    wrong = [name for name, value in stored.tensors if name not in own or own[name].shape != value.shape]
+    if wrong:
+        raise TokenizerError(
+            f"{stored.path} cannot be continued by this visual tokenizer: {len(wrong)} of its tensors are missing here "
+            f"or have another shape, the first is {wrong[0]}. Layers may be added, not removed or resized. "
+            "(tokenizer.visual.start)"
+        )
+    tokenizer.load_state_dict(own | dict(stored.tensors))
+
+
 def save_visual_tokenizer(
     tokenizer: VisualTokenizer, directory: str | Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> Path:

@@ -1,3 +1,5 @@
+import dataclasses
+
 import pytest
 import torch
 
@@ -6,15 +8,19 @@ from ernie5.tokenizers.config import VisualTokenizerConfig
 from ernie5.tokenizers.visual.tokenizer import (
     UNTRAINED,
     VisualTokenizer,
+    continue_visual_tokenizer,
     load_visual_tokenizer,
     save_visual_tokenizer,
 )
 
 
+SMALL = VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6, decoder_attention=1)
+
+
 @pytest.fixture
 def tokenizer() -> VisualTokenizer:
     torch.manual_seed(0)
-    made = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6)).eval()
+    made = VisualTokenizer(SMALL).eval()
     with torch.no_grad():  # make every path count, the zero-initialised temporal ones too
         for parameter in made.parameters():
             parameter.add_(0.1 * torch.randn_like(parameter))
@@ -69,7 +75,7 @@ def test_the_decoder_never_looks_ahead(tokenizer, group):
 
 def test_a_fresh_codec_treats_the_frames_of_a_clip_as_pictures():
     torch.manual_seed(0)
-    fresh = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6)).eval()
+    fresh = VisualTokenizer(SMALL).eval()
     video = clip(frames=5)
     latents = fresh.to_latents(fresh.encode_features(video))
     alone = fresh.to_latents(fresh.encode_features(video[:, :, 4:5]))
@@ -84,7 +90,7 @@ def test_samples_of_a_batch_do_not_mix(tokenizer):
 
 def test_every_parameter_gets_a_gradient_from_a_clip():
     torch.manual_seed(0)
-    fresh = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=12, feature_channels=6))
+    fresh = VisualTokenizer(SMALL)
     latents = fresh.to_latents(fresh.encode_features(clip(frames=5)))
     fresh.decoder(latents).square().mean().backward()
     assert [name for name, p in fresh.named_parameters() if p.grad is None] == []
@@ -123,6 +129,42 @@ def test_weights_of_another_shape_are_refused(tokenizer, tmp_path):
     from ernie5.tokenizers.weights import load_weights
 
     save_visual_tokenizer(tokenizer, tmp_path)
-    other = VisualTokenizer(VisualTokenizerConfig(stem_channels=8, channels=16, feature_channels=6))
+    other = VisualTokenizer(dataclasses.replace(SMALL, channels=16))
     with pytest.raises(TokenizerError, match="differ in name or shape"):
         load_weights(tmp_path, kind="visual").fill(other)
+
+
+@pytest.mark.parametrize("place", ["directory", "embedded"])
+def test_a_codec_grows_deeper_without_changing_what_it_shows(tokenizer, tmp_path, place):
+    if place == "directory":
+        save_visual_tokenizer(tokenizer, tmp_path, dtype=torch.float32)
+        place = tmp_path
+    trained = load_visual_tokenizer(place)
+    deeper = dataclasses.replace(trained.config, decoder_attention=trained.config.decoder_attention + 1)
+    grown = VisualTokenizer(deeper).eval()
+    continue_visual_tokenizer(grown, place=place)
+    # equal but for the order of fp32 sums, which depends on whether gradients are kept
+    torch.testing.assert_close(grown.reconstruct(clip(frames=5)), trained.reconstruct(clip(frames=5)),
+                               atol=1e-4, rtol=0)
+    assert len(grown.state_dict()) > len(trained.state_dict())
+
+
+def test_a_codec_cannot_shrink_or_be_resized_on_the_way(tokenizer, tmp_path):
+    save_visual_tokenizer(tokenizer, tmp_path)
+    for other in (dataclasses.replace(SMALL, decoder_attention=0), dataclasses.replace(SMALL, stem_channels=16)):
+        with pytest.raises(TokenizerError, match="cannot be continued"):
+            continue_visual_tokenizer(VisualTokenizer(other), place=tmp_path)
+
+
+def test_attention_sees_all_cells_of_its_frame_and_none_of_another(tokenizer):
+    block = tokenizer.decoder.attention[0]
+    x = torch.randn(4, 12, 3, 5, generator=torch.Generator().manual_seed(3))
+    other = x.clone()
+    other[1, :, 0, 0] += 1.0
+    change = (block(x, frames=2) - block(other, frames=2)).abs().amax(1)
+    assert (change[1] > 0).all() and change[0].max() == change[2].max() == change[3].max() == 0
+
+
+def test_attention_knows_where_a_cell_is(tokenizer):
+    out = tokenizer.decoder.attention[0](torch.ones(1, 12, 3, 3), frames=1)
+    assert (out[..., 1, 1] - out[..., 0, 0]).abs().max() > 1e-3

@@ -198,7 +198,7 @@ def _visual_params(config: ModelConfig) -> int:
     vit = 3 * v.patch_pixels**2 * width + v.vit_layers * vit_layer + width
     shared = v.encoder_channels * width
     patches = v.image_merge + v.video_merge
-    merge = 2 * patches * width + 2 * (4 * width * width + width + width * config.width)
+    merge = 2 * patches * width + 2 * (4 * width * width + width + width * config.width + config.width)
     generation = 2 * v.bits * config.width + (v.num_scales + 1) * config.width
     return vit + shared + merge + generation
 
@@ -209,7 +209,7 @@ def _audio_params(config: ModelConfig) -> int:
     a, width = config.audio, config.width
     tables = a.levels * a.codes * width + (a.levels - 1) * (a.codes + 1) * width
     heads = a.levels * ((a.codes + 1) * width + width)
-    return tables + heads + a.speaker_features * width
+    return tables + heads + a.speaker_features * width + width
 
 
 def vit_hidden(config: VisualModelConfig) -> int:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
+from ernie5.model.norm import RMSNorm
 from ernie5.model.vision import VisionEncoder
 from ernie5.records import AudioFrames, Batch, SpeakerCells, VisualCells
 
@@ -35,6 +36,7 @@ class AudioEmbedding(nn.Module):
         self.codes = config.audio.codes
         self.code = nn.Embedding(config.audio.levels * config.audio.codes, config.width)
         self.speaker = nn.Linear(config.audio.speaker_features, config.width, bias=False)
+        self.speaker_norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, frames: AudioFrames) -> torch.Tensor:
         """N frames -> [N, D]."""
@@ -43,7 +45,7 @@ class AudioEmbedding(nn.Module):
 
     def embed_speaker(self, speakers: SpeakerCells) -> torch.Tensor:
         """N speakers -> [N, D]."""
-        return self.speaker(speakers.features.to(self.speaker.weight.dtype))
+        return self.speaker_norm(self.speaker(speakers.features.to(self.speaker.weight.dtype)))
 
 
 class InputEmbedding(nn.Module):

@@ -111,7 +111,11 @@ def _place_angles(places: torch.Tensor, *, head_width: int, dtype: torch.dtype) 
 
 
 class PatchMerger(nn.Module):
-    """2K features of two paths -> one backbone position: x + attention(norm x), mean over patches, projection."""
+    """2K features of two paths -> one backbone position: x + attention(norm x), mean over patches, projection, norm.
+
+    Without the last norm nothing bounds the size of what enters: it grew to 80 times a text embedding in 800 steps, and
+    what the layers added was lost beside it.
+    """
 
     def __init__(self, config: ModelConfig, *, patches: int) -> None:
         super().__init__()
@@ -120,11 +124,12 @@ class PatchMerger(nn.Module):
         self.norm = RMSNorm(width, eps=config.norm_eps)
         self.attention = PatchAttention(width, heads=config.visual.vit_heads)
         self.output = nn.Linear(width, config.width, bias=False)
+        self.output_norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
         """[N, 2K, W] -> [N, D]; `slots` tells the two paths and the places within the group apart."""
         x = features + self.slots
-        return self.output((x + self.attention(self.norm(x))).mean(1))
+        return self.output_norm(self.output((x + self.attention(self.norm(x))).mean(1)))
 
 
 class VisionEncoder(nn.Module):

@@ -20,6 +20,8 @@ SPEAKER_BANDS = 80
 AMPLITUDE_FLOOR = 1e-5
 # Frames 40 dB under the loudest one are pauses; they would drag the speaker's statistics towards the room.
 SILENCE_RANGE_NEPERS = 40.0 * math.log(10.0) / 20.0
+SPEAKER_MEAN, SPEAKER_DEVIATION, SPEAKER_SPREAD = -7.7, 1.5, 0.4
+"""Band mean, band deviation and spread of deviations over voices, in nepers, of the sample corpus' training speech."""
 
 
 def hertz_to_mel(hertz: torch.Tensor) -> torch.Tensor:
@@ -103,7 +105,8 @@ class LogMel(nn.Module):
 def speaker_features(waveform: torch.Tensor) -> torch.Tensor:
     """Who speaks, roughly: per-band mean and standard deviation of an 80-band log-mel over frames with speech.
 
-    waveform [B, samples] fp32, 16 kHz; returns [B, 160] fp32 in nepers: 80 means, then 80 standard deviations. A frame
+    waveform [B, samples] fp32, 16 kHz; returns [B, 160] fp32: 80 means, then 80 standard deviations, centred on usual
+    speech and of like spread, so that what voices share does not drown what tells them apart. A frame
     counts as speech if its mean amplitude is within 40 dB of the loudest frame's; pure silence counts whole. Raises
     TokenizerError for zero samples or another rank than two.
     """
@@ -116,7 +119,7 @@ def speaker_features(waveform: torch.Tensor) -> torch.Tensor:
     count = spoken.sum(2)
     mean = (log_mel * spoken).sum(2) / count
     variance = ((log_mel - mean[:, :, None]).square() * spoken).sum(2) / count
-    return torch.cat([mean, variance.sqrt()], dim=1)
+    return torch.cat([mean - SPEAKER_MEAN, (variance.sqrt() - SPEAKER_DEVIATION) / SPEAKER_SPREAD], dim=1)
 
 
 def check_waveform(waveform: torch.Tensor, *, purpose: str) -> None:

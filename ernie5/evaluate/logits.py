@@ -45,7 +45,9 @@ def read_ids(path: Path) -> torch.Tensor:
         ids = torch.load(path, map_location="cpu", weights_only=True)
     except FileNotFoundError:
         raise DataError(f"there is no file {path}. {rule}") from None
-    except (pickle.UnpicklingError, RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
+    except pickle.UnpicklingError:  # torch's own advice here is to execute whatever the file holds
+        raise DataError(f"{path} is no file of tensors alone, and nothing else in it is executed. {rule}") from None
+    except (RuntimeError, OSError, EOFError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise DataError(f"{path} cannot be read ({reason}). {rule}") from None
     if not isinstance(ids, torch.Tensor):

@@ -86,6 +86,16 @@ class ExpertCompute(Protocol):
         """rows [R, D], row_weights [R], offsets [e] -> [R, D], each row multiplied by its weight."""
 
 
+class RoutingPool(Protocol):
+    """Makes the statistics of routing those of whole rows where a process holds a part of their tokens."""
+
+    def loads(self, group_loads: torch.Tensor) -> torch.Tensor:
+        """group_loads [6, E] fp32 of this process's tokens -> what this process reports."""
+
+    def whole(self, routing: Routing, *, kinds: torch.Tensor) -> tuple[Routing, torch.Tensor]:
+        """Routing of N = B * t tokens and their kinds [B, t] -> those of whole rows; differentiable."""
+
+
 class KeyValueCache(Protocol):
     """Keys and values of the tokens seen so far, per layer."""
 

@@ -13,7 +13,7 @@ from collections.abc import Iterable
 import torch
 
 from ernie5.model.config import BalanceConfig
-from ernie5.model.interfaces import Routing
+from ernie5.model.interfaces import Routing, RoutingPool
 from ernie5.model.moe.router import Router
 from ernie5.records import SubNetwork, TokenKind
 
@@ -30,7 +30,24 @@ class LayerRouting:
     z_loss: torch.Tensor
 
 
-def measure_routing(routing: Routing, *, kinds: torch.Tensor, config: BalanceConfig) -> LayerRouting:
+class OwnTokens:
+    """The RoutingPool of a process that holds whole rows."""
+
+    def loads(self, group_loads: torch.Tensor) -> torch.Tensor:
+        """As they are."""
+        return group_loads
+
+    def whole(self, routing: Routing, *, kinds: torch.Tensor) -> tuple[Routing, torch.Tensor]:
+        """As they are."""
+        return routing, kinds
+
+
+OWN_TOKENS = OwnTokens()
+
+
+def measure_routing(
+    routing: Routing, *, kinds: torch.Tensor, config: BalanceConfig, pool: RoutingPool = OWN_TOKENS
+) -> LayerRouting:
     """Count loads by kind of token and compute the losses that `config` switches on. kinds [B, T] int64."""
     num_experts = routing.scores.shape[1]
     flat_kinds = kinds.flatten()
@@ -38,8 +55,12 @@ def measure_routing(routing: Routing, *, kinds: torch.Tensor, config: BalanceCon
         slots = (flat_kinds.unsqueeze(1) * num_experts + routing.choices).flatten()
         counts = torch.zeros(NUM_KINDS * num_experts, dtype=torch.float32, device=slots.device)
         counts.scatter_add_(0, slots, torch.ones((), device=slots.device).expand(slots.shape))
+    loads = pool.loads(counts.view(NUM_KINDS, num_experts)[1:])
     zero = torch.zeros((), dtype=routing.scores.dtype, device=slots.device)
     switch, sequence, z = zero, zero, zero
+    if config.switch_loss or config.sequence_loss or config.z_loss:
+        routing, kinds = pool.whole(routing, kinds=kinds)
+        flat_kinds = kinds.flatten()
     valid = flat_kinds != TokenKind.PADDING
     if config.switch_loss:
         switch = _evenness(routing, valid=valid.view(1, -1)).sum()
@@ -50,7 +71,7 @@ def measure_routing(routing: Routing, *, kinds: torch.Tensor, config: BalanceCon
     if config.z_loss:
         squared = torch.logsumexp(routing.logits, dim=-1).square()
         z = (squared * valid).sum() / valid.sum().clamp(min=1)
-    return LayerRouting(counts.view(NUM_KINDS, num_experts)[1:], switch, sequence, z)
+    return LayerRouting(loads, switch, sequence, z)
 
 
 def _evenness(routing: Routing, *, valid: torch.Tensor) -> torch.Tensor:

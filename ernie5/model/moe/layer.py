@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
-from ernie5.model.interfaces import LayerInputs, TokenDispatcher
+from ernie5.model.interfaces import LayerInputs, RoutingPool, TokenDispatcher
 from ernie5.model.mlp import SwiGLU
-from ernie5.model.moe.balance import LayerRouting, measure_routing
+from ernie5.model.moe.balance import OWN_TOKENS, LayerRouting, measure_routing
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.model.moe.experts import RoutedExperts
 from ernie5.model.moe.router import Router
@@ -17,7 +17,7 @@ from ernie5.model.moe.router import Router
 class MoELayer(nn.Module):
     """sum over chosen experts of weight * expert(x), plus shared(x). Nothing is ever dropped.
 
-    `dispatcher` and `experts` are the TokenDispatcher and ExpertCompute seams.
+    `dispatcher`, `experts` and `pool` are the TokenDispatcher, ExpertCompute and RoutingPool seams.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -30,6 +30,7 @@ class MoELayer(nn.Module):
             SwiGLU(config.width, hidden_width=moe.shared_experts * moe.expert_width) if moe.shared_experts else None
         )
         self.dispatcher: TokenDispatcher = LocalDispatcher()
+        self.pool: RoutingPool = OWN_TOKENS
 
     def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting]:
         """[B, T, D] -> [B, T, D] and the routing's statistics."""
@@ -40,4 +41,4 @@ class MoELayer(nn.Module):
         out = self.dispatcher.combine(rows, dispatched=dispatched).view_as(hidden)
         if self.shared is not None:
             out = out + self.shared(hidden)
-        return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance)
+        return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance, pool=self.pool)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from . import interpreter  # noqa: F401  mends bf16 products where kernels are interpreted
+from . import interpreter  # noqa: F401  mends the interpreter where kernels are interpreted
 
 INTERPRETED_CAPABILITY, INTERPRETED_PROCESSORS = 80, 3
 

@@ -13,25 +13,33 @@ OFFERED = ("triton", "torch", "reference")
 
 
 def grouped_gemm(
-    rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor, backend: str = "auto"
+    rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor, backend: str = "auto", fp8: bool = False
 ) -> torch.Tensor:
     """Return y [R, M] with y[r] = weight[g] @ rows[r] for offsets[g-1] <= r < offsets[g].
 
     rows [R, K] sorted by group; weight [E, M, K] of the same dtype; offsets [E] integer, cumulative ends, the last at
     most R. Rows past the last offset give zero and get a zero gradient; a group without rows gives its weight a zero
-    gradient. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    gradient. fp8: multiply in e4m3 with scales per 1 x 128 and 128 x 128 (triton alone; the weight's gradient keeps the
+    rows' dtype). Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
     if rows.ndim != 2 or weight.ndim != 3 or weight.shape[2] != rows.shape[1] or offsets.shape != weight.shape[:1]:
         raise ValueError(
             f"grouped_gemm: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, offsets {tuple(offsets.shape)}"
         )
-    chosen = choose_backend(backend, op="grouped_gemm", offered=OFFERED, device=rows.device, dtype=rows.dtype)
+    offered = OFFERED[:1] if fp8 else OFFERED
+    if fp8 and backend == "auto":
+        backend = "triton"  # the only one, so that its absence is said
+    chosen = choose_backend(backend, op="grouped_gemm", offered=offered, device=rows.device, dtype=rows.dtype)
     if chosen == "reference":
         return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
     if chosen == "triton":
         from .kernel import grouped_gemm_triton
 
         _require(rows, weight=weight, offsets=offsets)
+        if fp8:
+            from .scaled import ScaledGroupedGemm
+
+            return ScaledGroupedGemm.apply(rows, weight, offsets)
         return grouped_gemm_triton(rows, weight, offsets, False)
     return SegmentedGemm.apply(rows, weight, offsets)
 

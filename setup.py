@@ -38,6 +38,6 @@ setup(
         "ninja",
         "setuptools",
     ],
-    extras_require={"test": ["pytest>=8", "pytest-timeout", "scipy", "tiktoken"]},
+    extras_require={"test": ["pytest>=8", "pytest-timeout", "scipy", "tiktoken", "transformers>=5.10", "peft"]},
     entry_points={"console_scripts": ["ernie5=ernie5.__main__:main"]},
 )

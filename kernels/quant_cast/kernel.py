@@ -14,13 +14,17 @@ WARPS = 4
 
 
 @triton.jit
-def row_cast_kernel(x, values, scales, rows, cols, largest, smallest, BLOCK_ROWS: tl.constexpr, SIDE: tl.constexpr):
-    """BLOCK_ROWS rows of one block of 128 columns, a scale for each row."""
+def row_cast_kernel(
+    x, sources, values, scales, rows, cols, largest, smallest,
+    GATHERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SIDE: tl.constexpr,
+):
+    """BLOCK_ROWS rows of one block of 128 columns, a scale for each row. GATHERS: row r of x is sources[r]."""
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
     col = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     place = row[:, None] * cols + col[None, :]
-    value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
+    source = tl.load(sources + row, mask=row < rows, other=0).to(tl.int64) if GATHERS else row
+    value = tl.load(x + source[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(value), axis=1), smallest) / largest
     tl.store(scales + row * tl.num_programs(1) + tl.program_id(1), scale, mask=row < rows)
     tl.store(values + place, (value / scale[:, None]).to(tl.float8e4nv), mask=inside)
@@ -60,17 +64,37 @@ def quant_cast_triton(x: torch.Tensor, block_rows: int, transposed: bool) -> tup
     if not values.numel():
         return values, scales
     if block_rows == 1:
-        flat_rows = x.numel() // cols
-        grid = (ceil_div(flat_rows, ROWS_PER_PROGRAM), ceil_div(cols, SIDE))
-        row_cast_kernel[grid](
-            x, values, scales, flat_rows, cols, LARGEST, SMALLEST_PEAK, ROWS_PER_PROGRAM, SIDE, num_warps=WARPS
-        )
+        _cast_rows(x, sources=None, values=values, scales=scales)
     else:
         grid = (ceil_div(rows, SIDE), ceil_div(cols, SIDE), x.numel() // (rows * cols))
         block_cast_kernel[grid](
             x, values, scales, rows, cols, LARGEST, SMALLEST_PEAK, transposed, SIDE, num_warps=8
         )
     return values, scales
+
+
+@torch.library.custom_op("ernie5::gather_cast", mutates_args=())
+def gather_cast_triton(x: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values e4m3, scales fp32) of x[sources] with a scale per 1 x 128."""
+    values, scales = _fake_gather(x, sources)
+    if values.numel():
+        _cast_rows(x.contiguous(), sources=sources, values=values, scales=scales)
+    return values, scales
+
+
+def _cast_rows(x: torch.Tensor, *, sources: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor) -> None:
+    cols = values.shape[-1]
+    rows = values.numel() // cols
+    row_cast_kernel[(ceil_div(rows, ROWS_PER_PROGRAM), ceil_div(cols, SIDE))](
+        x, x if sources is None else sources, values, scales, rows, cols, LARGEST, SMALLEST_PEAK,
+        sources is not None, ROWS_PER_PROGRAM, SIDE, num_warps=WARPS,
+    )
+
+
+@gather_cast_triton.register_fake
+def _fake_gather(x: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.new_empty((sources.shape[0], x.shape[1]), dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((sources.shape[0], ceil_div(x.shape[1], SIDE)), dtype=torch.float32)
 
 
 def _results(x: torch.Tensor, *, block_rows: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:

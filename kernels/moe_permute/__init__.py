@@ -1,0 +1,87 @@
+"""Tokens into the order of their experts and back, without a sort and without a word from the host."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..checks import require, require_beside, require_float
+from ..dispatch import choose_backend
+from ..quant_cast import ScaledTensor, quant_cast
+from .reference import permute_reference, plan_reference, unpermute_reference
+
+OFFERED = ("triton", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Permutation:
+    """offsets [E] int64, ends of the experts' rows; sources [N*K] int64, the token of a row; places [N, K] int64."""
+
+    offsets: torch.Tensor
+    sources: torch.Tensor
+    places: torch.Tensor
+
+
+def plan_permutation(choices: torch.Tensor, *, num_experts: int, backend: str = "auto") -> Permutation:
+    """Order the slots of choices [N, K] (int64 in 0..E-1) by expert; within an expert the order of tokens stays."""
+    holds = choices.ndim == 2 and choices.dtype == torch.int64
+    require(holds, op="moe_permute", name="choices", tensor=choices, rule="it must be [tokens, k] of int64")
+    chosen = choose_backend(backend, op="moe_permute", offered=OFFERED, device=choices.device)
+    if chosen == "triton":
+        from .kernel import plan_triton
+
+        return Permutation(*plan_triton(choices, num_experts))
+    return Permutation(*plan_reference(choices, num_experts=num_experts))
+
+
+def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> torch.Tensor:
+    """Return rows [N*K, D] in expert order of x [N, D]; its gradient is `unpermute` without weights."""
+    _require_tokens(x, permutation=permutation)
+    if choose_backend(backend, op="moe_permute", offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
+        from .kernel import permute_triton
+
+        require_float(x, op="moe_permute", name="x")
+        return permute_triton(x, permutation.sources, permutation.places)
+    return permute_reference(x, sources=permutation.sources)
+
+
+def permute_cast(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> ScaledTensor:
+    """Rows in expert order as e4m3 with scales of 1 x 128, gathered and cast in one pass; no gradient."""
+    _require_tokens(x, permutation=permutation)
+    if choose_backend(backend, op="moe_permute", offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
+        from ..quant_cast.kernel import gather_cast_triton
+
+        require_float(x, op="moe_permute", name="x")
+        return ScaledTensor(*gather_cast_triton(x.detach(), permutation.sources), 1)
+    return quant_cast(permute_reference(x, sources=permutation.sources), block_rows=1, backend="reference")
+
+
+def unpermute(
+    rows: torch.Tensor, *, permutation: Permutation, weights: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """Return out [N, D] = sum_k weights[n, k] rows[places[n, k]], summed in at least fp32; weights None means ones.
+
+    rows [N*K, D]; weights [N, K]. Gradients of both. Raises KernelError or ValueError as the other operators do.
+    """
+    places, op = permutation.places, "moe_permute"
+    holds = rows.ndim == 2 and rows.shape[0] == places.numel()
+    require(holds, op=op, name="rows", tensor=rows, rule=f"it must be [{places.numel()}, width], one row per slot")
+    require_beside(places, first=rows, op=op, name="permutation.places")
+    if weights is not None:
+        rule = f"it must be {tuple(places.shape)}, one per slot"
+        require(weights.shape == places.shape, op=op, name="weights", tensor=weights, rule=rule)
+        require_beside(weights, first=rows, op=op, name="weights")
+    if choose_backend(backend, op=op, offered=OFFERED, device=rows.device, dtype=rows.dtype) == "triton":
+        from .kernel import unpermute_triton
+
+        require_float(rows, op=op, name="rows")
+        return unpermute_triton(rows, places, weights)
+    return unpermute_reference(rows, places=places, weights=weights)
+
+
+def _require_tokens(x: torch.Tensor, *, permutation: Permutation) -> None:
+    tokens = permutation.places.shape[0]
+    holds = x.ndim == 2 and x.shape[0] == tokens
+    require(holds, op="moe_permute", name="x", tensor=x, rule=f"it must be [{tokens}, width], one row per token")
+    require_beside(permutation.sources, first=x, op="moe_permute", name="permutation.sources")

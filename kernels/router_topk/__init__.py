@@ -1,0 +1,62 @@
+"""Routing of tokens to experts: score, biased choice, unbiased renormalised weight and histogram (arXiv:2412.19437)."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..checks import require, require_beside
+from ..dispatch import choose_backend
+from .reference import router_topk_reference
+
+OFFERED = ("triton", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Choice:
+    """choices [N, K] int64, most preferred first; weights [N, K]; scores [N, E]; counts [E] int64 of chosen slots."""
+
+    choices: torch.Tensor
+    weights: torch.Tensor
+    scores: torch.Tensor
+    counts: torch.Tensor
+
+
+def router_topk(
+    logits: torch.Tensor,
+    *,
+    bias: torch.Tensor,
+    top_k: int,
+    uses_sigmoid: bool = True,
+    scale: float = 1.0,
+    active: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> Choice:
+    """Choose top-k(score + bias) of logits [N, E] fp32 and weigh by score / sum of the chosen scores * scale.
+
+    bias [E] fp32 takes part in the choice alone and gets no gradient; active [E] bool leaves experts out. Gradients
+    flow from weights and scores to logits. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    op = "router_topk"
+    require(logits.ndim == 2, op=op, name="logits", tensor=logits, rule="it must be [tokens, experts]")
+    experts = logits.shape[1]
+    require(bias.shape == (experts,), op=op, name="bias", tensor=bias, rule=f"it must be [{experts}], one per expert")
+    require_beside(bias, first=logits, op=op, name="bias")
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"router_topk: top_k is {top_k}; it must be between 1 and the {experts} experts")
+    if active is not None:
+        holds = active.shape == (experts,) and active.dtype == torch.bool
+        require(holds, op=op, name="active", tensor=active, rule=f"it must be [{experts}] of bool")
+        require_beside(active, first=logits, op=op, name="active")
+    chosen = choose_backend(backend, op=op, offered=OFFERED, device=logits.device, dtype=logits.dtype)
+    if chosen == "triton":
+        from .kernel import router_topk_triton
+
+        require(logits.dtype == torch.float32, op=op, name="logits", tensor=logits, rule="routing is done in float32")
+        weights, scores, choices, counts = router_topk_triton(logits, bias, active, top_k, uses_sigmoid, scale)
+        return Choice(choices, weights, scores, counts)
+    parts = router_topk_reference(
+        logits, bias=bias, top_k=top_k, uses_sigmoid=uses_sigmoid, scale=scale, active=active
+    )
+    return Choice(*parts)

@@ -28,7 +28,7 @@ from ernie5.checkpoint.tensor_slices import (
 )
 from ernie5.errors import CheckpointError
 
-BLOCK_BYTES = 1 << 26
+BLOCK_BYTES = 1 << 24
 # Between two promises to have written, so many bytes are synchronised with the disk at once.
 SYNC_BYTES = 1 << 28
 

@@ -1,0 +1,100 @@
+"""Peak memory of `ernie5 convert` on a model in the shape of ERNIE 4.5 21B-A3B with random bf16 weights.
+
+    python tools/convert_memory.py --layers 28 --limit-mib 4096  # all of it: 44 GB, and as much for each conversion
+
+Writes the source shard by shard, converts hub -> ernie5 -> hub and hub -> Paddle (transposed) in processes of their own,
+and prints for each the resident peak beside that of a process which only imports the same code. Exit code 1 where a
+peak exceeds the limit.
+"""
+
+import argparse
+import dataclasses
+import json
+import math
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+import torch
+
+from ernie5.checkpoint.convert.copying import plan_files
+from ernie5.checkpoint.convert.ernie45_config import SpecialIds, config_values
+from ernie5.checkpoint.convert.layouts import hub_layout
+from ernie5.checkpoint.tensor_slices import DTYPES, create_file, write_span
+from ernie5.config.load import config_from_dict, config_to_dict, load_config
+from ernie5.config.registry import resolve
+from ernie5.model.config import ModelConfig
+
+CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "ernie45_21b.yaml"
+STEPS = (("hub", "own", "ernie5"), ("own", "back", "ernie45-hf"), ("hub", "paddle", "ernie45-paddle"))
+
+
+def main() -> int:
+    """Run the measurement; returns the exit code."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    for name, default in (("layers", 4), ("experts", 64), ("vocab", 103424), ("limit-mib", 4096)):
+        parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
+    options = parser.parse_args()
+    with tempfile.TemporaryDirectory(dir=options.work, prefix="convert-memory-") as work:
+        return measure(options, work=Path(work))
+
+
+def measure(options: argparse.Namespace, *, work: Path) -> int:
+    """Write the source, convert, print; 1 where a peak exceeds the limit."""
+    model = load_config(CONFIG, schema=resolve("root", name="train")).model
+    moe = dataclasses.replace(model.moe, num_experts=options.experts, top_k=min(6, options.experts))
+    values = {**config_to_dict(dataclasses.replace(model, moe=moe)), "layers": options.layers,
+              "vocab_size": options.vocab}
+    total, (idle, _) = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig)), run_convert("-h")
+    print(f"{options.layers} layers of {options.experts} experts: {total / 2**20:,.0f} MiB; import alone {idle:,.0f} MiB")
+    peaks = []
+    for source, target, name in STEPS:
+        peak, seconds = run_convert(work / source, work / target, "--to", name)
+        print(f"{source} -> {name}: peak {peak:,.0f} MiB, {peak - idle:,.0f} above import, {seconds:.0f} s")
+        peaks.append(peak)
+        if target != "own":
+            shutil.rmtree(work / target)
+    return int(max(peaks) > options.limit_mib)
+
+
+def write_source(folder: Path, *, model: ModelConfig) -> int:
+    """Random weights shard by shard, in the hub's layout; returns their bytes."""
+    folder.mkdir()
+    layout = hub_layout(model)
+    noise = (torch.randn(1 << 23) * 0.02).bfloat16()
+    weight_map, total = {}, 0
+    files = plan_files(layout, pieces={p.name: noise for s in layout for p in s.pieces}, dtype=None, keep_fp32=True,
+                       shard_bytes=5 * 10**9)
+    for planned in files:
+        for name, place in create_file(folder / planned.name, tensors=planned.headers()).items():
+            with place.path.open("r+b", buffering=0) as file:
+                for first in range(0, math.prod(place.shape), len(noise)):
+                    values = noise[: math.prod(place.shape) - first].to(DTYPES[place.dtype])
+                    write_span(file.fileno(), place=place, first=first, values=values)
+            weight_map[name], total = planned.name, total + place.num_bytes
+    config = config_values(model, base={}, ids=SpecialIds(0, 1, 2), dtype="bfloat16")
+    (folder / "config.json").write_text(json.dumps(config))
+    if len(files) > 1:
+        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    return total
+
+
+def run_convert(*arguments: object) -> tuple[float, float]:
+    """Peak resident set in MiB and seconds of one `ernie5 convert`; raises SystemExit where it fails."""
+    start = time.monotonic()
+    command = [sys.executable, "-m", "ernie5", "convert", *map(str, arguments)]
+    child = subprocess.Popen(command, stdout=subprocess.DEVNULL)
+    _, status, usage = os.wait4(child.pid, 0)
+    child.returncode = os.waitstatus_to_exitcode(status)
+    if child.returncode:
+        raise SystemExit(f"{' '.join(command)} ended with exit code {child.returncode}")
+    return usage.ru_maxrss / 1024, time.monotonic() - start
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -19,6 +19,7 @@ setup(
     package_dir={"ernie5_kernels": "kernels"},
     package_data={
         "ernie5.data": ["sample/*"],
+        "ernie5_kernels.native": ["*.cpp", "*.h"],
         "ernie5.tokenizers": ["embedded/*", "embedded/*/*"],
     },
     install_requires=[

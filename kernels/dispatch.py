@@ -1,7 +1,8 @@
 """Which implementation of an op runs: the one asked for by name or an error, never a silent fallback.
 
 Names: `reference` is the plain truth, slow and memory-hungry; `torch` the production path in PyTorch on any device;
-`triton` a hand-written kernel for NVIDIA GPUs; `auto` the first of an op's list that can run on the tensor's device.
+`native` hand-written C++ for the CPU, fp32 and bf16; `triton` a hand-written kernel for NVIDIA GPUs; `auto` the first
+of an op's list that can run on the tensor's device.
 """
 
 from __future__ import annotations
@@ -15,25 +16,37 @@ from ernie5.errors import KernelError
 
 from .checks import TRITON_DTYPES
 
-BACKENDS = ("auto", "torch", "reference", "triton")
+BACKENDS = ("auto", "native", "torch", "reference", "triton")
 
 
 def choose_backend(
-    requested: str, *, op: str, offered: tuple[str, ...], device: torch.device, dtype: torch.dtype | None = None
+    requested: str,
+    *,
+    op: str,
+    offered: tuple[str, ...],
+    device: torch.device,
+    dtype: torch.dtype | None = None,
+    native: bool = False,
 ) -> str:
     """Return the backend that runs `op` on `device`.
 
     requested: one of BACKENDS; offered: what the op has, fastest first; dtype: of the op's first tensor, because auto
-    leaves what Triton would compute in fp32 only to the next in line. Raises KernelError for an unknown name, for a
-    backend that the op does not have, and for triton where it cannot run.
+    leaves what Triton would compute in fp32 only to the next in line; native: whether the C++ library is there and
+    takes the op's tensors (`runs_native`). Raises KernelError for an unknown name, for a backend that the op does not
+    have, and for triton and native where they cannot run.
     """
     if requested not in BACKENDS:
         raise KernelError(f"kernel {op}: unknown backend {requested!r}. Known: {', '.join(BACKENDS)}")
     if requested == "auto":
-        usable = triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)
-        return next(name for name in offered if name != "triton" or usable)
+        able = {"native": native, "triton": triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)}
+        return next(name for name in offered if able.get(name, True))
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
+    if requested == "native" and not native:
+        raise KernelError(
+            f"kernel {op}: native cannot take these tensors. It needs a C++ compiler, and fp32 or bf16 on the CPU; use "
+            "auto or torch"
+        )
     if requested == "triton" and not triton_runs_on(device):
         raise KernelError(
             f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and the triton package (or "

@@ -9,6 +9,7 @@ from torch import nn
 
 from ernie5.model.config import ModelConfig
 from ernie5.model.interfaces import AttentionOp, LayerInputs
+from ernie5.model.linear import Linear
 from ernie5.model.norm import RMSNorm
 from ernie5_kernels.attention import attention
 from ernie5_kernels.rope3d import rope3d
@@ -21,10 +22,10 @@ class Attention(nn.Module):
         super().__init__()
         self.layer, self.head_width = layer, config.head_width
         query_width, key_width = config.query_heads * config.head_width, config.kv_heads * config.head_width
-        self.query = nn.Linear(config.width, query_width, bias=False)
-        self.key = nn.Linear(config.width, key_width, bias=False)
-        self.value = nn.Linear(config.width, key_width, bias=False)
-        self.output = nn.Linear(query_width, config.width, bias=False)
+        self.query = Linear(config.width, query_width)
+        self.key = Linear(config.width, key_width)
+        self.value = Linear(config.width, key_width)
+        self.output = Linear(query_width, config.width)
         self.query_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.key_norm = RMSNorm(config.head_width, eps=config.norm_eps) if config.qk_norm else nn.Identity()
         self.op: AttentionOp = functools.partial(attention, backend=config.attention_backend)

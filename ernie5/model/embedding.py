@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
+from ernie5.model.linear import Linear
 from ernie5.model.norm import RMSNorm
 from ernie5.model.vision import VisionEncoder
 from ernie5.records import AudioFrames, Batch, SpeakerCells, VisualCells
@@ -20,7 +21,7 @@ class VisualCellEmbedding(nn.Module):
 
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
-        self.latent = nn.Linear(config.visual.bits, config.width, bias=False)
+        self.latent = Linear(config.visual.bits, config.width)
         self.scale = nn.Embedding(config.visual.num_scales + 1, config.width)
 
     def forward(self, cells: VisualCells) -> torch.Tensor:
@@ -35,7 +36,7 @@ class AudioEmbedding(nn.Module):
         super().__init__()
         self.codes = config.audio.codes
         self.code = nn.Embedding(config.audio.levels * config.audio.codes, config.width)
-        self.speaker = nn.Linear(config.audio.speaker_features, config.width, bias=False)
+        self.speaker = Linear(config.audio.speaker_features, config.width)
         self.speaker_norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, frames: AudioFrames) -> torch.Tensor:

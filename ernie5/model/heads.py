@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
+from ernie5.model.linear import Linear
 from ernie5.model.norm import RMSNorm
 
 
@@ -22,7 +23,7 @@ class AudioHead(nn.Module):
         self.num_levels, self.num_classes = audio.levels, audio.codes + 1
         self.first_layer = config.layers - audio.levels
         self.norms = nn.ModuleList([RMSNorm(width, eps=config.norm_eps) for _ in range(audio.levels)])
-        self.heads = nn.ModuleList([nn.Linear(width, self.num_classes, bias=False) for _ in range(audio.levels)])
+        self.heads = nn.ModuleList([Linear(width, self.num_classes) for _ in range(audio.levels)])
         self.targets = nn.ModuleList([nn.Embedding(self.num_classes, width) for _ in range(audio.levels - 1)])
 
     def level_after(self, layer: int) -> int | None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import torch
 from torch import nn
 
+from ernie5.model.linear import Linear
 from ernie5_kernels.swiglu import swiglu
 
 
@@ -13,8 +14,8 @@ class SwiGLU(nn.Module):
 
     def __init__(self, width: int, *, hidden_width: int) -> None:
         super().__init__()
-        self.gate_up = nn.Linear(width, 2 * hidden_width, bias=False)
-        self.down = nn.Linear(hidden_width, width, bias=False)
+        self.gate_up = Linear(width, 2 * hidden_width)
+        self.down = Linear(hidden_width, width)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """[..., D] -> [..., D]."""

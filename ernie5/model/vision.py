@@ -10,6 +10,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig, VisualModelConfig, vit_hidden
+from ernie5.model.linear import Linear
 from ernie5.model.mlp import SwiGLU
 from ernie5.model.norm import RMSNorm
 from ernie5.records import VisualPatches
@@ -24,10 +25,10 @@ class PatchAttention(nn.Module):
     def __init__(self, width: int, *, heads: int) -> None:
         super().__init__()
         self.head_width = width // heads
-        self.query = nn.Linear(width, width, bias=False)
-        self.key = nn.Linear(width, width, bias=False)
-        self.value = nn.Linear(width, width, bias=False)
-        self.output = nn.Linear(width, width, bias=False)
+        self.query = Linear(width, width)
+        self.key = Linear(width, width)
+        self.value = Linear(width, width)
+        self.output = Linear(width, width)
 
     def forward(
         self, x: torch.Tensor, *, rotation: torch.Tensor | None = None, mask: torch.Tensor | None = None
@@ -68,7 +69,7 @@ class VisionTransformer(nn.Module):
     def __init__(self, config: VisualModelConfig, *, eps: float) -> None:
         super().__init__()
         self.head_width = config.vit_width // config.vit_heads
-        self.patch = nn.Linear(3 * config.patch_pixels**2, config.vit_width, bias=False)
+        self.patch = Linear(3 * config.patch_pixels**2, config.vit_width)
         self.layers = nn.ModuleList([ViTLayer(config, eps=eps) for _ in range(config.vit_layers)])
         self.norm = RMSNorm(config.vit_width, eps=eps)
 
@@ -123,7 +124,7 @@ class PatchMerger(nn.Module):
         self.slots = nn.Parameter(torch.empty(2 * patches, width))
         self.norm = RMSNorm(width, eps=config.norm_eps)
         self.attention = PatchAttention(width, heads=config.visual.vit_heads)
-        self.output = nn.Linear(width, config.width, bias=False)
+        self.output = Linear(width, config.width)
         self.output_norm = RMSNorm(config.width, eps=config.norm_eps)
 
     def forward(self, features: torch.Tensor) -> torch.Tensor:
@@ -138,7 +139,7 @@ class VisionEncoder(nn.Module):
     def __init__(self, config: ModelConfig) -> None:
         super().__init__()
         self.vit = VisionTransformer(config.visual, eps=config.norm_eps)
-        self.cnn = nn.Linear(config.visual.encoder_channels, config.visual.vit_width, bias=False)
+        self.cnn = Linear(config.visual.encoder_channels, config.visual.vit_width)
         self.image_merger = PatchMerger(config, patches=config.visual.image_merge)
         self.video_merger = PatchMerger(config, patches=config.visual.video_merge)
 

@@ -5,11 +5,13 @@ from __future__ import annotations
 import torch
 
 from ..dispatch import choose_backend
+from ..native.library import runs_native
 from .chunked import ChunkedAttention, attend, attend_backward
+from .native import NativeAttention
 from .plan import AttentionPlan, plan_attention, plan_piecewise
 from .reference import attention_reference, dense_mask
 
-OFFERED = ("torch", "reference")
+OFFERED = ("native", "torch", "reference")
 
 __all__ = [
     "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
@@ -38,7 +40,11 @@ def attention(
     if key.shape[1] != plan.query_start + plan.query_tokens:
         raise ValueError(f"attention: {key.shape[1]} keys, plan for {plan.query_start + plan.query_tokens}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
-    if choose_backend(backend, op="attention", offered=OFFERED, device=query.device) == "reference":
+    native = runs_native(query, key, value) and query.shape[-1] % 2 == 0
+    chosen = choose_backend(backend, op="attention", offered=OFFERED, device=query.device, native=native)
+    if chosen == "native":
+        return NativeAttention.apply(query, key, value, plan, scale)
+    if chosen == "reference":
         if plan.intervals is None:
             mask = torch.ones(query.shape[0], query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)
         else:

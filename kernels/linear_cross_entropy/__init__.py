@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require, require_beside, require_float
 from ..dispatch import choose_backend
+from ..native.library import runs_native
 from .chunked import ChunkedLinearCrossEntropy
-from .reference import linear_cross_entropy_reference
+from .native import NativeLinearCrossEntropy
+from .reference import linear_cross_entropy_reference, partials_reference
 
-OFFERED = ("torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 CHUNK_BYTES = 8 << 20
 
 
@@ -31,9 +34,49 @@ def linear_cross_entropy(
             f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
             f"targets {tuple(targets.shape)}"
         )
-    if choose_backend(backend, op="linear_cross_entropy", offered=OFFERED, device=hidden.device) == "reference":
+    native = runs_native(hidden, weight)
+    chosen = choose_backend(
+        backend, op="linear_cross_entropy", offered=OFFERED, device=hidden.device, dtype=hidden.dtype, native=native
+    )
+    if chosen == "reference":
         return linear_cross_entropy_reference(hidden, weight=weight, targets=targets)
+    if chosen == "triton":
+        from .kernel import linear_cross_entropy_triton
+
+        _require(hidden, weight=weight, targets=targets)
+        return linear_cross_entropy_triton(hidden, weight=weight, targets=targets)
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then, and this op makes it at once
         hidden, weight = hidden.detach(), weight.detach()
+    if chosen == "native":
+        return NativeLinearCrossEntropy.apply(hidden, weight, targets)
     rows = chunk_rows or max(64, CHUNK_BYTES // (4 * weight.shape[0]))
     return ChunkedLinearCrossEntropy.apply(hidden, weight, targets, rows)
+
+
+def vocabulary_partials(
+    hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor, first_id: int, backend: str = "auto"
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """What a holder of ids first_id .. first_id + V - 1 (weight [V, D]) contributes to the loss of hidden [N, D].
+
+    Returns (largest logit, sum of exp(logit - largest), the target's logit or 0), each [N] fp32; no gradient. Over all
+    holders: peak = max, mass = sum of mass_i exp(peak_i - peak), loss = log(mass) + peak - sum of the target's logits.
+    """
+    chosen = choose_backend(
+        backend, op="linear_cross_entropy", offered=("triton", "reference"), device=hidden.device, dtype=hidden.dtype
+    )
+    if chosen == "triton":
+        from .kernel import partials_triton
+
+        _require(hidden, weight=weight, targets=targets)
+        return partials_triton(hidden.detach(), weight.detach(), targets, first_id)
+    return partials_reference(hidden.detach(), weight=weight.detach(), targets=targets, first_id=first_id)
+
+
+def _require(hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor) -> None:
+    op = "linear_cross_entropy"
+    require_float(hidden, op=op, name="hidden")
+    require_beside(weight, first=hidden, op=op, name="weight", same_dtype=True)
+    require_beside(targets, first=hidden, op=op, name="targets")
+    require(targets.dtype == torch.int64, op=op, name="targets", tensor=targets, rule="it must be int64")
+    rule = "it must be contiguous, because the head is too large to copy"
+    require(weight.is_contiguous(), op=op, name="weight", tensor=weight, rule=rule)

@@ -6,10 +6,12 @@ import torch
 
 from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
+from ..native.library import runs_native
 from .fused import FusedRMSNorm
+from .native import NativeRMSNorm
 from .reference import rms_norm_reference
 
-OFFERED = ("triton", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 
 
 def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
@@ -19,9 +21,14 @@ def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str 
     """
     if weight.shape != x.shape[-1:]:
         raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
-    chosen = choose_backend(backend, op="rms_norm", offered=OFFERED, device=x.device, dtype=x.dtype)
+    native = runs_native(x, weight)
+    chosen = choose_backend(
+        backend, op="rms_norm", offered=OFFERED, device=x.device, dtype=x.dtype, native=native
+    )
     if chosen == "reference":
         return rms_norm_reference(x, weight=weight, eps=eps)
+    if chosen == "native":
+        return NativeRMSNorm.apply(x, weight, eps)
     if chosen == "triton":
         from .kernel import rms_norm_triton
 

@@ -9,9 +9,11 @@ import torch
 
 from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
+from ..native.library import runs_native
+from .native import NativeRotation
 from .reference import rope3d_reference
 
-OFFERED = ("triton", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 
 
 def rotation_of(angles: torch.Tensor) -> torch.Tensor:
@@ -26,9 +28,14 @@ def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") ->
     """
     if rotation.shape != (*x.shape[:2], x.shape[-1] // 2) or x.shape[-1] % 2:
         raise ValueError(f"rope3d: rotation {tuple(rotation.shape)} does not fit x {tuple(x.shape)}")
-    chosen = choose_backend(backend, op="rope3d", offered=OFFERED, device=x.device, dtype=x.dtype)
+    native = runs_native(x) and rotation.dtype == torch.complex64
+    chosen = choose_backend(
+        backend, op="rope3d", offered=OFFERED, device=x.device, dtype=x.dtype, native=native
+    )
     if chosen == "reference":
         return rope3d_reference(x, angles=rotation.angle())
+    if chosen == "native":
+        return NativeRotation.apply(x, rotation)
     if chosen == "triton":
         from .kernel import rope3d_triton
 

@@ -6,10 +6,12 @@ import torch
 
 from ..checks import require_beside, require_float
 from ..dispatch import choose_backend
+from ..native.library import runs_native
 from .fused import FusedSwiGLU
+from .native import NativeSwiGLU
 from .reference import swiglu_reference
 
-OFFERED = ("triton", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 
 
 def swiglu(
@@ -21,9 +23,14 @@ def swiglu(
     """
     if gate_up.shape[-1] % 2 or (row_weights is not None and row_weights.shape != gate_up.shape[:-1]):
         raise ValueError(f"swiglu: gate_up {tuple(gate_up.shape)} needs an even last dim and one weight per row")
-    chosen = choose_backend(backend, op="swiglu", offered=OFFERED, device=gate_up.device, dtype=gate_up.dtype)
+    native = runs_native(gate_up)
+    chosen = choose_backend(
+        backend, op="swiglu", offered=OFFERED, device=gate_up.device, dtype=gate_up.dtype, native=native
+    )
     if chosen == "reference":
         return swiglu_reference(gate_up, row_weights=row_weights)
+    if chosen == "native":
+        return NativeSwiGLU.apply(gate_up, row_weights)
     if chosen == "triton":
         from .kernel import swiglu_triton
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 import torch
 
 from ernie5.model.interfaces import DispatchedRows, Routing
+from ernie5_kernels.token_rows import gather_rows, sum_places
 
 
 class SpreadRows(torch.autograd.Function):
@@ -17,7 +18,7 @@ class SpreadRows(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
         ctx.save_for_backward(places)
-        return x.index_select(0, sources)
+        return gather_rows(x, sources=sources)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
@@ -34,12 +35,7 @@ class GatherRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return grad.index_select(0, ctx.saved_tensors[0]), None, None
-
-
-def sum_places(rows: torch.Tensor, *, places: torch.Tensor) -> torch.Tensor:
-    """Sum over k of rows[places[n, k]] for rows [R, D] and places [N, K], without an [N, K, D] copy."""
-    return torch.nn.functional.embedding_bag(places, rows.contiguous(), mode="sum")
+        return gather_rows(grad, sources=ctx.saved_tensors[0]), None, None
 
 
 class LocalDispatcher:

@@ -1,4 +1,4 @@
-"""All routed experts of a layer as two stacked weights and two grouped products."""
+"""All routed experts of a layer as two stacked weights and one operator."""
 
 from __future__ import annotations
 
@@ -6,8 +6,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import MoEConfig
-from ernie5_kernels.grouped_gemm import grouped_gemm
-from ernie5_kernels.swiglu import swiglu
+from ernie5_kernels.experts import experts
 
 
 class RoutedExperts(nn.Module):
@@ -23,6 +22,6 @@ class RoutedExperts(nn.Module):
         self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
         """rows [R, D] grouped by expert, row_weights [R], offsets [E] -> weighted outputs [R, D]."""
-        gate_up = grouped_gemm(rows, weight=self.gate_up, offsets=offsets, backend=self.backend)
-        activated = swiglu(gate_up, row_weights=row_weights)
-        return grouped_gemm(activated, weight=self.down, offsets=offsets, backend=self.backend)
+        return experts(
+            rows, row_weights=row_weights, gate_up=self.gate_up, down=self.down, offsets=offsets, backend=self.backend
+        )

@@ -1,0 +1,42 @@
+"""A linear map by the C++ library: the weight is packed per call, small products cost no preparation."""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+
+from ..native.library import is_narrow, native_library, pointer, sizes, threads
+
+
+class NativeLinear(torch.autograd.Function):
+    """y = x W^T, dx = dy W, dW = dy^T x."""
+
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        x, weight = x.contiguous(), weight.contiguous()
+        ctx.save_for_backward(x, weight)
+        return _product(x, weight, columns=weight.shape[0], transposed=True)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        x, weight = ctx.saved_tensors
+        grad = grad.contiguous()
+        grad_x = _product(grad, weight, columns=weight.shape[1], transposed=False) if ctx.needs_input_grad[0] else None
+        grad_weight = None
+        if ctx.needs_input_grad[1]:
+            grad_weight = torch.empty_like(weight)
+            native_library().ernie5_outer(
+                is_narrow(x), *map(pointer, (grad, x, grad_weight)),
+                *sizes(*weight.shape, x.numel() // max(1, x.shape[-1])), threads(),
+            )
+        return grad_x, grad_weight
+
+
+def _product(x: torch.Tensor, weight: torch.Tensor, *, columns: int, transposed: bool) -> torch.Tensor:
+    out = x.new_empty(*x.shape[:-1], columns)
+    native_library().ernie5_product(
+        is_narrow(x), *map(pointer, (x, weight, out)), *sizes(out.numel() // max(1, columns), x.shape[-1], columns),
+        ctypes.c_int(transposed), threads(),
+    )
+    return out

@@ -1,0 +1,151 @@
+// All SwiGLU experts of a layer: rows grouped by expert, gate_up [E, 2F, D], down [E, D, F]. One thread owns one expert
+// at a time, so its weights are packed once, its rows stay in the cache between the two products, and sums have one
+// order whatever the number of threads. Backward keeps the first product's result alone and makes the rest again.
+#include "gemm.h"
+#include "swiglu.h"
+
+namespace {
+
+constexpr int64_t ROWS = 8 * TALL;  // rows between the two products of the forward pass
+constexpr int64_t BLOCK = 512;      // rows per addition to a weight's gradient
+
+struct Sizes {
+  int64_t rows, width, hidden, experts;
+};
+
+int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
+
+template <class T>
+void forward(const T* x, const float* weights, const int64_t* ends, const T* gate_up, const T* down, T* middle, T* out,
+             Sizes s, int threads) {
+  const int64_t twice = 2 * s.hidden;
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t e = 0; e < s.experts; ++e) {
+    const int64_t start = first_of(ends, e), end = ends[e];
+    if (start == end) continue;
+    Unit<T>* first = scratch<Unit<T>>(0, packed_size<T>(s.width, twice));
+    Unit<T>* second = scratch<Unit<T>>(1, packed_size<T>(s.hidden, s.width));
+    T* activated = scratch<T>(2, ROWS * s.hidden);
+    pack_columns(gate_up + e * twice * s.width, s.width, s.width, twice, first);
+    pack_columns(down + e * s.width * s.hidden, s.hidden, s.hidden, s.width, second);
+    for (int64_t r = start; r < end; r += ROWS) {
+      const int64_t count = std::min(ROWS, end - r);
+      multiply<T, T>(count, twice, s.width, left_rows(x + r * s.width, s.width, s.width, count, 3), first,
+                     units_of<T>(s.width) * PANEL, middle + r * twice, twice, false);
+      for (int64_t m = 0; m < count; ++m)
+        swiglu_row(middle + (r + m) * twice, s.hidden, weights[r + m], activated + m * s.hidden);
+      multiply<T, T>(count, s.width, s.hidden, left_rows(activated, s.hidden, s.hidden, count, 3), second,
+                     units_of<T>(s.hidden) * PANEL, out + r * s.width, s.width, false);
+    }
+  }
+  const int64_t last = ends[s.experts - 1];
+  std::memset(static_cast<void*>(out + last * s.width), 0, (s.rows - last) * s.width * sizeof(T));
+}
+
+// sum[rows, columns] (+)= left^T right, straight to `out` where one block is all there is.
+template <class T>
+void add_outer(const T* left, int64_t rows, const T* right, int64_t columns, int64_t summed, bool only, bool add,
+               float* sum, T* out) {
+  Unit<T>*packed = scratch<Unit<T>>(6, packed_size<T>(BLOCK, columns)), *turned = scratch<Unit<T>>(7, BLOCK * rows);
+  pack_rows(right, columns, summed, columns, packed);
+  const Left<T> side = pack_left(left, rows, summed, rows, turned);
+  const int64_t stride = units_of<T>(summed) * PANEL;
+  if (only)
+    multiply<T, T>(rows, columns, summed, side, packed, stride, out, columns, false);
+  else
+    multiply<T, float>(rows, columns, summed, side, packed, stride, sum, columns, add);
+}
+
+template <class T>
+struct Backward {
+  const T* x;
+  const float* weights;
+  const int64_t* ends;
+  const T *gate_up, *down, *middle, *upstream;
+  T* grad_x;
+  float* grad_weights;
+  T *grad_gate_up, *grad_down;
+};
+
+template <class T>
+void narrow_copy(const float* from, int64_t count, T* to) {
+  for (int64_t n = 0; n < count; n += LANES) store(to + n, load(from + n, count - n), count - n);
+}
+
+template <class T>
+void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
+  const int64_t start = first_of(b.ends, e), end = b.ends[e], twice = 2 * s.hidden, cells = s.width * s.hidden;
+  T *grad_up = b.grad_gate_up + e * 2 * cells, *grad_down = b.grad_down + e * cells;
+  if (start == end) {
+    std::memset(static_cast<void*>(grad_up), 0, 2 * cells * sizeof(T));
+    std::memset(static_cast<void*>(grad_down), 0, cells * sizeof(T));
+    return;
+  }
+  Unit<T>* up = scratch<Unit<T>>(0, packed_size<T>(twice, s.width));
+  Unit<T>* down = scratch<Unit<T>>(1, packed_size<T>(s.width, s.hidden));
+  pack_rows(b.gate_up + e * 2 * cells, s.width, twice, s.width, up);
+  pack_rows(b.down + e * cells, s.hidden, s.width, s.hidden, down);
+  const bool only = end - start <= BLOCK;
+  float* sums = only ? nullptr : scratch<float>(4, 3 * cells);
+  T *change = scratch<T>(2, BLOCK * twice), *activated = scratch<T>(5, BLOCK * s.hidden);
+  float* grad = scratch<float>(8, ROWS * s.hidden);
+  for (int64_t r = start; r < end; r += BLOCK) {
+    const int64_t count = std::min(BLOCK, end - r);
+    for (int64_t m = 0; m < count; m += ROWS) {
+      const int64_t part = std::min(ROWS, count - m), at = r + m;
+      multiply<T, float>(part, s.hidden, s.width, left_rows(b.upstream + at * s.width, s.width, s.width, part, 3),
+                         down, units_of<T>(s.width) * PANEL, grad, s.hidden, false);
+      for (int64_t i = 0; i < part; ++i)
+        b.grad_weights[at + i] = swiglu_row_backward(b.middle + (at + i) * twice, grad + i * s.hidden, s.hidden,
+                                                     b.weights[at + i], change + (m + i) * twice,
+                                                     activated + (m + i) * s.hidden);
+      multiply<T, T>(part, s.width, twice, rows_of(change + m * twice, twice), up, units_of<T>(twice) * PANEL,
+                     b.grad_x + at * s.width, s.width, false);
+    }
+    const bool add = r > start;
+    add_outer(b.upstream + r * s.width, s.width, activated, s.hidden, count, only, add, sums, grad_down);
+    add_outer(change, twice, b.x + r * s.width, s.width, count, only, add, sums + cells, grad_up);
+  }
+  if (!only) narrow_copy(sums, cells, grad_down), narrow_copy(sums + cells, 2 * cells, grad_up);
+}
+
+template <class T>
+void backward(const Backward<T>& b, const Sizes& s, int threads) {
+#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  for (int64_t e = 0; e < s.experts; ++e) backward_expert(b, s, e);
+  const int64_t last = b.ends[s.experts - 1];
+  std::memset(static_cast<void*>(b.grad_x + last * s.width), 0, (s.rows - last) * s.width * sizeof(T));
+  std::memset(b.grad_weights + last, 0, (s.rows - last) * sizeof(float));
+}
+
+}  // namespace
+
+extern "C" {
+
+void ernie5_experts_forward(int narrow, const void* x, const float* weights, const int64_t* ends, const void* gate_up,
+                            const void* down, void* middle, void* out, int64_t rows, int64_t width, int64_t hidden,
+                            int64_t experts, int threads) {
+  const Sizes s{rows, width, hidden, experts};
+  if (narrow)
+    forward((const bf16*)x, weights, ends, (const bf16*)gate_up, (const bf16*)down, (bf16*)middle, (bf16*)out, s,
+            threads);
+  else
+    forward((const float*)x, weights, ends, (const float*)gate_up, (const float*)down, (float*)middle, (float*)out, s,
+            threads);
+}
+
+void ernie5_experts_backward(int narrow, const void* x, const float* weights, const int64_t* ends, const void* gate_up,
+                             const void* down, const void* middle, const void* upstream, void* grad_x,
+                             float* grad_weights, void* grad_gate_up, void* grad_down, int64_t rows, int64_t width,
+                             int64_t hidden, int64_t experts, int threads) {
+  const Sizes s{rows, width, hidden, experts};
+  if (narrow)
+    backward<bf16>({(const bf16*)x, weights, ends, (const bf16*)gate_up, (const bf16*)down, (const bf16*)middle,
+                    (const bf16*)upstream, (bf16*)grad_x, grad_weights, (bf16*)grad_gate_up, (bf16*)grad_down},
+                   s, threads);
+  else
+    backward<float>({(const float*)x, weights, ends, (const float*)gate_up, (const float*)down, (const float*)middle,
+                     (const float*)upstream, (float*)grad_x, grad_weights, (float*)grad_gate_up, (float*)grad_down},
+                    s, threads);
+}
+}

@@ -1,0 +1,244 @@
+// Products of small matrices, fp32 or bf16 with fp32 sums, whose right side lies packed in panels of PANEL columns.
+//
+// A unit is what one lane multiplies at a time: a float, or two bf16 neighbours along the summed dimension. The left
+// side is read in place through two strides, so a row-major matrix needs no copy; a transposed one is packed first.
+#pragma once
+#include <cstdlib>
+
+#include "vector.h"
+
+constexpr int WIDE = 2;                  // vectors per panel
+constexpr int PANEL = WIDE * LANES;      // columns per panel
+constexpr int TALL = LANES == 16 ? 12 : 6;  // rows per tile: TALL * WIDE sums and the panel fill the registers
+constexpr int64_t DEEP = 256;            // summed elements per pass: a panel of them stays in the first cache
+
+template <class T>
+struct UnitOf;
+template <>
+struct UnitOf<float> {
+  typedef float type;
+  static constexpr int depth = 1;
+};
+template <>
+struct UnitOf<bf16> {
+  typedef uint32_t type __attribute__((aligned(2), may_alias));
+  static constexpr int depth = 2;
+};
+template <class T>
+using Unit = typename UnitOf<T>::type;
+template <class T>
+constexpr int depth_of = UnitOf<T>::depth;
+template <class T>
+inline int64_t units_of(int64_t count) {
+  return (count + depth_of<T> - 1) / depth_of<T>;
+}
+inline int64_t panels_of(int64_t columns) { return (columns + PANEL - 1) / PANEL; }
+template <class T>
+inline size_t packed_size(int64_t summed, int64_t columns) {
+  return units_of<T>(summed) * panels_of(columns) * PANEL;
+}
+
+// Left side: unit k of row m lies at data[m * row + k * step].
+template <class T>
+struct Left {
+  const Unit<T>* data;
+  int64_t row, step;
+};
+template <class T>
+inline Left<T> rows_of(const T* data, int64_t leading) {  // row-major with an even leading dimension for bf16
+  return {reinterpret_cast<const Unit<T>*>(data), leading / depth_of<T>, 1};
+}
+
+inline vfloat multiply_add(vfloat sum, const float& a, vfloat b) { return sum + a * b; }
+inline vfloat multiply_add(vfloat sum, uint32_t a, vfloat b) {
+#if defined(__AVX512BF16__)
+  return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#else
+  vuint pair = a + vuint{}, other = (vuint)b;
+  sum += (vfloat)(pair << 16) * (vfloat)(other << 16);
+  return sum + (vfloat)(pair & 0xffff0000u) * (vfloat)(other & 0xffff0000u);
+#endif
+}
+inline vfloat load_units(const float* p) { return load(p); }
+inline vfloat load_units(const Unit<bf16>* p) {
+  vfloat x;
+  std::memcpy(&x, p, sizeof x);
+  return x;
+}
+
+template <class T, class O, int ROWS>
+inline __attribute__((always_inline)) void tile(int64_t units, Left<T> left, const Unit<T>* panel, O* out,
+                                                int64_t leading, int64_t columns, bool add) {
+  vfloat sums[ROWS][WIDE];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; ++v)
+      sums[m][v] = add ? load(out + m * leading + v * LANES, std::max<int64_t>(0, columns - v * LANES)) : vfloat{};
+  const Unit<T>* a = left.data;
+  for (int64_t k = 0; k < units; ++k, a += left.step, panel += PANEL) {
+    vfloat b[WIDE];
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; ++v) b[v] = load_units(panel + v * LANES);
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDE; ++v) sums[m][v] = multiply_add(sums[m][v], a[m * left.row], b[v]);
+  }
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; ++v)
+      if (columns > v * LANES) store(out + m * leading + v * LANES, sums[m][v], columns - v * LANES);
+}
+
+template <class T, class O, int ROWS>
+__attribute__((noinline)) void tile_rows(int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading,
+                                         int64_t columns, bool add) {
+  if (columns >= PANEL)
+    tile<T, O, ROWS>(units, left, panel, out, leading, PANEL, add);
+  else
+    tile<T, O, ROWS>(units, left, panel, out, leading, columns, add);
+}
+
+template <class T, class O>
+inline void strip(int64_t rows, int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading,
+                  int64_t columns, bool add) {
+  int64_t m = 0;
+  auto advance = [&](auto count) {
+    tile_rows<T, O, decltype(count)::value>(units, {left.data + m * left.row, left.row, left.step}, panel,
+                                            out + m * leading, leading, columns, add);
+    m += decltype(count)::value;
+  };
+  while (rows - m >= TALL) advance(std::integral_constant<int, TALL>{});
+  if (TALL > 8 && rows - m >= 8) advance(std::integral_constant<int, 8>{});
+  if (rows - m >= 4) advance(std::integral_constant<int, 4>{});
+  if (rows - m >= 2) advance(std::integral_constant<int, 2>{});
+  if (rows - m >= 1) advance(std::integral_constant<int, 1>{});
+}
+
+// out[rows, columns] (+)= left[rows, summed] * packed[summed, columns]; `stride`: units between two panels.
+template <class T, class O>
+void multiply(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const Unit<T>* packed, int64_t stride,
+              O* out, int64_t leading, bool add) {
+  for (int64_t j = 0; j < columns; j += PANEL)
+    strip<T, O>(rows, units_of<T>(summed), left, packed + j / PANEL * stride, out + j, leading, columns - j, add);
+}
+
+// Units of two neighbouring rows (bf16) or of one (fp32), `count` columns.
+inline void zip_rows(const float* first, const float*, int64_t count, float* out) {
+  std::memcpy(out, first, count * sizeof(float));
+}
+inline void zip_rows(const bf16* first, const bf16* second, int64_t count, Unit<bf16>* out) {
+  auto low = reinterpret_cast<const uint16_t*>(first), high = reinterpret_cast<const uint16_t*>(second);
+  if (second == nullptr) {
+    for (int64_t n = 0; n < count; ++n) out[n] = low[n];
+    return;
+  }
+  int64_t n = 0;
+  for (; n + LANES <= count; n += LANES) {
+    vhalf a, b;
+    std::memcpy(&a, low + n, sizeof a);
+    std::memcpy(&b, high + n, sizeof b);
+    vuint pair = __builtin_convertvector(a, vuint) | (__builtin_convertvector(b, vuint) << 16);
+    std::memcpy(out + n, &pair, sizeof pair);
+  }
+  for (; n < count; ++n) out[n] = low[n] | uint32_t(high[n]) << 16;
+}
+
+// Right side from a row-major [summed, columns] matrix.
+template <class T>
+void pack_rows(const T* source, int64_t leading, int64_t summed, int64_t columns, Unit<T>* packed) {
+  const int64_t units = units_of<T>(summed);
+  for (int64_t u = 0; u < units; ++u) {
+    const T* first = source + u * depth_of<T> * leading;
+    const T* second = u * depth_of<T> + 1 < summed ? first + leading : nullptr;
+    for (int64_t j = 0; j < columns; j += PANEL) {
+      Unit<T>* out = packed + (j / PANEL * units + u) * PANEL;
+      const int64_t count = std::min<int64_t>(PANEL, columns - j);
+      zip_rows(first + j, second == nullptr ? nullptr : second + j, count, out);
+      for (int64_t n = count; n < PANEL; ++n) out[n] = 0;
+    }
+  }
+}
+
+// Left side from the transpose of a row-major [summed, rows] matrix.
+template <class T>
+Left<T> pack_left(const T* source, int64_t leading, int64_t summed, int64_t rows, Unit<T>* packed) {
+  for (int64_t u = 0; u < units_of<T>(summed); ++u) {
+    const T* first = source + u * depth_of<T> * leading;
+    zip_rows(first, u * depth_of<T> + 1 < summed ? first + leading : nullptr, rows, packed + u * rows);
+  }
+  return {packed, 1, rows};
+}
+
+// Sixteen rows of sixteen units, transposed in four rounds of exchanges between rows.
+template <class U>
+inline void transpose_square(const U* source, int64_t leading, U* out, int64_t out_leading) {
+#if defined(__AVX512F__)
+  __m512i r[16], t[16];
+  for (int i = 0; i < 16; ++i) r[i] = _mm512_loadu_si512(source + i * leading);
+  for (int i = 0; i < 8; ++i) {
+    t[2 * i] = _mm512_unpacklo_epi32(r[2 * i], r[2 * i + 1]);
+    t[2 * i + 1] = _mm512_unpackhi_epi32(r[2 * i], r[2 * i + 1]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    r[4 * i] = _mm512_unpacklo_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 1] = _mm512_unpackhi_epi64(t[4 * i], t[4 * i + 2]);
+    r[4 * i + 2] = _mm512_unpacklo_epi64(t[4 * i + 1], t[4 * i + 3]);
+    r[4 * i + 3] = _mm512_unpackhi_epi64(t[4 * i + 1], t[4 * i + 3]);
+  }
+  for (int i = 0; i < 4; ++i) {
+    t[i] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0x88);
+    t[i + 4] = _mm512_shuffle_i32x4(r[i], r[i + 4], 0xdd);
+    t[i + 8] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0x88);
+    t[i + 12] = _mm512_shuffle_i32x4(r[i + 8], r[i + 12], 0xdd);
+  }
+  for (int i = 0; i < 8; ++i) {
+    _mm512_storeu_si512(out + i * out_leading, _mm512_shuffle_i32x4(t[i], t[i + 8], 0x88));
+    _mm512_storeu_si512(out + (i + 8) * out_leading, _mm512_shuffle_i32x4(t[i], t[i + 8], 0xdd));
+  }
+#else
+  for (int n = 0; n < LANES; ++n)
+    for (int k = 0; k < LANES; ++k) out[k * out_leading + n] = source[n * leading + k];
+#endif
+}
+
+// One unit of row n starting at element k; past the end it holds zero.
+inline float unit_at(const float* row, int64_t k, int64_t) { return row[k]; }
+inline uint32_t unit_at(const bf16* row, int64_t k, int64_t summed) {
+  return row[k].bits | (k + 1 < summed ? uint32_t(row[k + 1].bits) << 16 : 0);
+}
+
+// Right side from the transpose of a row-major [columns, summed] matrix.
+template <class T>
+void pack_columns(const T* source, int64_t leading, int64_t summed, int64_t columns, Unit<T>* packed) {
+  const int64_t units = units_of<T>(summed), whole = summed / depth_of<T> / LANES * LANES;
+  const bool even = leading % depth_of<T> == 0;
+  for (int64_t j = 0; j < columns; j += LANES) {
+    Unit<T>* out = packed + (j / PANEL * units) * PANEL + j % PANEL;
+    int64_t u = 0;
+    if (even && columns - j >= LANES)
+      for (; u < whole; u += LANES)
+        transpose_square(reinterpret_cast<const Unit<T>*>(source + j * leading) + u, leading / depth_of<T>,
+                         out + u * PANEL, PANEL);
+    for (; u < units; ++u)
+      for (int64_t n = 0; n < LANES; ++n)
+        out[u * PANEL + n] =
+            j + n < columns ? unit_at(source + (j + n) * leading, u * depth_of<T>, summed) : Unit<T>(0);
+  }
+  for (int64_t j = (columns + LANES - 1) / LANES * LANES; j < panels_of(columns) * PANEL; j += LANES)
+    for (int64_t u = 0; u < units; ++u)
+      for (int64_t n = 0; n < LANES; ++n) packed[(j / PANEL * units + u) * PANEL + j % PANEL + n] = 0;
+}
+
+// Left side from a row-major matrix whatever its width: in place where units fit, else a copy padded to whole units.
+template <class T>
+Left<T> left_rows(const T* source, int64_t leading, int64_t summed, int64_t rows, int slot) {
+  if (summed % depth_of<T> == 0 && leading % depth_of<T> == 0) return rows_of(source, leading);
+  const int64_t units = units_of<T>(summed);
+  Unit<T>* copy = scratch<Unit<T>>(slot, rows * units);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t u = 0; u < units; ++u) copy[m * units + u] = unit_at(source + m * leading, u * depth_of<T>, summed);
+  return {copy, units, 1};
+}

@@ -1,0 +1,130 @@
+"""The C++ library of the CPU kernels: compiled once per machine and source, kept in a cache, called through ctypes.
+
+Its plain C interface needs neither torch's headers nor its build system: g++ takes seconds. Threads are OpenMP's, of
+the very runtime that torch has loaded, so one pool serves both. Where there is no compiler, `native_library` says so
+once and the caller uses PyTorch instead.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import functools
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import sys
+import tempfile
+import warnings
+from pathlib import Path
+
+import torch
+
+SOURCES = ("attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp")
+HEADERS = ("vector.h", "gemm.h", "swiglu.h")
+FLAGS = (
+    "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
+    "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
+)
+NATIVE_TYPES = (torch.float32, torch.bfloat16)
+COMPILER_SECONDS = 300
+
+
+@functools.cache
+def native_library() -> ctypes.CDLL | None:
+    """The loaded library; None, after one warning, where it cannot be built. ERNIE5_NATIVE=0 switches it off."""
+    if os.environ.get("ERNIE5_NATIVE") == "0":
+        return None
+    try:
+        return ctypes.CDLL(str(_built(_compiler())))
+    except subprocess.CalledProcessError as error:
+        return _without(error.stderr.strip() or str(error))
+    except (OSError, subprocess.SubprocessError) as error:
+        return _without(str(error))
+
+
+def _without(reason: str) -> None:
+    warnings.warn(
+        f"the C++ kernels cannot be built ({reason.splitlines()[0]}); PyTorch's slower operators run instead. Install "
+        "g++ (Debian: apt install g++), or set CXX to a compiler",
+        stacklevel=3,
+    )
+
+
+def runs_native(*tensors: torch.Tensor) -> bool:
+    """Whether the library can take these tensors: on the CPU, all fp32 or all bf16, and the library is there."""
+    first = tensors[0]
+    return (
+        first.device.type == "cpu"
+        and first.dtype in NATIVE_TYPES
+        and all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
+        and not torch.compiler.is_compiling()
+        and native_library() is not None
+    )
+
+
+def has_tiles(tensor: torch.Tensor) -> bool:
+    """Whether oneDNN multiplies this tensor with the processor's matrix tiles (AMX), which the library has not."""
+    return tensor.dtype == torch.bfloat16 and _cpu_has_tiles()
+
+
+@functools.cache
+def _cpu_has_tiles() -> bool:
+    return bool(torch.cpu._is_amx_tile_supported())
+
+
+def is_narrow(tensor: torch.Tensor) -> ctypes.c_int:
+    """The first argument of most entry points: 1 for bf16, 0 for fp32."""
+    return ctypes.c_int(tensor.dtype == torch.bfloat16)
+
+
+def sizes(*counts: int) -> list[ctypes.c_int64]:
+    """Sizes as the entry points take them."""
+    return [ctypes.c_int64(count) for count in counts]
+
+
+def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
+    """Address of a contiguous tensor (null for None), which the caller must keep alive in a variable."""
+    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def threads() -> ctypes.c_int:
+    """Threads that a kernel may use: torch's."""
+    return ctypes.c_int(torch.get_num_threads())
+
+
+def _compiler() -> str:
+    named = os.environ.get("CXX", "g++")
+    found = shutil.which(named)
+    if found is None:
+        raise FileNotFoundError(f"no compiler {named}")
+    return found
+
+
+def _built(compiler: str) -> Path:
+    """Path of the compiled library; ranks that start together each write their own file and rename it."""
+    folder = Path(__file__).parent
+    texts = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()[:20]
+    cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie5"
+    library = cache / f"kernels-{key}.so"
+    if not library.exists():
+        cache.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=cache) as work:
+            made = Path(work) / "kernels.so"
+            command = [compiler, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(made)]
+            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
+            made.replace(library)
+    return library
+
+
+def _processor() -> bytes:
+    """What -march=native depends on: a home directory may be shared by unlike machines."""
+    flags = ""
+    cpuinfo = Path("/proc/cpuinfo")
+    if cpuinfo.exists():
+        lines = cpuinfo.read_text(encoding="utf-8", errors="replace").splitlines()
+        flags = next((line for line in lines if line.startswith(("flags", "Features"))), "")
+        flags += next((line for line in lines if line.startswith("model name")), "")
+    return f"{platform.machine()} {sys.platform} {flags}".encode()

@@ -1,0 +1,230 @@
+"""The C++ kernels against the references in fp64: odd sizes, empty groups, poisoned memory, any number of threads."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.errors import KernelError
+from ernie5_kernels.attention import attention, plan_attention
+from ernie5_kernels.experts import experts
+from ernie5_kernels.linear import linear
+from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
+from ernie5_kernels.native.library import native_library
+from ernie5_kernels.rms_norm import rms_norm
+from ernie5_kernels.rope3d import rope3d, rotation_of
+from ernie5_kernels.swiglu import swiglu
+from ernie5_kernels.testing import ODD_SIZES, assert_close, outputs_and_gradients, poisoned_memory
+from ernie5_kernels.token_rows import gather_rows, sum_places
+
+pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler on this machine")
+FP32, BF16 = (torch.float32, 4e-6, "sums of fp32"), (torch.bfloat16, 2e-2, "bf16 keeps 8 bits, products add 2^-8 each")
+TYPES = pytest.mark.parametrize(("dtype", "tolerance", "reason"), (FP32, BF16), ids=("fp32", "bf16"))
+
+
+@pytest.fixture(autouse=True)
+def one_thread() -> Iterator[None]:
+    """Tests run beside each other; what depends on threads sets its own number."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(before)
+
+
+def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> torch.Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
+
+
+def compare(function: Callable, *inputs: torch.Tensor, tolerance: float, reason: str) -> None:
+    """Outputs and gradients of function(*inputs, backend): native, and reference in fp64 on the same numbers."""
+    with poisoned_memory():
+        actual = outputs_and_gradients(lambda *x: function(*x, "native"), inputs=inputs)
+    wide = tuple(x.double() for x in inputs)
+    upstream = torch.randn(
+        actual[0].shape, generator=torch.Generator().manual_seed(0), dtype=torch.float64
+    ).to(actual[0].dtype).double()
+    leaves = [x.requires_grad_() for x in wide]
+    output = function(*leaves, "reference")
+    expected = [output.detach(), *torch.autograd.grad(output, leaves, upstream)]
+    for one, other in zip(actual, expected, strict=True):
+        assert_close(one, expected=other, tolerance=tolerance, reason=reason)
+
+
+def documents(batch: int, tokens: int) -> torch.Tensor:
+    """Causal documents of uneven length with a bidirectional block and a hidden stretch; row 0 sees nothing at first."""
+    intervals = torch.zeros(batch, tokens, 4, dtype=torch.int32)
+    generator = torch.Generator().manual_seed(tokens)
+    for row in range(batch):
+        start = 0
+        while start < tokens:
+            end = min(tokens, start + int(torch.randint(1, 120, (1,), generator=generator)))
+            intervals[row, start:end, 0] = torch.arange(start, end)
+            intervals[row, start:end, 3] = end
+            if end - start > 40:
+                intervals[row, start + 5 : start + 25, 0] = start + 5
+                intervals[row, start + 10 : start + 12, 1:3] = torch.tensor([start + 30, start + 35])
+            start = end
+    intervals[0, :, 0].clamp_(min=1)
+    return intervals
+
+
+@TYPES
+@pytest.mark.parametrize(
+    ("tokens", "queries", "heads", "groups", "width"),
+    ((300, 300, 2, 1, 64), (129, 129, 4, 2, 10), (63, 63, 4, 4, 32), (2, 1, 2, 2, 6), (200, 133, 2, 1, 16)),
+)
+def test_attention_matches_the_reference(
+    tokens: int, queries: int, heads: int, groups: int, width: int, dtype: torch.dtype, tolerance: float, reason: str
+) -> None:
+    intervals = documents(2, tokens)
+    for seen in (intervals, None):
+        plan = plan_attention(seen, batch_rows=2, query_tokens=queries, key_tokens=tokens)
+        compare(
+            lambda q, k, v, b, plan=plan: attention(q, key=k, value=v, plan=plan, backend=b),
+            normal(2, queries, heads, width, dtype=dtype),
+            normal(2, tokens, groups, width, seed=1, dtype=dtype),
+            normal(2, tokens, groups, width, seed=2, dtype=dtype),
+            tolerance=tolerance,
+            reason=reason,
+        )
+
+
+def test_attention_passes_on_a_nan() -> None:
+    plan = plan_attention(documents(1, 20), batch_rows=1, query_tokens=20, key_tokens=20)
+    key = normal(1, 20, 1, 8)
+    out = attention(torch.full((1, 20, 2, 8), torch.nan), key=key, value=key, plan=plan, backend="native")
+    assert out[:, 1:].isnan().all()
+    assert (out[:, 0] == 0).all(), "the row that sees nothing reads nothing"
+
+
+@TYPES
+@pytest.mark.parametrize("rows", (0, *ODD_SIZES, 1030))
+def test_linear_matches_the_reference(rows: int, dtype: torch.dtype, tolerance: float, reason: str) -> None:
+    for inner, outer in ((7, 33), (64, 96)):
+        compare(
+            lambda x, w, b: linear(x, weight=w, backend=b),
+            normal(rows, inner, dtype=dtype), normal(outer, inner, seed=1, dtype=dtype),
+            tolerance=tolerance, reason=reason,
+        )
+
+
+@TYPES
+@pytest.mark.parametrize(
+    "counts", ((0, 5, 0, 130, 1, 0), (0, 0, 0), (700,), (1, 64, 63)), ids=("uneven", "none", "one", "few")
+)
+def test_experts_match_the_reference(
+    counts: tuple[int, ...], dtype: torch.dtype, tolerance: float, reason: str
+) -> None:
+    offsets, rows = torch.tensor(counts).cumsum(0), sum(counts) + 3
+    for width, hidden in ((10, 7), (64, 32)):
+        compare(
+            lambda x, p, u, d, b: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend=b),
+            normal(rows, width, dtype=dtype),
+            normal(rows, seed=1).abs(),
+            normal(len(counts), 2 * hidden, width, seed=2, dtype=dtype) / width**0.5,
+            normal(len(counts), width, hidden, seed=3, dtype=dtype) / hidden**0.5,
+            tolerance=tolerance,
+            reason=reason,
+        )
+
+
+@TYPES
+@pytest.mark.parametrize(("rows", "width", "classes"), ((0, 8, 20), (1, 7, 5), (100, 32, 301), (1030, 16, 77)))
+def test_cross_entropy_matches_the_reference(
+    rows: int, width: int, classes: int, dtype: torch.dtype, tolerance: float, reason: str
+) -> None:
+    targets = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(3))
+    compare(
+        lambda h, w, b: linear_cross_entropy(h, weight=w, targets=targets, backend=b),
+        normal(rows, width, dtype=dtype), normal(classes, width, seed=1, dtype=dtype),
+        tolerance=tolerance, reason=reason,
+    )
+
+
+@TYPES
+@pytest.mark.parametrize("rows", (0, *ODD_SIZES))
+def test_passes_over_rows_match_their_references(
+    rows: int, dtype: torch.dtype, tolerance: float, reason: str
+) -> None:
+    compare(
+        lambda x, w, b: rms_norm(x, weight=w, eps=1e-5, backend=b),
+        normal(2, rows, 23, dtype=dtype), normal(23, seed=1, dtype=dtype), tolerance=tolerance, reason=reason,
+    )
+    compare(
+        lambda x, p, b: swiglu(x, row_weights=p, backend=b), normal(rows, 38, dtype=dtype), normal(rows, seed=1),
+        tolerance=tolerance, reason=reason,
+    )
+    compare(lambda x, b: swiglu(x, backend=b), normal(rows, 38, dtype=dtype), tolerance=tolerance, reason=reason)
+    rotation = rotation_of(normal(2, rows, 11, seed=1))
+    compare(
+        lambda x, b: rope3d(x, rotation=rotation, backend=b), normal(2, rows, 3, 22, dtype=dtype),
+        tolerance=tolerance, reason=reason,
+    )
+    places = torch.randint(0, 50, (rows, 3), generator=torch.Generator().manual_seed(1))
+    x = normal(50, 23, dtype=dtype)
+    assert torch.equal(
+        gather_rows(x, sources=places[:, 0], backend="native"), gather_rows(x, sources=places[:, 0], backend="reference")
+    )
+    expected = sum_places(x.double(), places=places, backend="reference")
+    assert_close(sum_places(x, places=places, backend="native"), expected=expected, tolerance=tolerance, reason=reason)
+
+
+def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:
+    """Its contiguous copy must live until the kernel has read it."""
+    for function, shape in (
+        (lambda x: rms_norm(x, weight=torch.ones(64), eps=1e-5, backend="native"), (64, 64)),
+        (lambda x: swiglu(x, backend="native"), (64, 128)),
+        (lambda x: linear(x, weight=torch.eye(64), backend="native"), (64, 64)),
+    ):
+        x, upstream = normal(*shape).requires_grad_(), normal(64, 64, seed=1)
+        (whole,) = torch.autograd.grad(function(x), x, upstream.T.contiguous())
+        (turned,) = torch.autograd.grad(function(x), x, upstream.T)
+        assert torch.equal(whole, turned)
+
+
+def test_two_threads_give_the_bits_of_one() -> None:
+    offsets = torch.tensor([100, 100, 700])
+    targets = torch.arange(703) % 301
+    plan = plan_attention(documents(2, 300), batch_rows=2, query_tokens=300, key_tokens=300)
+    calls = (
+        (lambda x, w: linear(x, weight=w, backend="native"), (normal(703, 64), normal(96, 64))),
+        (lambda x, w: linear_cross_entropy(x, weight=w, targets=targets, backend="native"),
+         (normal(703, 64), normal(301, 64))),
+        (lambda x, w: rms_norm(x, weight=w, eps=1e-5, backend="native"), (normal(703, 64), normal(64))),
+        (lambda x, p, u, d: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend="native"),
+         (normal(703, 64), normal(703), normal(3, 64, 64), normal(3, 64, 32))),
+        (lambda q, k: attention(q, key=k, value=k, plan=plan, backend="native"),
+         (normal(2, 300, 4, 16), normal(2, 300, 2, 16))),
+    )
+    for function, inputs in calls:
+        single = outputs_and_gradients(function, inputs=inputs)
+        torch.set_num_threads(2)
+        double = outputs_and_gradients(function, inputs=inputs)
+        torch.set_num_threads(1)
+        assert all(torch.equal(a, b) for a, b in zip(single, double, strict=True))
+
+
+def test_what_native_cannot_take_is_refused_by_name_and_left_by_auto() -> None:
+    x, weight = normal(3, 4).double(), normal(5, 4).double()
+    with pytest.raises(KernelError, match="native cannot take these tensors"):
+        linear(x, weight=weight, backend="native")
+    assert torch.equal(linear(x, weight=weight), x @ weight.T)
+
+
+def test_without_a_compiler_pytorch_runs_and_a_warning_says_so(tmp_path: Path) -> None:
+    script = (
+        "import torch\nfrom ernie5_kernels.linear import linear\n"
+        "x = torch.ones(2, 3)\nassert torch.equal(linear(x, weight=x), x @ x.T)\n"
+        "assert torch.equal(linear(x, weight=x), x @ x.T)\n"
+    )
+    environment = {**os.environ, "CXX": "no-such-compiler", "XDG_CACHE_HOME": str(tmp_path)}
+    done = subprocess.run([sys.executable, "-c", script], env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert done.stderr.count("the C++ kernels cannot be built") == 1
+    assert "apt install g++" in done.stderr

@@ -15,7 +15,14 @@ import torch.distributed as dist
 
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
-from ernie5.engine.local import copy_masters, load_buffers, make_masters, move_gradients, persistent_buffers
+from ernie5.engine.local import (
+    copy_masters,
+    load_buffers,
+    make_masters,
+    move_gradients,
+    persistent_buffers,
+    poison_gradients,
+)
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.mix import mean_losses, update_magnitudes
@@ -99,6 +106,10 @@ class GridEngine(Engine):
             )
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
+
+    def poison(self) -> None:
+        """NaN into every gradient of this rank."""
+        poison_gradients(self._masters)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by name; collective."""

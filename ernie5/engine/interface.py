@@ -97,6 +97,18 @@ class Engine(abc.ABC):
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, move balance bias and magnitudes, clear gradients."""
 
+    def discard(self, sums: StepSums) -> StepReport:
+        """Drop the gradients in place, as if they were not finite: nothing of the state moves, on any rank."""
+        self.poison()
+        report = self.update(sums, learning_rate=0.0)
+        if not report.skipped:
+            raise RuntimeError("gradients that were to be dropped have moved the parameters")
+        return report
+
+    @abc.abstractmethod
+    def poison(self) -> None:
+        """Make the gradients in place NaN, so that `update` skips the step."""
+
     @abc.abstractmethod
     def gradients(self) -> dict[str, torch.Tensor]:
         """Full fp32 gradients by parameter name, between `accumulate` and `update`, before clipping."""

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 
 import torch
@@ -81,6 +82,10 @@ class LocalEngine(Engine):
             )
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
+
+    def poison(self) -> None:
+        """NaN into every gradient."""
+        poison_gradients(self._masters)
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the accumulated fp32 gradients."""
@@ -169,6 +174,13 @@ def copy_masters(masters: dict[str, torch.nn.Parameter], *, model: torch.nn.Modu
         master = masters.get(name)
         if master is not None and master is not parameter:
             parameter.copy_(master)
+
+
+def poison_gradients(masters: dict[str, torch.nn.Parameter]) -> None:
+    """NaN into the gradient of every master."""
+    for master in masters.values():
+        if master.grad is not None:
+            master.grad.fill_(math.nan)
 
 
 def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:

@@ -185,7 +185,7 @@ class UnifiedModel(nn.Module):
                 continue
             flat = hidden.flatten(0, 1)
             logits.append(self.audio_head.logits(flat.index_select(0, audio.rows), level=level))
-            if level + 1 < self.audio_head.num_levels and audio.rows.numel():
+            if level + 1 < self.audio_head.num_levels:  # without audio too: every rank then has the same graph
                 known = self.audio_head.embed_target(audio.codes[:, level], level=level)
                 hidden = flat.index_add(0, audio.rows, known).view_as(hidden)
         empty = hidden.new_zeros(0, self.config.audio.levels, self.config.audio.codes + 1)
@@ -221,7 +221,8 @@ class UnifiedModel(nn.Module):
             idle += [] if batch.visual_cells.rows.numel() else [self.embedding.cells]
         if self.embedding.audio is not None:
             idle += [] if batch.audio_frames.rows.numel() else [self.embedding.audio.code]
-            idle += [] if batch.speakers.rows.numel() else [self.embedding.audio.speaker]
+            voices = batch.speakers.rows.numel()
+            idle += [] if voices else [self.embedding.audio.speaker, self.embedding.audio.speaker_norm]
             idle += [] if batch.audio_targets.rows.numel() else [self.audio_head.targets]
         total = torch.zeros((), device=batch.token_ids.device)
         for module in idle:

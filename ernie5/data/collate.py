@@ -41,8 +41,7 @@ def collate_rows(rows: Sequence[Row], *, layout: Layout) -> Batch:
     tokens = layout.sequence_tokens
     placed = [(row * tokens + start, document) for row, parts in enumerate(rows) for start, document in _starts(parts)]
     frame_offsets = _frame_offsets(placed)
-    columns = [_columns(parts, layout=layout) for parts in rows]
-    token_ids, kinds, positions, document_ids, intervals = (torch.stack(group) for group in zip(*columns, strict=True))
+    token_ids, kinds, positions, document_ids, intervals = _columns(rows, layout=layout)
     return Batch(
         token_ids=token_ids,
         kinds=kinds,
@@ -104,39 +103,45 @@ def _frame_offsets(placed: list[tuple[int, Document]]) -> list[int]:
     return offsets
 
 
-def _columns(parts: Row, *, layout: Layout) -> tuple[torch.Tensor, ...]:
-    """token_ids [T], kinds [T], positions [T, 3], document_ids [T], intervals [T, 4] of one row."""
-    tokens = layout.sequence_tokens
-    token_ids = torch.full((tokens,), layout.pad_id, dtype=torch.int64)
-    kinds = torch.full((tokens,), int(TokenKind.PADDING), dtype=torch.int64)
-    positions = torch.zeros(tokens, 3)
-    document_ids = torch.full((tokens,), -1, dtype=torch.int32)
-    intervals = torch.zeros(tokens, 4, dtype=torch.int32)
-    intervals[:, 0] = torch.arange(tokens)
-    intervals[:, 3] = intervals[:, 0] + 1
-    for number, (start, document) in enumerate(_starts(parts)):
-        stop = start + document.length
-        if stop > tokens:
-            raise ValueError(f"documents of {stop} positions do not fit a row of {tokens}")
-        token_ids[start:stop] = document.token_ids
-        kinds[start:stop] = document.kinds
-        positions[start:stop] = document.positions
-        document_ids[start:stop] = number
-        hidden = document.intervals[:, 2:3] > 0
-        shift = torch.tensor([[1, 0, 0, 1]]) * start + torch.tensor([[0, 1, 1, 0]]) * start * hidden
-        intervals[start:stop] = document.intervals + shift.to(torch.int32)
-    return token_ids, kinds, positions, document_ids, intervals
+def _columns(rows: Sequence[Row], *, layout: Layout) -> tuple[torch.Tensor, ...]:
+    """token_ids [B, T], kinds [B, T], positions [B, T, 3], document_ids [B, T], intervals [B, T, 4]."""
+    tokens, num_rows = layout.sequence_tokens, len(rows)
+    token_ids = torch.full((num_rows * tokens,), layout.pad_id, dtype=torch.int64)
+    kinds = torch.full((num_rows * tokens,), int(TokenKind.PADDING), dtype=torch.int64)
+    positions = torch.zeros(num_rows * tokens, 3)
+    document_ids = torch.full((num_rows * tokens,), -1, dtype=torch.int32)
+    own = torch.arange(tokens, dtype=torch.int32).repeat(num_rows)
+    intervals = torch.stack([own, torch.zeros_like(own), torch.zeros_like(own), own + 1], dim=1)
+    for row, parts in enumerate(rows):
+        lengths = torch.tensor([document.length for document in parts])
+        total = int(lengths.sum())
+        if total > tokens:
+            raise ValueError(f"documents of {total} positions do not fit a row of {tokens}")
+        if not total:
+            continue
+        place = slice(row * tokens, row * tokens + total)
+        token_ids[place] = torch.cat([document.token_ids for document in parts])
+        kinds[place] = torch.cat([document.kinds for document in parts])
+        positions[place] = torch.cat([document.positions for document in parts])
+        document_ids[place] = torch.arange(len(parts), dtype=torch.int32).repeat_interleave(lengths)
+        shift = (lengths.cumsum(0) - lengths).to(torch.int32).repeat_interleave(lengths)
+        seen = torch.cat([document.intervals for document in parts])
+        hidden = shift * (seen[:, 2] > 0)
+        intervals[place] = seen + torch.stack([shift, hidden, hidden, shift], dim=1)
+    shape = (num_rows, tokens)
+    return tuple(column.unflatten(0, shape) for column in (token_ids, kinds, positions, document_ids, intervals))
 
 
 def _shifted(placed: list[tuple[int, Document]], pick: Callable[[Document], R], record: type[R]) -> R:
     """Join one record of all documents; `rows` become flat positions of the batch."""
     parts = [(start, pick(document)) for start, document in placed]
-    joined = {}
-    for field in dataclasses.fields(record):
-        values = [vars(part)[field.name] for _, part in parts]
-        if field.name == "rows":
-            values = [rows + start for (start, _), rows in zip(parts, values, strict=True)]
-        joined[field.name] = torch.cat(values)
+    # Most documents lack most media: one of the empty ones stands for all when no document has any.
+    parts = [(start, part) for start, part in parts if part.rows.numel()] or parts[:1]
+    joined = {
+        field.name: torch.cat([vars(part)[field.name] for _, part in parts]) for field in dataclasses.fields(record)
+    }
+    counts = torch.tensor([part.rows.numel() for _, part in parts])
+    joined["rows"] += torch.tensor([start for start, _ in parts]).repeat_interleave(counts)
     return record(**joined)
 
 
@@ -144,5 +149,6 @@ def _patches(
     placed: list[tuple[int, Document]], pick: Callable[[Document], VisualPatches], offsets: list[int]
 ) -> VisualPatches:
     joined = _shifted(placed, pick, VisualPatches)
-    frames = [pick(document).frame_ids + offset for (_, document), offset in zip(placed, offsets, strict=True)]
-    return dataclasses.replace(joined, frame_ids=torch.cat(frames))
+    counts = torch.tensor([pick(document).rows.numel() for _, document in placed])
+    joined.frame_ids.add_(torch.tensor(offsets).repeat_interleave(counts)[:, None])
+    return joined

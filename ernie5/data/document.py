@@ -8,9 +8,12 @@ rules of SPEC section 2 about who predicts what.
 from __future__ import annotations
 
 import dataclasses
+import functools
 
+import numpy as np
 import torch
 
+from ernie5.data.drawing import Drawing
 from ernie5.data.positions import PositionCursor
 from ernie5.records import (
     AudioFrames,
@@ -45,32 +48,17 @@ class Shapes:
 class Patches:
     """Understanding input of one picture or clip: one block per frame group.
 
-    pixels [n, K, 3*s*s], features [n, K, A], frames [n, K] (0.. within the medium), places [n, K, 2],
-    coordinates [n, 2] (h, w) fp32, groups [n] (latent frame of each position; equal groups see each other).
+    pixels [n, K, 3*s*s], features [n, K, A], frames [n, K] (0.. within the medium), patch_places [n, K, 2],
+    places [n, 3] fp32 (group, h, w), starts [n] int64 (numpy): first position of the own group; groups see themselves.
     """
 
     pixels: torch.Tensor
     features: torch.Tensor
     frames: torch.Tensor
+    patch_places: torch.Tensor
     places: torch.Tensor
-    coordinates: torch.Tensor
-    groups: torch.Tensor
-
-
-@dataclasses.dataclass(frozen=True)
-class Block:
-    """One block of a medium to be drawn: the cells that predict scale `scale`, or the finished picture (scale S).
-
-    latents [n, d]; coordinates [n, 2]; frame: latent frame; bits [n, d] or None for a finished picture; weight:
-    loss weight of its cells.
-    """
-
-    latents: torch.Tensor
-    coordinates: torch.Tensor
-    frame: int
-    scale: int
-    bits: torch.Tensor | None
-    weight: float
+    starts: np.ndarray
+    num_frames: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -112,19 +100,17 @@ class DocumentBuilder:
         self._cursor = PositionCursor(visual_origin=visual_origin)
         self._ids: list[int] = []
         self._kinds: list[int] = []
-        self._starts: list[int] = []
-        self._hidden: dict[int, int] = {}
-        self._positions: list[torch.Tensor] = []
-        self._silent: set[int] = set()
+        self._starts: list[np.ndarray] = []
+        self._running: list[int] = []
+        self._placed: list[tuple[int, torch.Tensor]] = []
+        self._hidden: list[tuple[int, int, int]] = []
+        self._silent: list[int] = []
         self._forced: dict[int, int] = {}
-        self._patches: dict[TokenKind, list[tuple[torch.Tensor, Patches, int]]] = {
-            TokenKind.IMAGE_UNDERSTANDING: [],
-            TokenKind.VIDEO_UNDERSTANDING: [],
-        }
-        self._cells: list[tuple[torch.Tensor, Block]] = []
-        self._bits: list[tuple[torch.Tensor, Block, bool]] = []
-        self._audio: list[tuple[torch.Tensor, torch.Tensor]] = []
-        self._audio_targets: list[tuple[torch.Tensor, torch.Tensor]] = []
+        self._images: list[tuple[int, Patches, int]] = []
+        self._videos: list[tuple[int, Patches, int]] = []
+        self._drawings: list[tuple[int, Drawing, bool]] = []
+        self._audio: list[tuple[int, torch.Tensor]] = []
+        self._audio_targets: list[tuple[int, torch.Tensor]] = []
         self._speakers: list[tuple[int, torch.Tensor]] = []
         self._num_frames = 0
 
@@ -135,60 +121,38 @@ class DocumentBuilder:
 
     def text(self, ids: list[int]) -> None:
         """Append text ids and specials; each predicts the next one where that is text too."""
-        self._positions.append(self._cursor.text(len(ids)))
         self._append(ids, kind=TokenKind.TEXT)
 
     def speaker(self, features: torch.Tensor) -> None:
         """Append SPK with a speaker embedding [160]; it predicts nothing."""
         self._speakers.append((self.length, features))
-        self._silent.add(self.length)
+        self._silent.append(self.length)
         self.text([self._vocab.spk])
 
     def patches(self, patches: Patches, *, is_video: bool) -> None:
         """Append the positions of a picture or clip to be understood; frames count on within the document."""
         kind = TokenKind.VIDEO_UNDERSTANDING if is_video else TokenKind.IMAGE_UNDERSTANDING
         placeholder = self._vocab.video_und if is_video else self._vocab.image_und
-        start, placed = self.length, []
-        for group in patches.groups.unique().tolist():
-            chosen = patches.coordinates[patches.groups == group]
-            placed.append(self._cursor.cells(chosen, frame=group))
-            self._append([placeholder] * len(chosen), kind=kind, block=True)
-        self._positions += placed
-        self._cursor.leave(torch.cat(placed) if placed else torch.zeros(0, 3))
-        self._patches[kind].append((torch.arange(start, self.length), patches, self._num_frames))
-        self._num_frames += int(patches.frames.max()) + 1 if patches.frames.numel() else 0
+        (self._videos if is_video else self._images).append((self.length, patches, self._num_frames))
+        self._append_cells(placeholder, kind=kind, places=patches.places, starts=patches.starts)
+        self._num_frames += patches.num_frames
 
-    def blocks(self, blocks: list[Block], *, first: Block, is_video: bool, hide_after: dict[int, int]) -> None:
-        """Append BOI or BOV, which predicts the cells of `first` (scale 1 of frame 0), then `blocks` in order.
+    def draw(self, drawing: Drawing, *, is_video: bool, hide_after: dict[int, int]) -> None:
+        """Append BOI or BOV, which predicts scale 1 of frame 0, then the cells of `drawing`.
 
-        A finished picture's last cell predicts scale 1 of the next frame: the block that follows it with scale 0 is
-        a target only and takes no positions. hide_after: past frame -> first frame that does not see it; what follows
-        the clip does not see it either, just as generation forgets it for good.
+        hide_after: past frame -> first frame that does not see it; what follows the clip does not see it either, just
+        as generation forgets it for good.
         """
         vocab, kind = self._vocab, TokenKind.VIDEO_GENERATION if is_video else TokenKind.IMAGE_GENERATION
         placeholder = vocab.video_gen if is_video else vocab.image_gen
-        self._silent.add(self.length)
-        self.text([vocab.bov if is_video else vocab.boi])
-        self._predict_bits(self.length - 1, first, is_video=is_video)
-        placed: list[torch.Tensor] = []
-        rows_of: dict[int, list[int]] = {}
-        for block in blocks:
-            if block.scale == 0:
-                self._predict_bits(self.length - 1, block, is_video=is_video)
-                continue
-            rows = torch.arange(self.length, self.length + len(block.latents))
-            rows_of.setdefault(block.frame, []).extend(rows.tolist())
-            placed.append(self._cursor.cells(block.coordinates, frame=block.frame))
-            self._append([placeholder] * len(rows), kind=kind, block=True)
-            self._cells.append((rows, block))
-            if block.bits is not None:
-                self._bits.append((rows, block, is_video))
-        self._positions += placed
-        self._cursor.leave(torch.cat(placed) if placed else torch.zeros(0, 3))
+        self.begin_picture(is_video=is_video)
+        plan, start = drawing.plan, self.length
+        self._drawings.append((start, drawing, is_video))
+        self._append_cells(placeholder, kind=kind, places=plan.places, starts=plan.starts)
         for frame, later in hide_after.items():
-            if later in rows_of and frame in rows_of:
-                for row in rows_of[frame]:
-                    self._hidden[row] = rows_of[later][0]
+            if later < plan.num_frames:
+                first, last, until = (start + number * plan.cells_per_frame for number in (frame, frame + 1, later))
+                self._hidden.append((first, last, until))
 
     def expect(self, token: int) -> None:
         """Let the last position predict `token`, whatever kind it is, and even if the document ends here."""
@@ -206,124 +170,181 @@ class DocumentBuilder:
         start = self.length
         if generate:
             self.begin_audio()
+            end = torch.full((1, codes.shape[1]), self._vocab.audio_codes, dtype=torch.int64)
+            self._audio_targets.append((start, torch.cat([codes, end])))
         else:
             self.text([self._vocab.boa])
-        self._audio.append((torch.arange(self.length, self.length + len(codes)), codes))
-        self._positions.append(self._cursor.text(len(codes)))
+        self._audio.append((self.length, codes))
         self._append([self._vocab.audio_frame] * len(codes), kind=TokenKind.AUDIO)
-        if generate:
-            end = torch.full((1, codes.shape[1]), self._vocab.audio_codes, dtype=torch.int64)
-            self._audio_targets.append((torch.arange(start, self.length), torch.cat([codes, end])))
         self.text([self._vocab.eoa])
 
     def begin_audio(self) -> None:
         """Append BOA, whose hidden state predicts the first audio frame and no text."""
-        self._silent.add(self.length)
+        self._silent.append(self.length)
         self.text([self._vocab.boa])
 
     def begin_picture(self, *, is_video: bool) -> None:
         """Append BOI or BOV as the end of a prompt."""
-        self._silent.add(self.length)
+        self._silent.append(self.length)
         self.text([self._vocab.bov if is_video else self._vocab.boi])
 
     def build(self, *, is_text: bool = False) -> Document:
         """Close the document; every position's visible_until becomes its end."""
-        length = self.length
-        ids, kinds = torch.tensor(self._ids, dtype=torch.int64), torch.tensor(self._kinds, dtype=torch.int64)
-        intervals = torch.zeros(length, 4, dtype=torch.int32)
-        intervals[:, 0] = torch.tensor(self._starts, dtype=torch.int32)
-        intervals[:, 3] = length
-        for row, hidden_from in self._hidden.items():
-            intervals[row, 1], intervals[row, 2] = hidden_from, length
-        records = _Records(self._shapes)
+        ids = np.array(self._ids, dtype=np.int64)
+        kinds = np.array(self._kinds, dtype=np.int64)
         return Document(
             key=self._key,
             task=self._task,
-            token_ids=ids,
-            kinds=kinds,
-            positions=torch.cat([torch.zeros(0, 3), *self._positions]),
-            intervals=intervals,
+            token_ids=torch.from_numpy(ids),
+            kinds=torch.from_numpy(kinds),
+            positions=self._positions(),
+            intervals=self._intervals(),
             text_targets=self._text_targets(ids, kinds),
-            image_patches=records.patches(self._patches[TokenKind.IMAGE_UNDERSTANDING], merge=self._shapes.image_merge),
-            video_patches=records.patches(self._patches[TokenKind.VIDEO_UNDERSTANDING], merge=self._shapes.video_merge),
-            visual_cells=records.cells(self._cells),
-            bit_targets=records.bits(self._bits),
-            audio_frames=records.audio(self._audio),
-            audio_targets=records.audio(self._audio_targets),
-            speakers=records.speakers(self._speakers),
+            image_patches=_join_patches(self._images, blank=_blank(self._shapes).image_patches),
+            video_patches=_join_patches(self._videos, blank=_blank(self._shapes).video_patches),
+            visual_cells=_join_cells(self._drawings, blank=_blank(self._shapes).visual_cells),
+            bit_targets=_join_bits(self._drawings, blank=_blank(self._shapes).bit_targets),
+            audio_frames=_join_audio(self._audio, blank=_blank(self._shapes).audio_frames),
+            audio_targets=_join_audio(self._audio_targets, blank=_blank(self._shapes).audio_frames),
+            speakers=_join_speakers(self._speakers, blank=_blank(self._shapes).speakers),
             num_frames=self._num_frames,
             is_text=is_text,
         )
 
-    def _append(self, ids: list[int], *, kind: TokenKind, block: bool = False) -> None:
-        start = self.length
+    def _append(self, ids: list[int], *, kind: TokenKind) -> None:
+        """Append positions that each see what was before them and themselves, in running positions."""
+        start, count = self.length, len(ids)
         self._ids += ids
-        self._kinds += [int(kind)] * len(ids)
-        self._starts += [start] * len(ids) if block else list(range(start, start + len(ids)))
+        self._kinds += [int(kind)] * count
+        self._starts.append(np.arange(start, start + count))
+        self._running += self._cursor.text(count)
 
-    def _predict_bits(self, row: int, block: Block, *, is_video: bool) -> None:
-        self._bits.append((torch.tensor([row]), block, is_video))
+    def _append_cells(self, placeholder: int, *, kind: TokenKind, places: torch.Tensor, starts: np.ndarray) -> None:
+        """Append cells at `places` [n, 3], each of which sees its block whole."""
+        start, count = self.length, len(places)
+        self._ids += [placeholder] * count
+        self._kinds += [int(kind)] * count
+        self._starts.append(starts + start)
+        self._running += [0] * count
+        placed = self._cursor.cells(places)
+        self._placed.append((start, placed))
+        self._cursor.leave(placed)
 
-    def _text_targets(self, ids: torch.Tensor, kinds: torch.Tensor) -> TextTargets:
-        is_text = kinds == TokenKind.TEXT
-        learned = torch.zeros(len(ids), dtype=torch.bool)
+    def _positions(self) -> torch.Tensor:
+        running = np.array(self._running, dtype=np.float32)
+        positions = torch.from_numpy(np.repeat(running, 3).reshape(-1, 3))
+        for start, placed in self._placed:
+            positions[start : start + len(placed)] = placed
+        return positions
+
+    def _intervals(self) -> torch.Tensor:
+        intervals = np.zeros((self.length, 4), dtype=np.int32)
+        intervals[:, 3] = self.length
+        if self._starts:
+            intervals[:, 0] = np.concatenate(self._starts)
+        for first, last, until in self._hidden:
+            intervals[first:last, 1:3] = until, self.length
+        return torch.from_numpy(intervals)
+
+    def _text_targets(self, ids: np.ndarray, kinds: np.ndarray) -> TextTargets:
+        is_text = kinds == int(TokenKind.TEXT)
+        learned, following = np.zeros(len(ids), dtype=bool), np.zeros_like(ids)
         learned[:-1] = is_text[:-1] & is_text[1:]
-        learned[sorted(self._silent)] = False
-        following = ids.roll(-1)
+        following[:-1] = ids[1:]
+        for row in self._silent:
+            learned[row] = False
         for row, token in self._forced.items():
             learned[row], following[row] = True, token
-        rows = learned.nonzero().flatten()
-        return TextTargets(rows=rows, ids=following[rows])
+        rows = learned.nonzero()[0]
+        return TextTargets(rows=torch.from_numpy(rows), ids=torch.from_numpy(following[rows]))
 
 
-class _Records:
-    """Joins the parts of a document into the records of records.py; empty lists give empty tensors of full width."""
+@dataclasses.dataclass(frozen=True)
+class _Blank:
+    """Empty records of full width, one set per Shapes: what a document without a medium holds."""
 
-    def __init__(self, shapes: Shapes) -> None:
-        self._shapes = shapes
-
-    def patches(self, parts: list[tuple[torch.Tensor, Patches, int]], *, merge: int) -> VisualPatches:
-        shapes = self._shapes
-        return VisualPatches(
-            rows=_join([rows for rows, _, _ in parts], torch.zeros(0, dtype=torch.int64)),
-            pixels=_join([p.pixels for _, p, _ in parts], torch.zeros(0, merge, 3 * shapes.patch_pixels**2)),
-            features=_join([p.features for _, p, _ in parts], torch.zeros(0, merge, shapes.feature_channels)),
-            frame_ids=_join([p.frames + first for _, p, first in parts], torch.zeros(0, merge, dtype=torch.int64)),
-            places=_join([p.places for _, p, _ in parts], torch.zeros(0, merge, 2, dtype=torch.int64)),
-        )
-
-    def cells(self, parts: list[tuple[torch.Tensor, Block]]) -> VisualCells:
-        return VisualCells(
-            rows=_join([rows for rows, _ in parts], torch.zeros(0, dtype=torch.int64)),
-            latents=_join([block.latents for _, block in parts], torch.zeros(0, self._shapes.bits)),
-            scales=_join([torch.full_like(rows, block.scale) for rows, block in parts], torch.zeros(0).long()),
-        )
-
-    def bits(self, parts: list[tuple[torch.Tensor, Block, bool]]) -> BitTargets:
-        weights = [torch.full((len(rows),), block.weight) for rows, block, _ in parts]
-        return BitTargets(
-            rows=_join([rows for rows, _, _ in parts], torch.zeros(0, dtype=torch.int64)),
-            bits=_join([block.bits for _, block, _ in parts], torch.zeros(0, self._shapes.bits)),
-            weights=_join(weights, torch.zeros(0)),
-            scales=_join([torch.full_like(rows, block.scale) for rows, block, _ in parts], torch.zeros(0).long()),
-            is_video=_join([torch.full_like(rows, video).bool() for rows, _, video in parts], torch.zeros(0).bool()),
-        )
-
-    def audio(self, parts: list[tuple[torch.Tensor, torch.Tensor]]) -> AudioFrames:
-        return AudioFrames(
-            rows=_join([rows for rows, _ in parts], torch.zeros(0, dtype=torch.int64)),
-            codes=_join([codes for _, codes in parts], torch.zeros(0, self._shapes.audio_levels, dtype=torch.int64)),
-        )
-
-    def speakers(self, parts: list[tuple[int, torch.Tensor]]) -> SpeakerCells:
-        return SpeakerCells(
-            rows=torch.tensor([row for row, _ in parts], dtype=torch.int64),
-            features=_join([features[None] for _, features in parts], torch.zeros(0, SPEAKER_FEATURES)),
-        )
+    image_patches: VisualPatches
+    video_patches: VisualPatches
+    visual_cells: VisualCells
+    bit_targets: BitTargets
+    audio_frames: AudioFrames
+    speakers: SpeakerCells
 
 
-def _join(parts: list[torch.Tensor], empty: torch.Tensor) -> torch.Tensor:
-    return torch.cat(parts) if parts else empty
+@functools.lru_cache(maxsize=64)
+def _blank(shapes: Shapes) -> _Blank:
+    none = torch.zeros(0, dtype=torch.int64)
+
+    def patches(merge: int) -> VisualPatches:
+        pixels = torch.zeros(0, merge, 3 * shapes.patch_pixels**2)
+        features = torch.zeros(0, merge, shapes.feature_channels)
+        return VisualPatches(none, pixels, features, none.new_zeros(0, merge), none.new_zeros(0, merge, 2))
+
+    bits, nothing = torch.zeros(0, shapes.bits), torch.zeros(0)
+    return _Blank(
+        image_patches=patches(shapes.image_merge),
+        video_patches=patches(shapes.video_merge),
+        visual_cells=VisualCells(none, bits, none),
+        bit_targets=BitTargets(none, bits, nothing, none, none.bool()),
+        audio_frames=AudioFrames(none, none.new_zeros(0, shapes.audio_levels)),
+        speakers=SpeakerCells(none, torch.zeros(0, SPEAKER_FEATURES)),
+    )
+
+
+def _join(parts: list[torch.Tensor]) -> torch.Tensor:
+    return torch.cat(parts) if len(parts) > 1 else parts[0]
+
+
+def _rows(start: int, values: torch.Tensor) -> torch.Tensor:
+    return torch.arange(start, start + len(values))
+
+
+def _join_patches(parts: list[tuple[int, Patches, int]], *, blank: VisualPatches) -> VisualPatches:
+    if not parts:
+        return blank
+    return VisualPatches(
+        rows=_join([_rows(start, patches.places) for start, patches, _ in parts]),
+        pixels=_join([patches.pixels for _, patches, _ in parts]),
+        features=_join([patches.features for _, patches, _ in parts]),
+        frame_ids=_join([patches.frames + first for _, patches, first in parts]),
+        places=_join([patches.patch_places for _, patches, _ in parts]),
+    )
+
+
+def _join_cells(parts: list[tuple[int, Drawing, bool]], *, blank: VisualCells) -> VisualCells:
+    if not parts:
+        return blank
+    return VisualCells(
+        rows=_join([_rows(start, drawing.latents) for start, drawing, _ in parts]),
+        latents=_join([drawing.latents for _, drawing, _ in parts]),
+        scales=_join([drawing.plan.scales for _, drawing, _ in parts]),
+    )
+
+
+def _join_bits(parts: list[tuple[int, Drawing, bool]], *, blank: BitTargets) -> BitTargets:
+    if not parts:
+        return blank
+    return BitTargets(
+        rows=_join([drawing.plan.bit_rows + start for start, drawing, _ in parts]),
+        bits=_join([drawing.bits for _, drawing, _ in parts]),
+        weights=_join([drawing.plan.weights for _, drawing, _ in parts]),
+        scales=_join([drawing.plan.bit_scales for _, drawing, _ in parts]),
+        is_video=_join([torch.full((len(drawing.bits),), is_video) for _, drawing, is_video in parts]),
+    )
+
+
+def _join_audio(parts: list[tuple[int, torch.Tensor]], *, blank: AudioFrames) -> AudioFrames:
+    if not parts:
+        return blank
+    rows = _join([_rows(start, codes) for start, codes in parts])
+    return AudioFrames(rows=rows, codes=_join([codes for _, codes in parts]))
+
+
+def _join_speakers(parts: list[tuple[int, torch.Tensor]], *, blank: SpeakerCells) -> SpeakerCells:
+    if not parts:
+        return blank
+    rows = torch.tensor([row for row, _ in parts], dtype=torch.int64)
+    return SpeakerCells(rows=rows, features=torch.stack([features for _, features in parts]))
 
 
 def cut_text(document: Document, start: int, *, stop: int) -> Document:

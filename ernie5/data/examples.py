@@ -18,9 +18,10 @@ import dataclasses
 import torch
 
 from ernie5.data.config import DataConfig
-from ernie5.data.corrupt import encode_scales, picture_blocks
+from ernie5.data.corrupt import encode_scales
 from ernie5.data.decode import decode_audio, decode_image, decode_video
 from ernie5.data.document import Document, DocumentBuilder, Shapes
+from ernie5.data.drawing import draw_codes
 from ernie5.data.draws import draws_of, key_of, torch_draws_of
 from ernie5.data.features import (
     DrawnPicture,
@@ -170,7 +171,8 @@ class ExampleMaker:
     def _features(self, key: str, *, media: Media, medium: str, purpose: str) -> SeenPicture | DrawnPicture | Speech:
         config, name = self._config, f"{key}.{media.name}"
         if medium == "image" and purpose == "draw":  # one encoder pass serves both directions of a picture
-            return self._encoder.project(self._features(key, media=media, medium=medium, purpose="see"))
+            seen = self._features(key, media=media, medium=medium, purpose="see")
+            return self.cache.get(name, purpose=purpose, compute=lambda: self._encoder.project(seen))
 
         def compute() -> SeenPicture | DrawnPicture | Speech:
             if medium == "audio":
@@ -237,10 +239,10 @@ class ExampleMaker:
         generator = torch_draws_of("corruption", self._seed, draft.epoch, draft.sample.key)
         corruption = self._config.corruption if self._training else None
         codes = encode_scales(latents, schedule=schedule, config=corruption, generator=generator)
-        first, blocks = picture_blocks(codes, schedule=schedule, num_scales=self._shapes.num_scales)
+        drawing = draw_codes(codes, schedule=schedule, num_scales=self._shapes.num_scales)
         is_video = medium == "video"
         hide_after = self._hidden_frames(latents.shape[1], draft) if is_video else {}
-        builder.blocks(blocks, first=first, is_video=is_video, hide_after=hide_after)
+        builder.draw(drawing, is_video=is_video, hide_after=hide_after)
         builder.finish_picture(is_video=is_video)
 
     def _hidden_frames(self, num_frames: int, draft: _Draft) -> dict[int, int]:

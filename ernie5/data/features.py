@@ -116,8 +116,7 @@ class MediaEncoder:
 def patches_of(seen: SeenPicture) -> Patches:
     """Understanding positions of a picture (one frame) or a clip (groups of four frames)."""
     frames = seen.pixels.shape[1]
-    pixels = seen.pixels.float() / 127.5 - 1.0
-    return merge_patches(pixels, features=seen.features, frames_per_group=FRAMES_PER_GROUP if frames > 1 else 1)
+    return merge_patches(seen.pixels, features=seen.features, frames_per_group=FRAMES_PER_GROUP if frames > 1 else 1)
 
 
 def _size(features: Features) -> int:

@@ -32,20 +32,18 @@ class PositionCursor:
         self._origin = visual_origin
         self.next = 0
 
-    def text(self, count: int) -> torch.Tensor:
-        """Positions of `count` text tokens or audio frames, [count, 3] fp32; moves on."""
-        steps = torch.arange(self.next, self.next + count, dtype=torch.float32)
+    def text(self, count: int) -> range:
+        """t = h = w of `count` text tokens or audio frames; moves on."""
         self.next += count
-        return steps[:, None].expand(count, 3)
+        return range(self.next - count, self.next)
 
-    def cells(self, coordinates: torch.Tensor, *, frame: int) -> torch.Tensor:
-        """Positions of cells at `coordinates` [n, 2] in latent frame `frame`, [n, 3] fp32; does not move on.
+    def cells(self, places: torch.Tensor) -> torch.Tensor:
+        """Positions of cells at `places` [n, 3] fp32 (latent frame, h, w), [n, 3] fp32; does not move on.
 
         All blocks of one picture or clip share the origin, which stays put until `leave` is called.
         """
-        place = coordinates + (self.next if self._origin == "running" else 0.0)
-        time = torch.full((len(place), 1), float(self.next + frame))
-        return torch.cat([time, place], dim=1)
+        start = self.next if self._origin == "running" else 0
+        return places + torch.tensor([self.next, start, start], dtype=torch.float32)
 
     def leave(self, positions: torch.Tensor) -> None:
         """Move behind a picture or clip whose blocks took `positions` [n, 3]; nothing happens when n is 0."""

@@ -12,8 +12,9 @@ import torch
 
 from ernie5.data.collate import Layout, Row, collate_rows
 from ernie5.data.config import CorruptionConfig
-from ernie5.data.corrupt import encode_scales, picture_blocks
+from ernie5.data.corrupt import encode_scales
 from ernie5.data.document import SPEAKER_FEATURES, Document, DocumentBuilder, Shapes
+from ernie5.data.drawing import draw_codes
 from ernie5.data.draws import key_of
 from ernie5.data.patches import merge_patches
 from ernie5.records import Batch
@@ -148,8 +149,8 @@ def _generate(
     latents = torch.randn(shapes.bits, 2 if is_video else 1, *grid, generator=generator)
     schedule = scale_schedule(*grid)
     codes = encode_scales(latents, schedule=schedule, config=CorruptionConfig(), generator=generator)
-    first, blocks = picture_blocks(codes, schedule=schedule, num_scales=shapes.num_scales)
-    builder.blocks(blocks, first=first, is_video=is_video, hide_after={})
+    drawing = draw_codes(codes, schedule=schedule, num_scales=shapes.num_scales)
+    builder.draw(drawing, is_video=is_video, hide_after={})
     builder.finish_picture(is_video=is_video)
 
 

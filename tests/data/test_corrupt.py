@@ -6,7 +6,8 @@ import pytest
 import torch
 
 from ernie5.data.config import CorruptionConfig
-from ernie5.data.corrupt import encode_scales, flip_probabilities, picture_blocks, scale_weights
+from ernie5.data.corrupt import encode_scales, flip_probabilities
+from ernie5.data.drawing import draw_codes, scale_weights
 from ernie5.data.draws import draws_of, key_of, permutation_of, torch_draws_of
 from ernie5.tokenizers.visual.quantizer import accumulate, bits_to_values, quantize_bits
 from ernie5.tokenizers.visual.scales import resize_to, scale_schedule
@@ -73,8 +74,15 @@ def test_weights_fall_with_the_scale_and_average_one_over_the_cells(grid: tuple[
 
 def test_a_single_cell_picture_has_a_first_scale_and_a_finished_cell() -> None:
     codes = encode_scales(torch.ones(4, 1, 1, 1), schedule=((1, 1),), config=None, generator=torch.Generator())
-    first, blocks = picture_blocks(codes, schedule=((1, 1),), num_scales=6)
-    assert first.scale == 0 and [block.scale for block in blocks] == [6] and blocks[0].bits is None
+    drawing = draw_codes(codes, schedule=((1, 1),), num_scales=6)
+    assert drawing.plan.scales.tolist() == [6] and drawing.plan.starts.tolist() == [0]
+    assert drawing.plan.bit_rows.tolist() == [-1] and drawing.plan.bit_scales.tolist() == [0]
+
+
+def test_a_clip_of_one_scale_predicts_each_frame_from_the_finished_one_before() -> None:
+    codes = encode_scales(torch.ones(4, 3, 1, 1), schedule=((1, 1),), config=None, generator=torch.Generator())
+    plan = draw_codes(codes, schedule=((1, 1),), num_scales=6).plan
+    assert plan.bit_rows.tolist() == [-1, 0, 1] and plan.places[:, 0].tolist() == [0, 1, 2]
 
 
 def test_keys_tell_numbers_from_texts_and_orders_apart() -> None:

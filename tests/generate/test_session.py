@@ -99,26 +99,28 @@ def _log_probability(decoder: Decoder, ids: list[int]) -> float:
 @pytest.mark.parametrize("window", [0, 1])
 def test_a_clip_read_block_by_block_equals_the_whole(decoder: Decoder, window: int) -> None:
     decoder = dataclasses.replace(decoder, window_frames=window)
-    from ernie5.data.corrupt import encode_scales, picture_blocks
+    from ernie5.data.corrupt import encode_scales
+    from ernie5.data.drawing import draw_codes
 
     schedule = ((1, 1), (2, 2), (3, 4))
     latents = torch.randn(4, 3, 3, 4, generator=torch.Generator().manual_seed(1))
     codes = encode_scales(latents, schedule=schedule, config=None, generator=torch.Generator())
-    first, blocks = picture_blocks(codes, schedule=schedule, num_scales=3)
+    drawing = draw_codes(codes, schedule=schedule, num_scales=3)
+    plan, sizes = drawing.plan, drawing.plan.starts.tolist()
     hide = {frame: frame + window for frame in range(3)} if window else {}
     session = Session(decoder, prompts=[_prompt(row, end=[VOCAB.sep, VOCAB.bov]) for row in ([3], [1, 2, 3, 4])])
     states = [session.read_prompt()]
-    for block in blocks:
-        if block.scale:
-            place = CellBlock(block.coordinates, block.frame, block.scale)
-            states.append(session.read_cells(block.latents.expand(2, -1, -1), block=place, is_video=True))
+    for start in sorted(set(sizes)):
+        cells = slice(start, start + sizes.count(start))
+        place = CellBlock(plan.places[cells, 1:], int(plan.places[start, 0]), int(plan.scales[start]))
+        states.append(session.read_cells(drawing.latents[cells].expand(2, -1, -1), block=place, is_video=True))
     session.leave_picture(num_frames=3, grid=(3, 4))
     states.append(session.read_text(torch.tensor([VOCAB.eov, VOCAB.eov])))
     states = torch.cat(states, dim=1)
     for index, row in enumerate(([3], [1, 2, 3, 4])):
         builder = DocumentBuilder("p", task="text_to_video", vocab=VOCAB, shapes=SHAPES)
         builder.text([VOCAB.bos, *row, VOCAB.sep])
-        builder.blocks(blocks, first=first, is_video=True, hide_after=hide)
+        builder.draw(drawing, is_video=True, hide_after=hide)
         builder.finish_picture(is_video=True)
         whole = _whole(decoder, builder.build())[-states.shape[1]:]
         torch.testing.assert_close(states[index], whole, rtol=1e-9, atol=1e-9)

@@ -11,6 +11,7 @@ import pytest
 import tokenizers
 
 from ernie5.errors import TokenizerError
+from ernie5.tokenizers import bpe
 from ernie5.tokenizers.bpe import build_table, merge_piece
 from ernie5.tokenizers.text import TextTokenizer, load_text_tokenizer, train_text_tokenizer
 
@@ -152,6 +153,21 @@ def test_merging_takes_the_lowest_rank_first_and_the_leftmost_of_equals() -> Non
     assert merge_piece(b"abc", table=table) == [a, 256]
     assert merge_piece(b"aaa", table=table) == [258, a]
     assert merge_piece(b"", table=table) == []
+
+
+@pytest.mark.parametrize("dropout", [0.0, 0.3, 1.0])
+def test_short_and_long_pieces_are_merged_alike(monkeypatch: pytest.MonkeyPatch, dropout: float) -> None:
+    draws = random.Random(3)
+    merges = [(97, 98, 256), (98, 97, 257), (256, 256, 258), (97, 97, 259), (257, 256, 260), (258, 98, 261)]
+    table = build_table(tuple(range(256)), merges=merges, extra={}, whole_first=False)
+    pieces = [bytes(draws.choices(b"abc", k=length)) for length in range(60)]
+    results = []
+    for limit in (0, 1000):
+        monkeypatch.setattr(bpe, "LONG_PIECE", limit)
+        seeded = random.Random(7)
+        merged = [merge_piece(piece, table=table, dropout=dropout, draws=seeded) for piece in pieces]
+        results.append((merged, seeded.random()))
+    assert results[0] == results[1]
 
 
 def test_a_merge_of_unknown_ids_or_with_two_meanings_is_refused() -> None:

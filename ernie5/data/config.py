@@ -111,6 +111,16 @@ class DataConfig(Config):
     cache_megabytes: int = field(
         512, doc="memory for frozen tokenizer features, which are then computed once", unit="MB", check=non_negative
     )
+    feature_cache: str = field(
+        "user",
+        doc="folder on disk where processes and runs share those features: a path, `user` for "
+        "$XDG_CACHE_HOME/ernie5/features (~/.cache), or `none`",
+        kind="performance",
+    )
+    feature_cache_megabytes: int = field(
+        2048, doc="room in that folder; when it is full nothing is added", unit="MB", check=non_negative,
+        kind="performance",
+    )
 
     def validate(self) -> None:
         """There is something to read, and clips inflate from one frame."""

@@ -29,6 +29,7 @@ from ernie5.data.features import (
     MediaEncoder,
     SeenPicture,
     Speech,
+    open_store,
     patches_of,
 )
 from ernie5.data.samples import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Caption, Media, Sample
@@ -83,7 +84,7 @@ class ExampleMaker:
         self._seed = seed
         self._training = training
         self._encoder = MediaEncoder(tokenizers)
-        self.cache = FeatureCache(config.cache_megabytes << 20)
+        self.cache = FeatureCache(config.cache_megabytes << 20, store=open_store(config, tokenizers=tokenizers))
 
     def build_documents(self, sample: Sample, *, task: str, epoch: int = 0) -> tuple[Document, ...]:
         """The documents of `sample` for a task of POOLS: one, but for a page as many as it takes for each to fit a row.
@@ -183,7 +184,7 @@ class ExampleMaker:
                 video = decode_video(media.data, pixels=config.video_pixels, frames=config.video_frames, name=key)
             return self._encoder.see(video) if purpose == "see" else self._encoder.draw(video)
 
-        return self.cache.get(name, purpose=purpose, compute=compute)
+        return self.cache.get(name, purpose=purpose, compute=compute, content=media.data)
 
     def _encode(self, text: str, *, draft: _Draft, part: int = 0) -> list[int]:
         dropout = self._config.bpe_dropout if self._training else 0.0

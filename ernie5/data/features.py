@@ -13,11 +13,14 @@ from collections.abc import Callable
 
 import torch
 
-from ernie5.data.patches import merge_patches, pad_frames
+from ernie5.data.config import DataConfig
 from ernie5.data.document import Patches
+from ernie5.data.feature_store import FeatureStore, store_folder
+from ernie5.data.patches import merge_patches, pad_frames
 from ernie5.errors import DataError
 from ernie5.tokenizers.audio.mel import speaker_features
 from ernie5.tokenizers.bundle import TokenizerBundle
+from ernie5.tokenizers.visual.tokenizer import UNTRAINED
 
 FRAMES_PER_GROUP = 4
 
@@ -46,21 +49,26 @@ class Speech:
 
 
 Features = SeenPicture | DrawnPicture | Speech
+KINDS: dict[str, type[Features]] = {"see": SeenPicture, "draw": DrawnPicture, "hear": Speech}
 
 
 class FeatureCache:
-    """Features by (sample, purpose), the least recently used ones dropped beyond `max_bytes`. Safe for threads."""
+    """Features by (sample, purpose), the least recently used ones dropped beyond `max_bytes`; behind it, where there is
+    one, a store on disk that other processes share. Safe for threads."""
 
-    def __init__(self, max_bytes: int) -> None:
-        self._max_bytes = max_bytes
+    def __init__(self, max_bytes: int, *, store: FeatureStore | None = None) -> None:
+        self._max_bytes, self._store = max_bytes, store
         self._bytes = 0
         self._items: collections.OrderedDict[tuple[str, str], Features] = collections.OrderedDict()
         self._lock = threading.Lock()
         self.hits = 0
         self.misses = 0
 
-    def get(self, key: str, *, purpose: str, compute: Callable[[], Features]) -> Features:
-        """The features of `key` for `purpose`, computed where they are not kept."""
+    def get(
+        self, key: str, *, purpose: str, compute: Callable[[], Features], content: bytes | None = None
+    ) -> Features:
+        """The features of `key` for `purpose` (see, draw or hear), computed where they are not kept. content: the
+        encoded medium, where the store may keep what is made of it."""
         with self._lock:
             found = self._items.get((key, purpose))
             if found is not None:
@@ -68,7 +76,7 @@ class FeatureCache:
                 self.hits += 1
                 return found
             self.misses += 1
-        made = compute()
+        made = self._stored(content, purpose=purpose, compute=compute) if content is not None else compute()
         with self._lock:
             if (key, purpose) not in self._items:
                 self._items[(key, purpose)] = made
@@ -76,6 +84,31 @@ class FeatureCache:
             while self._bytes > self._max_bytes:
                 self._bytes -= _size(self._items.popitem(last=False)[1])
         return made
+
+
+    def _stored(self, content: bytes, *, purpose: str, compute: Callable[[], Features]) -> Features:
+        if self._store is None:
+            return compute()
+        kind, key = KINDS[purpose], self._store.key_of(content, purpose=purpose)
+        found = self._store.read(key)
+        if found is not None:
+            return kind(*found)
+        made = compute()
+        self._store.write(key, [getattr(made, field.name) for field in dataclasses.fields(kind)])
+        return made
+
+
+def open_store(config: DataConfig, *, tokenizers: TokenizerBundle) -> FeatureStore | None:
+    """The store that data.feature_cache names; none for tokenizers without an identity, or on a device whose rounding
+    is its own. Its context is all that features depend on besides the medium."""
+    folder, identities = store_folder(config.feature_cache), tokenizers.identities
+    device = next(tokenizers.visual.parameters()).device.type
+    if folder is None or device != "cpu" or UNTRAINED in (identities.visual, identities.audio):
+        return None
+    sizes = (config.image_pixels, config.video_pixels, config.video_frames, tokenizers.audio_levels)
+    build = (torch.__version__, torch.backends.cpu.get_cpu_capability())
+    context = repr((identities.visual, identities.audio, sizes, build))
+    return FeatureStore(folder, max_bytes=config.feature_cache_megabytes << 20, context=context)
 
 
 class MediaEncoder:
@@ -91,7 +124,7 @@ class MediaEncoder:
         """Encode video [3, F, H, W] fp32 in [-1, 1] frame by frame; clips (F > 1) are first padded to 4n frames."""
         if video.shape[1] > 1:
             video = pad_frames(video, multiple=FRAMES_PER_GROUP)
-        features = self._visual.encode_frames(video.movedim(1, 0))
+        features = self._visual.encode_frames(video.movedim(1, 0)).contiguous()
         return SeenPicture(((video + 1.0) * 127.5).round().to(torch.uint8), features)
 
     @torch.no_grad()

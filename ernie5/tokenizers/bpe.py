@@ -103,7 +103,9 @@ def _merge_short(
     return symbols
 
 
-def _merge_long(symbols: list[int], *, table: MergeTable, dropout: float, draw: Callable[[], float] | None) -> list[int]:
+def _merge_long(
+    symbols: list[int], *, table: MergeTable, dropout: float, draw: Callable[[], float] | None
+) -> list[int]:
     """Keep pairs in a heap and neighbours in two lists, so that no step walks over the whole piece."""
     after = list(range(1, len(symbols))) + [-1]
     before = list(range(-1, len(symbols) - 1))

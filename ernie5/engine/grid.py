@@ -59,7 +59,7 @@ class GridEngine(Engine):
         self.magnitudes = settings.magnitudes.to(device)
         self._parallel = build_state(parallel.derive_dims(self.world_size))
         self.dp_rank, self.dp_size = self._parallel.dp.coordinate, self._parallel.dp.size
-        self._layout = apply_layout(model, state=self._parallel, dispatcher=parallel.dispatcher)
+        self._layout = apply_layout(model, state=self._parallel, parallel=parallel)
         model.to(device)
         check_copies(dict(model.named_parameters()), layout=self._layout)
         self._masters = make_masters(model, precision=engine.precision)
@@ -72,15 +72,16 @@ class GridEngine(Engine):
         if optim.name == "adamw":
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)
+        self._step.text_loss = self._layout.text_loss(vocab_size=model.config.vocab_size)
         self._updates = 0
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over `micro_batches`, then one sum of gradients over ranks."""
         self.model.train()
-        counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
+        batches = [self._layout.take(batch.to(self.device)) for batch in micro_batches]
+        counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        for batch in micro_batches:
-            batch = batch.to(self.device)
+        for batch in batches:
             share, terms, routing = self._step(batch, counts, self.magnitudes)
             share.backward()
             move_gradients(self.model, masters=self._masters)
@@ -119,7 +120,7 @@ class GridEngine(Engine):
     def evaluate_batch(self, batch: Batch) -> StepSums:
         """Forward without gradients on every rank's own batch."""
         self.model.eval()
-        batch = batch.to(self.device)
+        batch = self._layout.take(batch.to(self.device))
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         share, terms, routing = self._step(batch, counts, self.magnitudes)

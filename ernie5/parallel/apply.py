@@ -13,14 +13,21 @@ from collections.abc import Iterator
 import torch
 
 from ernie5.model.shard_plan import Placement, placements_of
-from ernie5.parallel.collectives import all_gather
+from ernie5.objectives.next_token import TextLoss
+from ernie5.parallel.collectives import all_gather, even_sizes, own_part
+from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.context import cut_batch, install_context
 from ernie5.parallel.expert import make_dispatcher
 from ernie5.parallel.state import Axis, ParallelState
+from ernie5.parallel.tensor import VocabularyParallelLoss, install_tensor
+from ernie5.records import Batch
+from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """One cut of a tensor: `axis` cuts dim `dim`, which is made of `fused` equal parts, each cut by itself."""
+    """One cut of a tensor: `axis` cuts dim `dim`, which is made of `fused` equal parts, each cut by itself, as evenly as
+    it goes (rows of a head need not be divisible)."""
 
     dim: int
     axis: str
@@ -77,8 +84,9 @@ class Layout:
         part = whole
         for cut in self.shards[name].cuts:
             axis = self.state.axis(cut.axis)
-            pieces = part.unflatten(cut.dim, (cut.fused, axis.size, -1))
-            part = pieces.select(cut.dim + 1, axis.coordinate).flatten(cut.dim, cut.dim + 1)
+            pieces = part.unflatten(cut.dim, (cut.fused, -1))
+            sizes = even_sizes(pieces.shape[cut.dim + 1], axis=axis)
+            part = own_part(pieces, axis=axis, sizes=sizes, dim=cut.dim + 1).flatten(cut.dim, cut.dim + 1)
         return part.contiguous()
 
     def gather(self, part: torch.Tensor, *, name: str) -> torch.Tensor:
@@ -87,11 +95,21 @@ class Layout:
         for cut in reversed(self.shards[name].cuts):
             axis = self.state.axis(cut.axis)
             pieces = whole.unflatten(cut.dim, (cut.fused, -1))
-            sizes = [pieces.shape[cut.dim + 1]] * axis.size
+            sizes = even_sizes(self.shards[name].shape[cut.dim] // cut.fused, axis=axis)
             whole = all_gather(pieces, axis=axis, sizes=sizes, dim=cut.dim + 1).flatten(cut.dim, cut.dim + 1)
         return whole.contiguous()
 
-    def install(self, owner: torch.nn.Module, *, attribute: str, value: object) -> None:
+    def take(self, batch: Batch) -> Batch:
+        """This rank's part of a data-parallel rank's batch: its tokens under context parallelism, else all."""
+        return cut_batch(batch, rank=self.state.cp.coordinate, ranks=self.state.cp.size)
+
+    def text_loss(self, *, vocab_size: int) -> TextLoss:
+        """The cross-entropy that fits how the text head is held."""
+        if self.state.tp.size == 1:
+            return linear_cross_entropy
+        return VocabularyParallelLoss(vocab_size=vocab_size, axis=self.state.tp)
+
+    def install(self, owner: torch.nn.Module, attribute: str, value: object, /) -> None:
         """Exchange a part of the model for its parallel form; `whole` puts the plain one back for a while."""
         seam = Seam(owner, attribute, getattr(owner, attribute), value)
         self._seams.append(seam)
@@ -105,7 +123,7 @@ class Layout:
             if self.shards[name].cuts:
                 kept[name] = parameter.data
                 parameter.data = self.gather(parameter.data, name=name)
-        for seam in self._seams:
+        for seam in reversed(self._seams):
             setattr(seam.owner, seam.attribute, seam.plain)
         try:
             yield
@@ -117,11 +135,13 @@ class Layout:
                     parameter.data = kept[name]
 
 
-def apply_layout(model: torch.nn.Module, *, state: ParallelState, dispatcher: str) -> Layout:
-    """Turn the whole `model` into this rank's part, in this order: plan, cut, dispatchers."""
+def apply_layout(model: torch.nn.Module, *, state: ParallelState, parallel: ParallelConfig) -> Layout:
+    """Turn the whole `model` into this rank's part, in this order: plan, cut, tensor, context, dispatchers."""
     layout = Layout(state, shards=plan_shards(model, state=state))
     cut_parameters(model, layout=layout)
-    install_dispatchers(model, layout=layout, name=dispatcher)
+    install_tensor(model, axis=state.tp, install=layout.install, is_sequence=parallel.sequence)
+    install_context(model, axis=state.cp, install=layout.install, mode=parallel.context)
+    install_dispatchers(model, layout=layout, parallel=parallel)
     return layout
 
 
@@ -141,13 +161,16 @@ def cut_parameters(model: torch.nn.Module, *, layout: Layout) -> None:
             parameter.data = layout.cut(parameter.data, name=name).clone()
 
 
-def install_dispatchers(model: torch.nn.Module, *, layout: Layout, name: str) -> None:
-    """Give every mixture-of-experts layer a dispatcher that reaches the experts of other ranks."""
+def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: ParallelConfig) -> None:
+    """Give every mixture-of-experts layer a dispatcher that reaches the experts of other ranks. With tp each rank
+    brings a share of the tokens that the ranks have in common, so that no expert sees a token twice.
+    """
     state = layout.state
-    if state.ep.size * state.etp.size == 1:
+    if state.ep.size * state.etp.size * state.tp.size == 1:
         return
     for layer in model.moe_layers():
-        layout.install(layer, attribute="dispatcher", value=make_dispatcher(name, state=state))
+        made = make_dispatcher(parallel.dispatcher, state=state, is_replicated=not parallel.sequence)
+        layout.install(layer, "dispatcher", made)
 
 
 def _plan_shard(name: str, placement: Placement, *, shape: tuple[int, ...], state: ParallelState) -> Shard:

@@ -11,8 +11,8 @@ from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig
 from ernie5.parallel.dims import GridDims, nearest_divisors
 
-UNAVAILABLE_AXES = ("tp", "pp", "vpp", "cp")
-RUNNING_AXES = "data parallelism (dp), expert parallelism (ep) and tensor parallelism inside experts (etp)"
+UNAVAILABLE_AXES = ("pp", "vpp")
+RUNNING_AXES = "dp, tp, cp, ep and etp"
 DISPATCHERS = ("auto", "alltoall", "allgather", "deepep", "megablocks")
 UNAVAILABLE_DISPATCHERS = ("deepep", "megablocks")
 
@@ -32,6 +32,13 @@ class ParallelConfig(Config):
     pp: int = field(1, doc="pipeline stages", check=positive, kind="performance")
     vpp: int = field(1, doc="virtual stages per pipeline rank", check=positive, kind="performance")
     cp: int = field(1, doc="context-parallel ranks", check=positive, kind="performance")
+    sequence: bool = field(
+        False, doc="with tp: split the tokens of norms, routers and residuals over the tp ranks", kind="performance"
+    )
+    context: str = field(
+        "ring", doc="with cp: how queries meet the keys of other ranks", choices=("ring", "ulysses"),
+        kind="performance",
+    )
     dispatcher: str = field(
         "auto", doc="how tokens reach experts of other ranks; auto: alltoall", choices=DISPATCHERS, kind="performance"
     )
@@ -81,7 +88,23 @@ class ParallelConfig(Config):
         return GridDims(dp=dp, cp=self.cp, tp=self.tp, pp=self.pp, ep=self.ep, etp=self.etp)
 
     def check_model(self, model: ModelConfig) -> None:
-        """Check that the experts of `model` can be cut; raises LayoutError."""
+        """Check that the experts, heads and feed-forwards of `model` can be cut; raises LayoutError."""
+        self._check_experts(model)
+        if model.kv_heads % self.tp:
+            self._refuse(
+                "tp",
+                f"does not divide model.kv_heads = {model.kv_heads}. Each rank must hold whole key heads together with "
+                f"their query heads. {_nearest(model.kv_heads, wanted=self.tp)}",
+            )
+        if self.context == "ulysses" and (model.query_heads // self.tp) % self.cp:
+            heads = model.query_heads // self.tp
+            self._refuse(
+                "cp",
+                f"does not divide the {heads} query heads of a tp rank. Ulysses gives every rank whole heads. "
+                f"{_nearest(heads, wanted=self.cp)}, or set parallel.context: ring",
+            )
+
+    def _check_experts(self, model: ModelConfig) -> None:
         experts, width = model.moe.num_experts, model.moe.expert_width
         if experts % self.ep:
             self._refuse(

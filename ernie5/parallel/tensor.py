@@ -123,7 +123,6 @@ class SequenceRegion:
             audio=local,
             layers=layers,
         )
-        out = self._touch_targets(out, codes=local.codes)
         order = torch.argsort(torch.argsort(owner, stable=True))
         return gather(out, axis=axis, sizes=sizes, dim=TOKEN_DIM), logits.index_select(0, order), routings
 
@@ -137,13 +136,6 @@ class SequenceRegion:
         if self._model.audio_head is not None:
             yield from self._model.audio_head.norms
             yield from self._model.audio_head.targets
-
-    def _touch_targets(self, out: torch.Tensor, *, codes: torch.Tensor) -> torch.Tensor:
-        """Give target embeddings a zero gradient where this rank has no audio and another has: all ranks sum it."""
-        if codes.shape[0] or not sum(self.audio_sizes):
-            return out
-        zeros = [table.weight[:1].sum() * 0.0 for table in self._model.audio_head.targets]
-        return out + torch.stack(zeros).sum() if zeros else out
 
 
 class _CutWork:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require, require_beside, require_float
 from ..dispatch import choose_backend
 from ..native.library import runs_native
 from .chunked import ChunkedAttention, attend, attend_backward
@@ -11,7 +12,7 @@ from .native import NativeAttention
 from .plan import AttentionPlan, plan_attention, plan_piecewise
 from .reference import attention_reference, dense_mask
 
-OFFERED = ("native", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 
 __all__ = [
     "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
@@ -41,7 +42,16 @@ def attention(
         raise ValueError(f"attention: {key.shape[1]} keys, plan for {plan.query_start + plan.query_tokens}")
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     native = runs_native(query, key, value) and query.shape[-1] % 2 == 0
-    chosen = choose_backend(backend, op="attention", offered=OFFERED, device=query.device, native=native)
+    chosen = choose_backend(
+        backend, op="attention", offered=OFFERED, device=query.device, dtype=query.dtype, native=native
+    )
+    if chosen == "triton":
+        from .operator import attention_triton
+
+        _require(query, key=key, value=value, plan=plan)
+        return attention_triton(
+            query, key=key, value=value, intervals=plan.intervals, query_start=plan.query_start, scale=scale
+        )
     if chosen == "native":
         return NativeAttention.apply(query, key, value, plan, scale)
     if chosen == "reference":
@@ -51,3 +61,16 @@ def attention(
             mask = dense_mask(plan.intervals, query_start=plan.query_start, query_tokens=query.shape[1])
         return attention_reference(query, key=key, value=value, mask=mask, scale=scale)
     return ChunkedAttention.apply(query, key, value, plan, scale)
+
+
+def _require(query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> None:
+    require_float(query, op="attention", name="query")
+    for name, tensor in (("key", key), ("value", value)):
+        require_beside(tensor, first=query, op="attention", name=name, same_dtype=True)
+    rule = "heads may be at most 256 wide, a block is held in registers; use backend torch"
+    require(query.shape[-1] <= 256, op="attention", name="query", tensor=query, rule=rule)
+    if plan.intervals is not None:
+        rule = f"it must be [{query.shape[0]}, {key.shape[1]}, 4], one per key column"
+        holds = plan.intervals.shape == (query.shape[0], key.shape[1], 4)
+        require(holds, op="attention", name="plan.intervals", tensor=plan.intervals, rule=rule)
+        require_beside(plan.intervals, first=query, op="attention", name="plan.intervals")

@@ -1,0 +1,144 @@
+"""Launches of the Triton attention, registered as operators with fake versions and gradients."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+
+from ..grouped_gemm.kernel import precision_of
+from ..launch import capability_of, ceil_div, power_of_two
+from .blocks import BlockLists, block_lists, everything_visible
+from .kernel import (
+    AttentionBlocks,
+    attention_forward_kernel,
+    choose_blocks,
+    delta_kernel,
+    key_gradient_kernel,
+    query_gradient_kernel,
+)
+
+SMALLEST_WIDTH = 16
+DELTA_ROWS = 16
+
+
+@torch.library.custom_op("ernie5::attention", mutates_args=())
+def attention_op(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: torch.Tensor, query_start: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """(out [B, T, H, C], log-sum-exp [B, H, T] fp32 to base 2, +inf for a row that sees nothing)."""
+    query, key, value = (_readable(x) for x in (query, key, value))
+    batch, queries, heads, width = query.shape
+    out, lse = _results(query)
+    if not out.numel():
+        return out, lse
+    blocks = _blocks(query, backward=False)
+    by_query, _ = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
+    attention_forward_kernel[(by_query.others.shape[1], batch * heads)](
+        query, key, value, out, lse, intervals, by_query.others, by_query.counts, queries, key.shape[1], query_start,
+        heads, key.shape[2], width, scale * math.log2(math.e), *query.stride()[:3], *key.stride()[:3],
+        *value.stride()[:3], by_query.others.shape[2], precision_of(query.dtype), blocks.queries, blocks.keys,
+        power_of_two(width, least=SMALLEST_WIDTH), num_warps=blocks.warps, num_stages=blocks.stages,
+    )
+    return out, lse
+
+
+@torch.library.custom_op("ernie5::attention_backward", mutates_args=())
+def attention_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, grad: torch.Tensor, query_start: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    """Gradients of query, key and value."""
+    query, key, value, grad = (_readable(x) for x in (query, key, value, grad.contiguous()))
+    batch, queries, heads, width = query.shape
+    grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+    if not out.numel():
+        return grads[0], grads[1].zero_(), grads[2].zero_()
+    padded, delta = power_of_two(width, least=SMALLEST_WIDTH), torch.empty_like(lse)
+    rows = batch * queries * heads
+    delta_kernel[(ceil_div(rows, DELTA_ROWS),)](
+        grad, out, delta, rows, queries, heads, width, DELTA_ROWS, padded, num_warps=4
+    )
+    blocks = _blocks(query, backward=True)
+    by_query, by_key = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
+    strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
+    sizes = (
+        queries, key.shape[1], query_start, heads, key.shape[2], width, scale * math.log2(math.e), scale, *strides
+    )
+    constants = (precision_of(query.dtype), blocks.queries, blocks.keys, padded)
+    key_gradient_kernel[(by_key.others.shape[1], batch * key.shape[2])](
+        query, key, value, grad, lse, delta, grads[1], grads[2], intervals, by_key.others, by_key.counts, *sizes,
+        by_key.others.shape[2], *constants, num_warps=blocks.warps, num_stages=blocks.stages,
+    )
+    query_gradient_kernel[(by_query.others.shape[1], batch * heads)](
+        query, key, value, grad, lse, delta, grads[0], intervals, by_query.others, by_query.counts, *sizes,
+        by_query.others.shape[2], *constants, num_warps=blocks.warps, num_stages=blocks.stages,
+    )
+    return grads
+
+
+def _readable(x: torch.Tensor) -> torch.Tensor:
+    return x if x.stride(-1) == 1 else x.contiguous()
+
+
+def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    batch, queries, heads, width = query.shape
+    return query.new_empty(batch, queries, heads, width), query.new_empty((batch, heads, queries), dtype=torch.float32)
+
+
+def _blocks(query: torch.Tensor, *, backward: bool) -> AttentionBlocks:
+    return choose_blocks(
+        capability=capability_of(query.device), width=query.shape[-1], element_bytes=query.element_size(),
+        backward=backward,
+    )
+
+
+def _lists(
+    intervals: torch.Tensor, *, queries: int, query_start: int, blocks: AttentionBlocks
+) -> tuple[BlockLists, BlockLists]:
+    return block_lists(
+        intervals, queries=queries, query_start=query_start, block_queries=blocks.queries, block_keys=blocks.keys
+    )
+
+
+@attention_op.register_fake
+def _fake_forward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: torch.Tensor, query_start: int, scale: float
+) -> tuple[torch.Tensor, torch.Tensor]:
+    return _results(query)
+
+
+@attention_backward.register_fake
+def _fake_backward(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: torch.Tensor, out: torch.Tensor,
+    lse: torch.Tensor, grad: torch.Tensor, query_start: int, scale: float,
+) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
+    return query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
+
+
+def _save(ctx, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
+    ctx.save_for_backward(*inputs[:4], *output)
+    ctx.query_start, ctx.scale = inputs[4:]
+    ctx.mark_non_differentiable(output[1])
+
+
+def _gradients(ctx, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    return *attention_backward(*ctx.saved_tensors, grad, ctx.query_start, ctx.scale), None, None, None
+
+
+attention_op.register_autograd(_gradients, setup_context=_save)
+
+
+def attention_triton(
+    query: torch.Tensor,
+    *,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    intervals: torch.Tensor | None,
+    query_start: int,
+    scale: float,
+) -> torch.Tensor:
+    """Attend from query [B, T, H, C] to key and value [B, S, G, C] under intervals [B, S, 4] (None: to all)."""
+    if intervals is None:
+        intervals = everything_visible(batch=query.shape[0], keys=key.shape[1], device=query.device)
+    return attention_op(query, key, value, intervals.to(torch.int32).contiguous(), query_start, scale)[0]

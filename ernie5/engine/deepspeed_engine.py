@@ -16,18 +16,24 @@ import torch
 import torch.distributed as dist
 
 from ernie5.engine.config import EngineConfig
+from ernie5.engine.clipping import clip_over_ranks
 from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
+from ernie5.engine.deepspeed_experts import ExpertPlacement
 from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_order import OrderedStep
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.errors import LayoutError
 from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.build import build_optimizer
-from ernie5.optim.clip import clip_gradients
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
+from ernie5.parallel.apply import apply_layout
+from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.state import build_state
+from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
 
 
@@ -39,6 +45,7 @@ class DeepSpeedEngine(Engine):
         model: torch.nn.Module,
         *,
         engine: EngineConfig,
+        parallel: ParallelConfig,
         optim: OptimConfig,
         settings: StepSettings,
         device: torch.device,
@@ -51,29 +58,40 @@ class DeepSpeedEngine(Engine):
 
         self.model, self.device, self._settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        self.dp_rank, self.dp_size = self.rank, self.world_size
+        refuse_axes(parallel)
+        parallel_state = build_state(parallel.derive_dims(self.world_size))
+        self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage = engine.zero_stage
+        self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
         model.to(device)
+        placement = ExpertPlacement(self._layout, stage=self._stage)
+        placement.mark(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
+        groups = placement.split_groups(groups)
         step: torch.nn.Module = MicroStep(model, config=settings.objectives)
         self._ordered = OrderedStep(step) if self._stage >= 2 else None
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,
             micro_sequences=micro_sequences,
-            dp=self.world_size,
+            dp=self.dp_size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
         )
+        optimizer = build_optimizer(groups, config=optim)
+        placement.mark_groups(optimizer)
+        wrapped = self._prepare(step)
+        placement.announce(wrapped)
         self._engine, _, _, _ = deepspeed.initialize(
-            model=self._prepare(step),
-            optimizer=build_optimizer(groups, config=optim),
+            model=wrapped,
+            optimizer=optimizer,
             config=deepspeed_config(engine, optim=optim, plan=plan),
             dist_init_required=False,
         )
         _restore_buffers(model, buffers=buffers)
-        self._state = DeepSpeedState(self._engine, model=model, stage=self._stage)
+        self._state = DeepSpeedState(self._engine, model=model, stage=self._stage, layout=self._layout)
+        check_copies(self._state.parts(), layout=self._layout)
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over this rank's micro-batches; the last backward reduces gradients over ranks."""
@@ -153,13 +171,14 @@ class DeepSpeedEngine(Engine):
 
     @contextlib.contextmanager
     def whole_model(self) -> Iterator[None]:
-        """Stage 3 gathers all weights and takes its gathering hooks off, so that one rank may run layers alone."""
+        """Experts of other ranks join; stage 3 gathers all weights and takes its gathering hooks off before."""
         if self._stage < 3:
-            yield
+            with self._layout.whole(self.model):
+                yield
             return
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
-        with unwrap_model_for_generation(self._engine):
+        with unwrap_model_for_generation(self._engine), self._layout.whole(self.model):
             yield
 
     def close(self) -> None:
@@ -186,11 +205,11 @@ class DeepSpeedEngine(Engine):
         return values
 
     def _step_whole(self) -> float:
-        """Stage 0: gradients are whole on every rank, so clip them as the local engine does."""
-        parameters = [p for p in self.model.parameters() if p.grad is not None]
-        norm = float(clip_gradients([p.grad for p in parameters], max_norm=self._settings.clip_norm))
+        """Stage 0: clip by the norm that counts every expert once (DeepSpeed's own norm does not, its issue 8475)."""
+        gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
+        norm = float(clip_over_ranks(gradients, layout=self._layout, max_norm=self._settings.clip_norm))
         if not math.isfinite(norm):
-            for parameter in parameters:
+            for parameter in self.model.parameters():
                 parameter.grad = None
         self._engine.step()
         return norm
@@ -199,6 +218,18 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(norm) if self._engine.was_step_applied() else math.inf
+
+
+def refuse_axes(parallel: ParallelConfig) -> None:
+    """Refuse the axes that DeepSpeed would have to share with another cut of the same weights or rows."""
+    for axis in ("tp", "cp", "pp"):
+        if vars(parallel)[axis] > 1:
+            parallel.fail(
+                axis,
+                f"DeepSpeed's ZeRO runs with dp, ep and etp in this version. Set engine.kind: grid or "
+                f"parallel.{axis}: 1",
+                error=LayoutError,
+            )
 
 
 def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:

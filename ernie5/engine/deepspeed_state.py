@@ -13,13 +13,14 @@ import torch.distributed as dist
 from ernie5.engine.interface import EngineState, check_names
 from ernie5.engine.local import load_buffers, persistent_buffers
 from ernie5.optim.adamw import MOMENTS, create_state
+from ernie5.parallel.apply import Layout
 
 
 class DeepSpeedState:
     """Reads and writes the state behind a DeepSpeed engine; every method is collective."""
 
-    def __init__(self, engine: object, *, model: torch.nn.Module, stage: int) -> None:
-        self._engine, self._model, self._stage = engine, model, stage
+    def __init__(self, engine: object, *, model: torch.nn.Module, stage: int, layout: Layout) -> None:
+        self._engine, self._model, self._stage, self._layout = engine, model, stage, layout
         self.updates = 0
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for master in self._masters():
@@ -29,7 +30,14 @@ class DeepSpeedState:
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Full fp32 gradients, before clipping."""
-        return {name: self._gradient(parameter).float().clone() for name, parameter in self._names.items()}
+        return {
+            name: self._layout.gather(self._gradient(parameter).float(), name=name).clone()
+            for name, parameter in self._names.items()
+        }
+
+    def parts(self) -> dict[str, torch.Tensor]:
+        """This rank's part of every parameter as the next step will use it, whole within DeepSpeed's partitions."""
+        return {name: self._read(parameter, key=None) for name, parameter in self._names.items()}
 
     def poison_gradient(self) -> None:
         """NaN into the gradient of the smallest parameter, wherever the stage keeps it."""
@@ -43,9 +51,10 @@ class DeepSpeedState:
         """Everything on the CPU."""
         parameters, moments = {}, {}
         for name, parameter in self._names.items():
-            parameters[name] = self._read(parameter, key=None).to("cpu", torch.float32, copy=True)
-            for key in self._keys(parameter):
-                moments[f"{key}/{name}"] = self._read(parameter, key=key).to("cpu", torch.float32, copy=True)
+            for key in (None, *self._keys(parameter)):
+                whole = self._layout.gather(self._read(parameter, key=key), name=name)
+                target, label = (parameters, name) if key is None else (moments, f"{key}/{name}")
+                target[label] = whole.to("cpu", torch.float32, copy=True)
         return EngineState(
             parameters=parameters,
             buffers=persistent_buffers(self._model),
@@ -62,9 +71,9 @@ class DeepSpeedState:
         check_names(state.moments, expected=own.moments, what="optimizer tensors")
         load_buffers(self._model, buffers=state.buffers)
         for name, parameter in self._names.items():
-            self._write(parameter, value=state.parameters[name], key=None)
+            self._write(parameter, value=self._layout.cut(state.parameters[name], name=name), key=None)
             for key in self._keys(parameter):
-                self._write(parameter, value=state.moments[f"{key}/{name}"], key=key)
+                self._write(parameter, value=self._layout.cut(state.moments[f"{key}/{name}"], name=name), key=key)
         if self._stage == 3:
             for group in range(len(self._optimizer().fp16_groups)):
                 self._optimizer()._reassign_or_swap_out_partitioned_parameters(group)
@@ -110,8 +119,9 @@ class DeepSpeedState:
     def _write_piece(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
         """This rank's piece, padded: safe_set_full_* fails where ranks do not divide the number of elements."""
         size = parameter.ds_tensor.numel()
-        pieces = torch.nn.functional.pad(value.flatten(), (0, size * dist.get_world_size() - value.numel()))
-        self._optimizer().set_local_hp_param(pieces.view(-1, size)[dist.get_rank()], parameter, key)
+        ranks = dist.get_world_size(parameter.ds_process_group)
+        pieces = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).view(ranks, size)
+        self._optimizer().set_local_hp_param(pieces[dist.get_rank(parameter.ds_process_group)], parameter, key)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer

@@ -13,6 +13,7 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
+from ernie5.engine.clipping import clip_over_ranks
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
 from ernie5.engine.local import (
@@ -28,7 +29,6 @@ from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
-from ernie5.optim.clip import global_norm, scale_gradients
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
 from ernie5.parallel.apply import apply_layout
@@ -58,6 +58,7 @@ class GridEngine(Engine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.magnitudes = settings.magnitudes.to(device)
         self._parallel = build_state(parallel.derive_dims(self.world_size))
+        self.traffic = self._parallel.traffic
         self.dp_rank, self.dp_size = self._parallel.dp.coordinate, self._parallel.dp.size
         self._layout = apply_layout(model, state=self._parallel, parallel=parallel)
         model.to(device)
@@ -91,7 +92,8 @@ class GridEngine(Engine):
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip by the norm over all ranks, step, copy masters, move balance bias and magnitudes."""
-        norm = self._clip()
+        gradients = {name: master.grad for name, master in self._masters.items()}
+        norm = clip_over_ranks(gradients, layout=self._layout, max_norm=self._settings.clip_norm)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
@@ -184,14 +186,3 @@ class GridEngine(Engine):
         """Leave the process group (a group of one has nothing to leave)."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
-
-    def _clip(self) -> torch.Tensor:
-        """Every parameter counts once: on the first of the ranks that hold the same part of it."""
-        counted = [m.grad for name, m in self._masters.items() if self._layout.is_counted_here(name)]
-        norm = global_norm(
-            counted or [torch.zeros(1, device=self.device)],
-            reduce=lambda squares: all_reduce(squares, axis=self._parallel.world),
-        )
-        gradients = [master.grad for master in self._masters.values()]
-        scale_gradients(gradients, norm=norm, max_norm=self._settings.clip_norm)
-        return norm

@@ -26,8 +26,8 @@ from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
 @dataclasses.dataclass(frozen=True)
 class Cut:
-    """One cut of a tensor: `axis` cuts dim `dim`, which is made of `fused` equal parts, each cut by itself, as evenly as
-    it goes (rows of a head need not be divisible)."""
+    """One cut of a tensor: `axis` cuts dim `dim`, which is made of `fused` equal parts, each cut by itself, as evenly
+    as it goes (rows of a head need not be divisible)."""
 
     dim: int
     axis: str

@@ -5,8 +5,8 @@
 | copy_to | same tensor | sum over ranks | a replicated input enters work that is cut over the axis |
 | reduce_from | sum over ranks | same tensor | partial results leave that work; afterwards replicated |
 | split | this rank's part | parts of all ranks | a replicated tensor becomes cut |
-| gather | parts of all ranks | this rank's part | a cut tensor becomes replicated: all ranks go on alike |
-| gather_for_work | parts of all ranks | sum over ranks, this rank's part | a cut tensor enters work that differs by rank |
+| gather | parts of all ranks | this rank's part | a cut tensor becomes whole; all ranks go on alike |
+| gather_for_work | parts of all ranks | sum over ranks, own part | what is cut enters work that differs by rank |
 | reduce_scatter | sum over ranks, this rank's part | parts of all ranks | partial results leave it; afterwards cut |
 | exchange | uneven all-to-all | the reverse all-to-all | rows travel |
 

@@ -52,6 +52,7 @@ class ParallelState:
     dp_cp: Axis
     pp: Axis
     stage: Axis
+    block: Axis
     ep: Axis
     etp: Axis
     edp: Axis

@@ -122,9 +122,19 @@ def build_engine(
         return engine_class(
             model, optim=config.optim, settings=settings, precision=config.engine.precision, device=device
         )
+    if config.engine.kind == "grid":
+        return engine_class(
+            model,
+            engine=config.engine,
+            parallel=config.parallel,
+            optim=config.optim,
+            settings=settings,
+            device=device,
+        )
     return engine_class(
         model,
         engine=config.engine,
+        parallel=config.parallel,
         optim=config.optim,
         settings=settings,
         device=device,

@@ -1,11 +1,13 @@
 """One rank of the layout table: `python worker.py JOB.json` runs every row of the job and writes what rank 0 saw.
 
-A row is a dict: name, engine (grid | deepspeed | local), parallel (degrees), stage, case, rows (of one step). Rows of
-one job run one after another in the same processes, which start once.
+A row is a dict: name, engine (grid | deepspeed | local), parallel (degrees), stage, case, rows (of one step), and what
+differs from the tiny model and from the default objectives. Rows of one job run one after another in the same
+processes, which start once.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -14,12 +16,14 @@ from pathlib import Path
 
 import torch
 
+from ernie5.config.base import Config
 from ernie5.data.synthetic import TASKS, synthetic_batch
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.grid import GridEngine
-from ernie5.engine.interface import Engine, StepSettings
+from ernie5.engine.interface import Engine, EngineState, StepSettings
 from ernie5.engine.local import LocalEngine
 from ernie5.model.backbone import build_model
+from ernie5.model.interfaces import Routing
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
@@ -47,7 +51,7 @@ def make_rows(step: int, *, rows: int) -> list[Batch]:
 
 def make_engine(row: dict) -> Engine:
     """The engine of a row around the same whole model; `case` shifts the routers' bias."""
-    model = build_model(TINY.MODEL, seed=3)
+    model = build_model(changed(TINY.MODEL, fields=row.get("model", {})), seed=3)
     for router in model.routers():
         if row["case"] == "one_expert":  # the first expert of every token is 5, the second one of the others
             router.balance_bias[5] = FAR
@@ -57,7 +61,7 @@ def make_engine(row: dict) -> Engine:
             router.balance_bias[6] = -FAR
     clip = row.get("clip", 0.05)
     settings = StepSettings(
-        objectives=ObjectivesConfig(ema_decay=0.5), clip_norm=clip, balance_speed=0.01,
+        objectives=ObjectivesConfig(ema_decay=0.5, **row.get("objectives", {})), clip_norm=clip, balance_speed=0.01,
         magnitudes=uniform_magnitudes(vocab_size=TINY.MODEL.vocab_size, audio_codes=TINY.MODEL.audio.codes),
     )
     optim = OptimConfig(learning_rate=1e-2, clip_norm=clip, name=row.get("optimizer", "adamw"))
@@ -80,14 +84,27 @@ def make_engine(row: dict) -> Engine:
     )
 
 
+def changed(config: Config, *, fields: dict) -> Config:
+    """`config` with some fields changed, those of nested configurations by nested dicts."""
+    new = {
+        name: changed(vars(config)[name], fields=value) if isinstance(value, dict) else value
+        for name, value in fields.items()
+    }
+    return dataclasses.replace(config, **new)
+
+
 def run_row(row: dict) -> dict[str, object]:
     """Two steps, an evaluation, and the state; the same figures for every engine."""
     engine = make_engine(row)
-    result: dict[str, object] = {"losses": [], "norms": [], "loads": [], "routing_losses": []}
+    result: dict[str, object] = {"losses": [], "norms": [], "loads": []}
+    result["start"] = {name: value.clone() for name, value in engine.state().parameters.items()}
+    pairs = count_pairs(engine, ranks=row["parallel"].get("ep", 1)) if row.get("count_bytes") else None
     for step in range(STEPS):
         batches = make_rows(step, rows=row["rows"])[engine.dp_rank :: engine.dp_size]
         sums = engine.accumulate(batches)
         if step == 0:
+            if pairs is not None:
+                result["bytes"] = add_bytes(engine, pairs=pairs)
             result["gradients"] = engine.gradients()
         report = engine.update(sums, learning_rate=1e-2)
         names = ("text", "image", "video", "audio", "mtp")
@@ -99,9 +116,45 @@ def run_row(row: dict) -> dict[str, object]:
     with engine.whole_model(), torch.no_grad():
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model
             result["by_hand"] = engine.model(batch).text_hidden
+    if row.get("third"):
+        result["third"] = third_step(row, state=result["state"])
     pair = make_rows(8, rows=engine.dp_size)
     result["evaluated"] = float(engine.evaluate_batch(pair[engine.dp_rank]).terms.text)
     return result
+
+
+def third_step(row: dict, *, state: EngineState) -> dict[str, object]:
+    """A new engine continues from `state`, written to a file and read again."""
+    engine = make_engine(row)
+    engine.load_state(state)
+    read = engine.state()
+    report = engine.train_step(make_rows(2, rows=row["rows"])[engine.dp_rank :: engine.dp_size], learning_rate=1e-2)
+    losses = [float(value) for value in vars(report.sums.terms).values()]
+    return {"written": state, "read": read, "norm": float(report.grad_norm), "losses": losses}
+
+
+def count_pairs(engine: GridEngine, *, ranks: int) -> list[int]:
+    """A list that grows by the (token, remote rank) pairs of every layer that routes, in bytes of hidden states."""
+    found: list[int] = []
+    own = engine.rank % ranks
+
+    def count(_module: torch.nn.Module, inputs: tuple, routing: Routing) -> None:
+        held = routing.scores.shape[1] // ranks
+        wanted = torch.zeros(len(routing.choices), ranks, dtype=torch.bool)
+        wanted.scatter_(1, routing.choices // held, True)
+        wanted[:, own] = False
+        found.append(int(wanted.sum()) * inputs[0].shape[1] * inputs[0].element_size())
+
+    for router in engine.model.routers():
+        router.register_forward_hook(count)
+    return found
+
+
+def add_bytes(engine: GridEngine, *, pairs: list[int]) -> dict[str, object]:
+    """What the collectives counted and what had to travel, summed over ranks."""
+    everyone = engine.gather({"unique": sum(pairs), "sent": dict(engine.traffic.sent_bytes)})
+    sent = {what: sum(one["sent"].get(what, 0) for one in everyone) for what in everyone[0]["sent"]}
+    return {"unique_bytes": sum(one["unique"] for one in everyone), "sent": sent}
 
 
 def main(path: str) -> None:

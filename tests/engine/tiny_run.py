@@ -23,6 +23,7 @@ from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, Visual
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
+from ernie5.parallel.config import ParallelConfig
 from ernie5.records import Batch
 from ernie5.tokenizers.vocab import Vocab
 
@@ -90,6 +91,7 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
     return DeepSpeedEngine(
         model,
         engine=EngineConfig(zero_stage=stage, precision=precision),
+        parallel=ParallelConfig(),
         optim=optim,
         settings=settings,
         device=device,

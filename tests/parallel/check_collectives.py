@@ -1,0 +1,107 @@
+"""One of three ranks: every collective against what it must be, forward and backward (run by test_collectives.py)."""
+
+from __future__ import annotations
+
+import torch
+import torch.distributed as dist
+
+from ernie5.errors import EnvironmentFault, LayoutError
+from ernie5.parallel import collectives as c
+from ernie5.parallel.apply import Layout, Shard
+from ernie5.parallel.dims import GridDims
+from ernie5.parallel.state import Axis, build_state, join_processes
+from ernie5.parallel.verify import check_copies
+
+SIZES = (2, 0, 3)
+TOTAL = sum(SIZES)
+
+
+def whole(seed: int) -> torch.Tensor:
+    """The same [TOTAL, 2] on every rank."""
+    return torch.randn(TOTAL, 2, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+
+
+def own(x: torch.Tensor, *, axis: Axis) -> torch.Tensor:
+    return c.own_part(x, axis=axis, sizes=SIZES).clone()
+
+
+def run(function: object, x: torch.Tensor, *, cotangent: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    x = x.clone().requires_grad_()
+    out = function(x)
+    out.backward(cotangent)
+    return out.detach(), x.grad
+
+
+def check_replicated(axis: Axis) -> None:
+    """Functions between replicated and cut tensors; cotangents that differ by rank are `whole(10 + rank)`."""
+    rank, mine, parts = axis.coordinate, whole(10 + axis.coordinate), [whole(10 + i) for i in range(3)]
+    total = sum(parts)
+    out, grad = run(lambda x: c.copy_to(x, axis=axis), whole(0), cotangent=mine)
+    assert torch.equal(out, whole(0)) and torch.allclose(grad, total)
+    out, grad = run(lambda x: c.reduce_from(x, axis=axis), mine, cotangent=whole(0))
+    assert torch.allclose(out, total) and torch.equal(grad, whole(0))
+    out, grad = run(lambda x: c.split(x, axis=axis, sizes=SIZES), whole(0), cotangent=own(whole(1), axis=axis))
+    assert torch.equal(out, own(whole(0), axis=axis)) and torch.equal(grad, whole(1))
+    out, grad = run(lambda x: c.gather(x, axis=axis, sizes=SIZES), own(whole(0), axis=axis), cotangent=whole(1))
+    assert torch.equal(out, whole(0)) and torch.equal(grad, own(whole(1), axis=axis))
+    out, grad = run(
+        lambda x: c.gather_for_work(x, axis=axis, sizes=SIZES), own(whole(0), axis=axis), cotangent=mine
+    )
+    assert torch.equal(out, whole(0)) and torch.allclose(grad, own(total, axis=axis))
+    out, grad = run(
+        lambda x: c.reduce_scatter(x, axis=axis, sizes=SIZES), mine, cotangent=own(whole(1), axis=axis)
+    )
+    assert torch.allclose(out, own(total, axis=axis)) and torch.equal(grad, whole(1))
+    columns = whole(0).T.contiguous()
+    out = c.all_gather(c.own_part(columns, axis=axis, sizes=SIZES, dim=1), axis=axis, sizes=SIZES, dim=1)
+    assert torch.equal(out, columns) and rank < 3
+
+
+def check_exchange(axis: Axis) -> None:
+    """Rank i sends i + j rows to rank j, none of them to itself when i = j = 0."""
+    rank = axis.coordinate
+    send, receive = [rank + j for j in range(3)], [j + rank for j in range(3)]
+    rows = torch.arange(sum(send), dtype=torch.float64).add(100 * rank).unsqueeze(1).repeat(1, 2)
+    out, grad = run(
+        lambda x: c.exchange(x, weights=x[:, :1], axis=axis, send=send, receive=receive)[0],
+        rows, cotangent=torch.full((sum(receive), 2), float(rank), dtype=torch.float64),
+    )
+    starts = [100 * j + sum(j + k for k in range(rank)) for j in range(3)]
+    expected = [start + i for start, count in zip(starts, receive, strict=True) for i in range(count)]
+    assert out[:, 0].tolist() == expected
+    assert grad[:, 0].tolist() == [float(j) for j, count in enumerate(send) for _ in range(count)]
+    nothing = torch.empty(0, 2, requires_grad=True)
+    c.exchange_rows(nothing, axis=axis, send=[0] * 3, receive=[0] * 3).sum().backward()
+    assert nothing.grad.shape == (0, 2)
+
+
+def check_hashes(state: object) -> None:
+    """The start-up check accepts what the layout says and names what contradicts it."""
+    layout = Layout(state, shards={"w": Shard("w", (3,), (), ("dp_cp",), ("dp_cp",))})
+    check_copies({"w": torch.ones(3)}, layout=layout)
+    try:
+        check_copies({"w": torch.full((3,), float(state.rank == 2))}, layout=layout)
+    except EnvironmentFault as error:
+        assert "ranks 0 and 2 hold different values of w" in str(error)
+    else:
+        raise AssertionError("different copies went unnoticed")
+
+
+def main() -> None:
+    """Run all checks; a failed one ends the process with a traceback."""
+    torch.set_num_threads(1)
+    join_processes(torch.device("cpu"))
+    state = build_state(GridDims(dp=3))
+    assert state.dp.group is state.dp_cp.group and state.tp.group is None
+    check_replicated(state.dp)
+    check_exchange(state.dp)
+    check_hashes(state)
+    try:
+        build_state(GridDims(dp=2))
+    except LayoutError as error:
+        assert "needs 2 processes, and 3 run" in str(error)
+    dist.destroy_process_group()
+
+
+if __name__ == "__main__":
+    main()

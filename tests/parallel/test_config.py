@@ -1,0 +1,50 @@
+"""Illegal layouts are LayoutErrors that name rule and way out, before any process group exists."""
+
+from __future__ import annotations
+
+import pytest
+import torch.distributed as dist
+
+from ernie5.errors import LayoutError
+from ernie5.model.config import ModelConfig, MoEConfig
+from ernie5.parallel.config import ParallelConfig
+
+MODEL = ModelConfig(moe=MoEConfig(num_experts=64, top_k=4, expert_width=96))
+
+
+@pytest.mark.parametrize(
+    "degrees,world,message",
+    [
+        ({"ep": 3}, 4, r"ep = 3: ep x etp = 3 x 1 does not divide dp x cp x tp = 4.*work: 2, 4"),
+        ({"etp": 4, "ep": 2}, 4, r"etp = 4: .*does not divide"),
+        ({"dp": 3}, 4, r"dp = 3: 4 processes were started.*Start 3 processes"),
+        ({"ep": 8}, 4, r"ep = 8: .*Nearest degrees that work: 4, or change the number of processes"),
+    ],
+)
+def test_degrees_that_do_not_factor_the_processes(degrees: dict, world: int, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(**degrees).derive_dims(world)
+    assert not dist.is_initialized()
+
+
+@pytest.mark.parametrize(
+    "degrees,message",
+    [
+        ({"ep": 48}, r"ep = 48: does not divide model.moe.num_experts = 64.*work: 32, 64"),
+        ({"etp": 7}, r"etp = 7: does not divide model.moe.expert_width = 96.*work: 6, 8"),
+    ],
+)
+def test_degrees_that_do_not_cut_the_experts(degrees: dict, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(**degrees).check_model(MODEL)
+
+
+@pytest.mark.parametrize("name", ["deepep", "megablocks"])
+def test_dispatchers_that_cannot_run_are_refused_not_replaced(name: str) -> None:
+    with pytest.raises(LayoutError, match=f"dispatcher = '{name}'.*alltoall"):
+        ParallelConfig(ep=2, dispatcher=name)
+
+
+def test_a_legal_layout_derives_dp_and_replicas() -> None:
+    dims = ParallelConfig(ep=4, etp=2).derive_dims(16)
+    assert (dims.dp, dims.edp, dims.ep, dims.etp) == (16, 2, 4, 2)

@@ -32,7 +32,8 @@ def deepspeed_config(
     """Return DeepSpeed's JSON configuration; raises ConfigError for combinations that would not equal `local`.
 
     Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
-    where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole.
+    where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole. In bf16,
+    DeepSpeed would add up the gradients of stage 0 in bf16: there it holds fp32 parameters, and the step runs on copies.
     """
     check_combination(engine, optim=optim)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
@@ -55,7 +56,7 @@ def deepspeed_config(
             **(_whole_while_used(plan.layer_params) if engine.zero_stage == 3 else {}),
         },
     }
-    if engine.precision == "bf16":
+    if engine.precision == "bf16" and engine.zero_stage > 0:
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
@@ -76,12 +77,6 @@ def _whole_while_used(layer_params: int) -> dict[str, object]:
 
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
-    if engine.precision == "bf16" and engine.zero_stage == 0:
-        engine.fail(
-            "zero_stage",
-            "with bf16, DeepSpeed accumulates the gradients of stage 0 in bf16, which loses small ones. "
-            "Set engine.zero_stage: 1 (with one rank it costs nothing)",
-        )
     if optim.name == "muon" and engine.zero_stage > 0:
         engine.fail(
             "zero_stage",

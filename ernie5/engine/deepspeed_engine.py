@@ -70,7 +70,10 @@ class DeepSpeedEngine(Engine):
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
         groups = placement.split_groups(groups)
-        step: torch.nn.Module = MicroStep(model, config=settings.objectives)
+        casts = engine.precision == "bf16" and self._stage == 0
+        step: torch.nn.Module = MicroStep(
+            model, config=settings.objectives, compute_dtype=torch.bfloat16 if casts else None
+        )
         self._ordered = OrderedStep(step) if self._stage >= 2 else None
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,

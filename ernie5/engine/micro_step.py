@@ -15,17 +15,24 @@ from ernie5.engine.interface import StepSums
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import combine, combine_routing, losses
 from ernie5.objectives.next_token import TextLoss
-from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts
+from ernie5.records import Batch, LossTerms, ModelOutput, RoutingStats, TargetCounts
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
 
 class MicroStep(torch.nn.Module):
-    """Model and objectives. `text_loss` is a seam: the cross-entropy that fits how the text head is held."""
+    """Model and objectives. `text_loss` is a seam: the cross-entropy that fits how the text head is held.
 
-    def __init__(self, model: torch.nn.Module, *, config: ObjectivesConfig) -> None:
+    compute_dtype: the model runs on copies of its parameters in this dtype, made in every pass, so that the parameters
+    can be the fp32 masters themselves and their gradients add up in fp32; None runs the parameters as they are.
+    """
+
+    def __init__(
+        self, model: torch.nn.Module, *, config: ObjectivesConfig, compute_dtype: torch.dtype | None = None
+    ) -> None:
         super().__init__()
+        self._compute_dtype = compute_dtype
         self.model = model
         self.text_loss: TextLoss = linear_cross_entropy
         self._config = config
@@ -34,13 +41,19 @@ class MicroStep(torch.nn.Module):
         self, batch: Batch, counts: TargetCounts, divisors: torch.Tensor
     ) -> tuple[torch.Tensor, LossTerms, RoutingStats]:
         """Return (share of the step's objective 0-d fp32, sums of nats, routing); counts are the whole step's."""
-        output = self.model(batch)
+        output = self._run(batch)
         terms = losses(output, batch, text_loss=self.text_loss)
         share = combine(terms, counts=counts, divisors=divisors, config=self._config)
         share = share + combine_routing(
             output.routing, tokens=batch.counts().tokens, total_tokens=counts.tokens, config=self._config
         )
         return share + output.touched.float(), terms, output.routing
+
+    def _run(self, batch: Batch) -> ModelOutput:
+        if self._compute_dtype is None:
+            return self.model(batch)
+        copies = {name: parameter.to(self._compute_dtype) for name, parameter in self.model.named_parameters()}
+        return torch.func.functional_call(self.model, copies, (batch,))
 
 
 def global_counts(micro_batches: Sequence[Batch], *, reduce: Sum) -> TargetCounts:

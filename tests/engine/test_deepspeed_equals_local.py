@@ -99,7 +99,7 @@ def test_two_ranks_with_other_modalities_equal_one_local_process(tmp_path: Path,
             assert torch.equal(getattr(results[3]["copied_state"], kind)[name], value), name
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_bf16_masters_follow_the_local_bf16_engine(stage: int, tiny: types.ModuleType) -> None:
     expected = tiny.two_steps(tiny.make_engine("local", precision="bf16"))
     result = tiny.two_steps(tiny.make_engine("deepspeed", stage=stage, precision="bf16"))
@@ -197,6 +197,5 @@ def test_ranks_that_disagree_about_the_order_of_gradients_stop(tiny: types.Modul
 
 
 def test_combinations_that_would_give_other_results_are_refused() -> None:
-    for engine, name in ((EngineConfig(zero_stage=0, precision="bf16"), "adamw"), (EngineConfig(zero_stage=1), "muon")):
-        with pytest.raises(ConfigError, match="zero_stage"):
-            check_combination(engine, optim=OptimConfig(name=name))
+    with pytest.raises(ConfigError, match="zero_stage"):
+        check_combination(EngineConfig(zero_stage=1), optim=OptimConfig(name="muon"))

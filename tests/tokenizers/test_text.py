@@ -179,3 +179,14 @@ def test_a_merge_of_unknown_ids_or_with_two_meanings_is_refused() -> None:
 def test_saved_vocabularies_are_json(small: TextTokenizer, tmp_path: Path) -> None:
     document = json.loads(small.save(tmp_path / "v.json").read_text("utf-8"))
     assert document["alphabet"] == "utf-16-be" and len(document["merges"]) >= small.size - 256
+
+
+def test_any_ids_of_the_embedded_vocabulary_decode_to_text_that_can_be_shown() -> None:
+    embedded, draws = load_text_tokenizer("embedded"), random.Random(11)
+    for length in (0, 1, 2, 3, 17, 400):
+        for _ in range(40):
+            ids = draws.choices(range(embedded.size), k=length)
+            assert isinstance(embedded.decode(ids), str)
+            embedded.decode(ids, exact=False).encode("utf-8")
+    for token in range(embedded.size):
+        embedded.decode([token], exact=False).encode("utf-8")

@@ -15,11 +15,19 @@ MAD_TO_SIGMA = 1.4826  # the median absolute deviation of a normal distribution 
 
 @dataclasses.dataclass(frozen=True)
 class Alarm:
-    """kind: nan | spike | imbalance; action: warn | skip | stop; message: what happened, in one line."""
+    """kind: nan | spike | imbalance; action: warn | skip | rollback | stop; message: what happened, in one line."""
 
     kind: str
     action: str
     message: str
+
+
+@dataclasses.dataclass(frozen=True)
+class _Limit:
+    """The largest normal loss, and how it came about."""
+
+    loss: float
+    text: str
 
 
 class LossAlarm:
@@ -33,9 +41,16 @@ class LossAlarm:
         """The alarm of this step, if any. A spike enters the window too, so that a new level becomes normal."""
         if not (math.isfinite(loss) and math.isfinite(grad_norm)):
             return Alarm("nan", self._config.on_nan, f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite")
-        alarm = self._spike(loss, step)
+        limit = self._limit()
+        alarm = None if loss <= limit.loss else Alarm(
+            "spike", self._config.on_spike, f"step {step}: loss {loss:.4g} is above {limit.text}"
+        )
         self._window.append(loss)
         return alarm
+
+    def is_spike(self, loss: float) -> bool:
+        """Whether `check` would call `loss` a spike; changes nothing. What is not finite is no spike."""
+        return math.isfinite(loss) and loss > self._limit().loss
 
     def state(self) -> list[float]:
         """The window, oldest first, for the checkpoint."""
@@ -46,20 +61,19 @@ class LossAlarm:
         self._window.clear()
         self._window.extend(float(loss) for loss in window)
 
-    def _spike(self, loss: float, step: int) -> Alarm | None:
+    def _limit(self) -> _Limit:
+        """The largest normal loss; infinite while the window is less than half full."""
         config = self._config
         if config.spike_deviations == 0 or len(self._window) < config.spike_window_steps // 2:
-            return None
+            return _Limit(math.inf, "")
         median = statistics.median(self._window)
         mad = statistics.median(abs(value - median) for value in self._window)
         spread = max(MAD_TO_SIGMA * mad, config.spike_floor * abs(median))
         limit = median + config.spike_deviations * spread
-        if loss <= limit:
-            return None
-        return Alarm(
-            "spike", config.on_spike,
-            f"step {step}: loss {loss:.4g} is above {limit:.4g} = median {median:.4g} + {config.spike_deviations:g} x "
-            f"spread {spread:.3g} of the last {len(self._window)} steps",
+        return _Limit(
+            limit,
+            f"{limit:.4g} = median {median:.4g} + {config.spike_deviations:g} x spread {spread:.3g} of the last "
+            f"{len(self._window)} steps",
         )
 
 

@@ -22,12 +22,13 @@ class AlarmsConfig(Config):
         kind="numerics",
     )
     on_spike: str = field(
-        "warn", doc="warn: say it; skip: drop the update; stop: end the run with exit code 4",
-        choices=("warn", "skip", "stop"), kind="numerics",
+        "warn", doc="warn: say it; skip: drop the update; rollback: return to the last good checkpoint and leave out "
+        "the data since; stop: end with exit code 4; skip and rollback at most train.spike_retries times in a row",
+        choices=("warn", "skip", "rollback", "stop"), kind="numerics",
     )
     on_nan: str = field(
-        "skip", doc="skip: drop the update, at most train.spike_retries times in a row; stop: end with exit code 4",
-        choices=("skip", "stop"), kind="numerics",
+        "skip", doc="as on_spike; what is not finite is never applied", choices=("skip", "rollback", "stop"),
+        kind="numerics",
     )
     load_ratio: float = field(
         4.0, doc="max/mean expert load of a layer above which a warning is logged; 0 switches it off",

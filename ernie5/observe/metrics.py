@@ -52,6 +52,12 @@ class Metrics:
                 sink.write(row)
         return rows
 
+    def go_back(self, step: int) -> None:
+        """Forget every figure of the steps after `step`."""
+        self._pending = []
+        for sink in self._sinks:
+            sink.go_back(step)
+
     def close(self) -> None:
         """Flush and close the sinks."""
         self.flush()

@@ -47,6 +47,13 @@ class Progress:
             self._last = time.monotonic()
             get_log().info(self.line(note=note))
 
+    def move_to(self, done: int) -> None:
+        """Stand at `done` units, also fewer than before."""
+        self._done = done
+        if self._bar is not None:
+            self._bar.n = done
+            self._bar.refresh()
+
     def line(self, *, note: str = "") -> str:
         """The state as one plain line."""
         seconds = time.monotonic() - self._started

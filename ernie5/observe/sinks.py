@@ -34,6 +34,10 @@ class Sink(abc.ABC):
         """Write one step."""
 
     @abc.abstractmethod
+    def go_back(self, step: int) -> None:
+        """Hide what was written for the steps after `step`: they come again."""
+
+    @abc.abstractmethod
     def close(self) -> None:
         """Finish writing."""
 
@@ -48,13 +52,19 @@ class JsonlSink(Sink):
     def __init__(self, path: Path, *, last_step: int) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         keep_until_step(path, last_step=last_step)
-        self._file = open(path, "a", encoding="utf-8")
+        self._path, self._file = path, open(path, "a", encoding="utf-8")
 
     def write(self, row: MetricRow) -> None:
         """Append a line. Numbers have full precision; what is not finite becomes null, which is valid JSON."""
         values = {name: _json_number(value) for name, value in zip(row.names, row.values, strict=True)}
         self._file.write(json.dumps({"step": row.step, **values}, allow_nan=False) + "\n")
         self._file.flush()
+
+    def go_back(self, step: int) -> None:
+        """Drop the lines of later steps; the file is replaced, so it is opened anew."""
+        self._file.close()
+        keep_until_step(self._path, last_step=step)
+        self._file = open(self._path, "a", encoding="utf-8")
 
     def close(self) -> None:
         """Close the file."""
@@ -67,17 +77,26 @@ class TensorBoardSink(Sink):
     def __init__(self, folder: Path, *, last_step: int) -> None:
         from torch.utils.tensorboard import SummaryWriter  # slow to import
 
-        purge = last_step + 1 if last_step else None
-        self._writer = SummaryWriter(log_dir=str(folder), purge_step=purge, flush_secs=30)
+        self._folder, self._open = folder, SummaryWriter
+        self._writer = self._start(last_step)
 
     def write(self, row: MetricRow) -> None:
         """Add one scalar per figure."""
         for name, value in zip(row.names, row.values, strict=True):
             self._writer.add_scalar(name, value, global_step=row.step)
 
+    def go_back(self, step: int) -> None:
+        """A new file whose purge mark hides the later steps."""
+        self._writer.close()
+        self._writer = self._start(step)
+
     def close(self) -> None:
         """Write what is buffered."""
         self._writer.close()
+
+    def _start(self, last_step: int) -> object:
+        purge = last_step + 1 if last_step else None
+        return self._open(log_dir=str(self._folder), purge_step=purge, flush_secs=30)
 
 
 class WandbSink(Sink):
@@ -96,6 +115,9 @@ class WandbSink(Sink):
     def write(self, row: MetricRow) -> None:
         """Send one step."""
         self._run.log(dict(zip(row.names, row.values, strict=True)), step=row.step)
+
+    def go_back(self, step: int) -> None:
+        """Weights & Biases keeps the first value of a step: the later steps show what was undone until it is passed."""
 
     def close(self) -> None:
         """Finish the upload."""

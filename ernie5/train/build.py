@@ -31,15 +31,9 @@ from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
 from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
 from ernie5.train.config import RootConfig
-from ernie5.train.hooks import (
-    AlarmHook,
-    FiguresBoard,
-    RecordHook,
-    RoutingHook,
-    StepFiguresHook,
-    ValidationHook,
-)
-from ernie5.train.loop import Hook
+from ernie5.train.hook import Hook
+from ernie5.train.hooks import FiguresBoard, RecordHook, RoutingHook, StepFiguresHook, ValidationHook
+from ernie5.train.rollback import AlarmHook, Rollback
 from ernie5.train.samples import SamplesHook
 from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords
 from ernie5.train.state import Progression
@@ -49,7 +43,7 @@ ROUTING_FILE = "routing.jsonl"
 
 @dataclasses.dataclass(frozen=True)
 class Run:
-    """Everything the loop needs, and the checkpoint folder for messages."""
+    """Everything the loop needs, and the checkpoint folder for messages; rewind: the way back after an alarm."""
 
     config: RootConfig
     run_dir: Path
@@ -58,6 +52,7 @@ class Run:
     loader: Loader
     progression: Progression
     hooks: tuple[Hook, ...]
+    rewind: Rollback
 
 
 def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) -> Run:
@@ -103,7 +98,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
         identity=identity,
     )
     hooks += sample_hooks(config, run_dir=run_dir, engine=engine, tokenizers=tokenizers)
-    return Run(config, run_dir, checkpoints, engine, loader, progression, hooks)
+    rewind = build_rollback(config, folder=checkpoints, engine=engine, progression=progression, hooks=hooks)
+    return Run(config, run_dir, checkpoints, engine, loader, progression, hooks, rewind)
 
 
 def build_engine(
@@ -189,6 +185,7 @@ def build_hooks(
             retries=config.train.spike_retries,
             objectives=config.objectives,
             steps=config.train.steps,
+            is_main=engine.is_main,
         ),
         CheckpointHook(
             checkpoint_folder(config, run_dir=run_dir),
@@ -199,6 +196,21 @@ def build_hooks(
             identity=identity,
             records=RunRecords(board, metrics, routing),
         ),
+    )
+
+
+def build_rollback(
+    config: RootConfig, *, folder: Path, engine: Engine, progression: Progression, hooks: tuple[Hook, ...]
+) -> Rollback:
+    """The way back to a checkpoint of `folder`, which the hook that saves must have finished writing."""
+    saving = next(hook for hook in hooks if isinstance(hook, CheckpointHook))
+    return Rollback(
+        folder,
+        engine=engine,
+        progression=progression,
+        settle=saving.settle,
+        retries=config.train.spike_retries,
+        quiet_steps=config.observe.alarms.spike_window_steps,
     )
 
 

@@ -17,6 +17,7 @@ from ernie5.errors import ConfigError, PeerError
 from ernie5.model.config import num_active_params, num_params
 from ernie5.observe.faults import classify, keep_tracebacks
 from ernie5.observe.log import get_log, open_log
+from ernie5.observe.watchdog import Watchdog
 from ernie5.train.config import RootConfig
 from ernie5.train.recover import StopRequest, clear_exit, done_record, fault_record, write_exit
 
@@ -66,11 +67,12 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
     open_log(run_dir, rank=0 if is_main else int(os.environ["RANK"]))
     reached = _Reached()
     try:
-        with keep_tracebacks(run_dir), StopRequest() as stop:
+        watched = _watchdog(config, run_dir=run_dir, folder=folder)
+        with keep_tracebacks(run_dir), StopRequest() as stop, watched as watchdog:
             source = None if fresh else _resume_source(folder, resume=resume)
             if is_main:
                 _note_changes(config, run_dir=run_dir)
-            _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached)
+            _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached, watchdog=watchdog)
     except (Exception, KeyboardInterrupt) as error:
         fault = classify(_as_peer_error(error))
         newest = latest_checkpoint(folder)
@@ -87,10 +89,12 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
 
 
 def _train(
-    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, reached: _Reached
+    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, reached: _Reached,
+    watchdog: Watchdog,
 ) -> None:
     """Build and run; notes the last step also when an error ends the run."""
     from ernie5.train.build import build_run
+    from ernie5.train.hooks import BeatHook
     from ernie5.train.loop import LoopSettings, run_steps
 
     run = build_run(config, run_dir=run_dir, resume_from=source)
@@ -103,16 +107,30 @@ def _train(
             run.engine,
             data=run.loader,
             progression=run.progression,
-            hooks=run.hooks,
+            hooks=(*run.hooks, BeatHook(watchdog)),
             settings=LoopSettings(
                 steps=config.train.steps, optim=config.optim, progress=config.observe.progress, title=run_dir.name
             ),
             stop=stop,
+            rewind=run.rewind,
         )
     finally:
         reached.step = run.progression.step
         run.loader.close()
         run.engine.close()
+
+
+def _watchdog(config: RootConfig, *, run_dir: Path, folder: Path) -> Watchdog:
+    """Ends a start that hangs; exit.json says so, unless another rank was first."""
+
+    def report(message: str) -> None:
+        if not (run_dir / "exit.json").exists():
+            newest = latest_checkpoint(folder)
+            fault = classify(PeerError(message))
+            write_exit(run_dir, record=fault_record(fault, step=0, checkpoint=str(newest or "")))
+
+    rank = int(os.environ.get("RANK", "0"))
+    return Watchdog(run_dir, rank=rank, limit_seconds=config.train.hang_seconds, report=report)
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:

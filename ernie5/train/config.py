@@ -53,8 +53,13 @@ class TrainConfig(Config):
         check=non_negative, kind="logging",
     )
     spike_retries: int = field(
-        3, doc="steps with a non-finite loss or gradient that may be skipped in a row before the run ends (exit 4)",
-        unit="steps", check=non_negative, kind="numerics",
+        3, doc="steps that may be skipped in a row, and returns to a checkpoint without a quiet window in between, "
+        "before the run ends (exit 4)", check=non_negative, kind="numerics",
+    )
+    hang_seconds: float = field(
+        1800.0, doc="longest time without the end of a step, with its validation, saving and samples; then every rank "
+        "writes its stacks to RUN_DIR/errors and the run ends (exit 5); 0: wait for ever", unit="s",
+        check=non_negative, kind="logging",
     )
 
 
@@ -97,11 +102,11 @@ class RootConfig(Config):
                     f"the local engine is one process. Set engine.kind: deepspeed or parallel.{axis}: 1",
                     error=LayoutError,
                 )
-        for axis in ("tp", "cp", "pp"):
+        for axis in ("tp", "pp"):
             if self.engine.kind == "deepspeed" and vars(self.parallel)[axis] > 1:
                 self.fail(
                     f"parallel.{axis}",
-                    f"DeepSpeed's ZeRO runs with dp, ep and etp in this version. Set engine.kind: grid or "
+                    f"DeepSpeed's ZeRO runs with dp, cp, ep and etp in this version. Set engine.kind: grid or "
                     f"parallel.{axis}: 1",
                     error=LayoutError,
                 )
@@ -124,8 +129,6 @@ class RootConfig(Config):
 
     def _refuse_unavailable(self) -> None:
         """Refuse settings that this version would have to ignore."""
-        if self.observe.alarms.on_spike == "skip":
-            self.fail("observe.alarms.on_spike", "dropping a finite update is not available in this version. Use warn")
         if self.objectives.orthogonality_weight and (self.engine.kind, self.engine.precision) != ("local", "fp32"):
             self.fail(
                 "objectives.orthogonality_weight",

@@ -1,6 +1,6 @@
-"""What happens after a step, as an explicit ordered list (`build_hooks` in build.py): figures, validation, writing,
-alarms; checkpoints (saving.py) and samples (samples.py) follow. Each hook is small, owns its rhythm, and runs on every
-rank.
+"""What happens after a step, as an explicit ordered list (`build_hooks` in build.py): figures, validation, routing,
+writing; alarms (rollback.py), checkpoints (saving.py) and samples (samples.py) follow. Each hook is small, owns its
+rhythm, and runs on every rank.
 """
 
 from __future__ import annotations
@@ -13,17 +13,16 @@ from pathlib import Path
 import torch
 
 from ernie5.engine.interface import Engine, StepSums
-from ernie5.errors import NumericsError
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import mean_losses, weighted_loss
-from ernie5.observe.alarms import LoadAlarm, LossAlarm
-from ernie5.observe.config import AlarmsConfig
 from ernie5.observe.experts import bias_spread, summarise_loads
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Figures, Metrics
+from ernie5.observe.sinks import keep_until_step
 from ernie5.observe.throughput import MatrixRate, step_speed
+from ernie5.observe.watchdog import Watchdog
 from ernie5.records import Batch, LossTerms, Modality, RoutingStats, TargetCounts
-from ernie5.train.loop import Hook, StepContext
+from ernie5.train.hook import Hook, StepContext
 from ernie5.train.state import Progression
 
 
@@ -131,6 +130,12 @@ class RoutingHook(Hook):
             self._sum = None
         return ""
 
+    def go_back(self, step: int) -> None:
+        """Drop the lines and sums of later steps; the checkpoint of `step` closed a line."""
+        self._sum = None
+        if self._is_main:
+            keep_until_step(self._path, last_step=step)
+
 
 class RecordHook(Hook):
     """Writes the figures to the sinks, and a line of the log now and then."""
@@ -156,37 +161,24 @@ class RecordHook(Hook):
         self._metrics.flush()
         return ""
 
+    def go_back(self, step: int) -> None:
+        """Drop the rows of later steps, which are done again on other data."""
+        self._metrics.go_back(step)
 
-class AlarmHook(Hook):
-    """Warns of spikes and imbalance; ends the run on too many steps that are not finite."""
 
-    def __init__(self, config: AlarmsConfig, *, progression: Progression, retries: int,
-                 objectives: ObjectivesConfig, steps: int) -> None:
-        self._config, self._progression, self._retries = config, progression, retries
-        self._objectives, self._loss, self._load = objectives, LossAlarm(config), LoadAlarm(config, total_steps=steps)
-        self._loss.load_state(progression.recent_losses)
+class BeatHook(Hook):
+    """Last of the list: tells the watchdog that a step has ended, with all that happens after it."""
+
+    def __init__(self, watchdog: Watchdog) -> None:
+        self._watchdog = watchdog
 
     def after_step(self, context: StepContext) -> None:
-        """Check loss, gradient norm and loads."""
-        sums = context.report.sums
-        loss = float(weighted_loss(mean_losses(sums.terms, counts=sums.counts), config=self._objectives))
-        if not bool(torch.isfinite(sums.objective)):
-            loss = float("nan")
-        alarm = self._loss.check(loss, grad_norm=float(context.report.grad_norm), step=context.step)
-        self._progression.recent_losses = self._loss.state()
-        if alarm is not None:
-            in_row = self._progression.skipped_in_row
-            if alarm.action == "stop" or in_row > self._retries:
-                raise NumericsError(
-                    f"{alarm.message}; {in_row} steps in a row were skipped, train.spike_retries = {self._retries}. "
-                    "Lower optim.learning_rate, or resume from an earlier checkpoint with --resume"
-                )
-            get_log().warning(alarm.message)
-        if sums.routing.loads.shape[0] and self._config.load_ratio:
-            ratios = summarise_loads(sums.routing.loads).max_ratio.tolist()
-            load = self._load.check(ratios, step=context.step)
-            if load is not None:
-                get_log().info(load.message)
+        """One beat."""
+        self._watchdog.beat()
+
+    def go_back(self, step: int) -> None:
+        """Going back ends a step as well."""
+        self._watchdog.beat()
 
 
 def add_losses(figures: Figures, *, sums: StepSums, objectives: ObjectivesConfig, prefix: str) -> None:

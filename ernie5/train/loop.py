@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import dataclasses
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Protocol
 
 import torch
 
-from ernie5.engine.interface import Engine, StepReport
-from ernie5.errors import Interrupted
+from ernie5.engine.interface import Engine
+from ernie5.errors import Interrupted, NumericsError
 from ernie5.observe.log import get_log
 from ernie5.observe.progress import Progress
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.schedule import learning_rate
 from ernie5.records import Batch
+from ernie5.train.hook import GoBack, Hook, StepContext
 from ernie5.train.recover import StopRequest
 from ernie5.train.state import Progression
 
@@ -25,32 +26,6 @@ class StepSource(Protocol):
 
     def next_step(self) -> list[Batch]:
         """This rank's micro-batches of the next optimizer step."""
-
-
-@dataclasses.dataclass(frozen=True)
-class StepContext:
-    """What hooks see of one step; `step` counts from 1. seconds: the whole step; data_seconds: waiting for data."""
-
-    step: int
-    is_last: bool
-    report: StepReport
-    learning_rate: float
-    seconds: float
-    data_seconds: float
-
-
-class Hook:
-    """Something that happens after steps. Hooks run on every rank, in the order of the list."""
-
-    def after_step(self, context: StepContext) -> None:
-        """Called after every step."""
-
-    def save_now(self) -> str:
-        """Called when the run must stop early; returns the checkpoint that resumes it, "" if this hook saves none."""
-        return ""
-
-    def finish(self) -> None:
-        """Called when the run ends, also by an error."""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -71,8 +46,9 @@ def run_steps(
     hooks: Sequence[Hook],
     settings: LoopSettings,
     stop: StopRequest,
+    rewind: Callable[[GoBack], None] | None = None,
 ) -> None:
-    """Run steps until `settings.steps` are done.
+    """Run steps until `settings.steps` are done; `rewind` restores an earlier state where a hook asks for it.
 
     Raises Interrupted after a signal, once a checkpoint is saved; errors of engine, data and hooks pass through.
     """
@@ -80,9 +56,14 @@ def run_steps(
     try:
         with Progress(settings.steps, title=settings.title, done=progression.step, mode=mode) as bar:
             while progression.step < settings.steps:
-                context = _run_step(engine, data=data, progression=progression, settings=settings)
-                for hook in hooks:
-                    hook.after_step(context)
+                context = _run_step(engine, data=data, progression=progression, hooks=hooks, settings=settings)
+                try:
+                    for hook in hooks:
+                        hook.after_step(context)
+                except GoBack as alarm:
+                    _go_back(alarm, hooks=hooks, progression=progression, rewind=rewind)
+                    bar.move_to(progression.step)
+                    continue
                 bar.advance(note=f"objective {float(context.report.sums.objective):.3f}")
                 if not context.is_last and _must_stop(engine, stop=stop):
                     _interrupt(hooks, stop=stop, step=progression.step)
@@ -106,14 +87,26 @@ def _finish(hooks: Sequence[Hook]) -> list[Exception]:
     return errors
 
 
+def _go_back(
+    alarm: GoBack, *, hooks: Sequence[Hook], progression: Progression, rewind: Callable[[GoBack], None] | None
+) -> None:
+    if rewind is None:
+        raise NumericsError(f"{alarm}. This run has no way back")
+    rewind(alarm)
+    for hook in hooks:
+        hook.go_back(progression.step)
+
+
 def _run_step(
-    engine: Engine, *, data: StepSource, progression: Progression, settings: LoopSettings
+    engine: Engine, *, data: StepSource, progression: Progression, hooks: Sequence[Hook], settings: LoopSettings
 ) -> StepContext:
     started = time.perf_counter()
     batches = data.next_step()
     data_seconds = time.perf_counter() - started
     rate = learning_rate(progression.step, config=settings.optim, total_steps=settings.steps)
-    report = engine.train_step(batches, learning_rate=rate)
+    sums = engine.accumulate(batches)
+    is_dropped = any([hook.drops(sums) for hook in hooks])
+    report = engine.discard(sums) if is_dropped else engine.update(sums, learning_rate=rate)
     progression.step += 1
     progression.tokens += int(report.sums.counts.tokens)
     progression.skipped_in_row = progression.skipped_in_row + 1 if report.skipped else 0

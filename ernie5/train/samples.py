@@ -11,7 +11,7 @@ from ernie5.errors import Ernie5Error
 from ernie5.generate.gallery import GallerySize, write_samples
 from ernie5.generate.interleave import Generation
 from ernie5.observe.log import get_log
-from ernie5.train.loop import Hook, StepContext
+from ernie5.train.hook import Hook, StepContext
 
 SIZE = GallerySize(pictures=2, clips=1, speeches=1, texts=2)
 

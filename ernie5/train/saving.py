@@ -18,7 +18,7 @@ from ernie5.errors import EnvironmentFault
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Metrics
 from ernie5.train.hooks import FiguresBoard, RoutingHook
-from ernie5.train.loop import Hook, StepContext
+from ernie5.train.hook import Hook, StepContext
 from ernie5.train.state import Progression
 
 
@@ -79,6 +79,14 @@ class CheckpointHook(Hook):
         fails."""
         self._begin(wait=True)
         return self._saved_path
+
+    def settle(self) -> None:
+        """Wait for a save in flight, on every rank. Raises what it ended in."""
+        self._settle(wait=True)
+
+    def go_back(self, step: int) -> None:
+        """The state of `step` is saved, but not with the cursor that the run goes on from."""
+        self._saved_step = -1
 
     def finish(self) -> None:
         """Wait for a save in flight, without asking other ranks: some of them may be gone."""

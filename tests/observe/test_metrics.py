@@ -17,6 +17,9 @@ class ListSink(Sink):
     def write(self, row: MetricRow) -> None:
         self.rows.append(row)
 
+    def go_back(self, step: int) -> None:
+        self.rows = [row for row in self.rows if row.step <= step]
+
     def close(self) -> None:
         self.closed = True
 
@@ -55,3 +58,14 @@ def test_a_figure_is_one_number_under_one_name() -> None:
         figures.add("loss", 1.0)
     with pytest.raises(ValueError, match="one number"):
         figures.add("vector", torch.zeros(2))
+
+
+def test_going_back_forgets_pending_and_written_figures_of_later_steps() -> None:
+    sink = ListSink()
+    metrics = Metrics([sink], flush_every_steps=2)
+    for step in (1, 2, 3):
+        metrics.record(figures_of(step))
+    metrics.go_back(1)
+    metrics.record(figures_of(2))
+    metrics.close()
+    assert [row.step for row in sink.rows] == [1, 2]

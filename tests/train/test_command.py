@@ -50,7 +50,6 @@ def test_validate_already_refuses_streams_that_do_not_divide_the_rows(world: Pat
 @pytest.mark.parametrize(
     ("override", "words"),
     [
-        ("observe.alarms.on_spike=skip", "on_spike"),
         ("objectives.z_weight=0.1", "z_loss"),
         ("objectives.orthogonality_weight=0.1", "whole fp32 weights"),
     ],
@@ -78,7 +77,7 @@ def test_validate_already_refuses_what_this_version_cannot_do(override: str, wor
         ("data.image_pixels=40", ConfigError, "data.image_pixels.*multiple of 16.*works: 32"),
         ("data.sequence_tokens=32", ConfigError, "data.sequence_tokens = 32.*text_to_image takes 50.*works: 50"),
         ("tokenizers.text=/nowhere", TokenizerError, "nowhere"),
-        ("observe.alarms.on_spike=skip", ConfigError, "on_spike"),
+        ("observe.alarms.on_spike=forget", ConfigError, "on_spike"),
         ("objectives.z_weight=0.1", ConfigError, "z_loss"),
         ("data.shards=[]", ConfigError, "data.shards.*sample"),
         ("model.moe.top_k=9", ConfigError, "9 exceeds num_experts = 8.*at most 8, or raise num_experts"),

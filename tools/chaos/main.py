@@ -140,7 +140,9 @@ class Attack:
         last = {kill.loads: kill for kill in self.kills}.values()
         lost = sum(max(0, kill.step - kill.saved_step) for kill in last)
         missing = sum(resumed[kill.loads] < kill.saved_step for kill in last if kill.loads < len(resumed))
-        return Round(len(self.kills), seconds, lost, missing, found.divergence, found.final_loss, found.final_loss_whole)
+        return Round(
+            len(self.kills), seconds, lost, missing, found.divergence, found.final_loss, found.final_loss_whole
+        )
 
 
 def spawn_command(options: argparse.Namespace, *, run_dir: Path) -> list[str]:

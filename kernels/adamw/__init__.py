@@ -1,0 +1,63 @@
+"""AdamW over any number of tensors in one launch per gradient dtype."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+
+from ..checks import require, require_beside
+from ..dispatch import choose_backend
+from .reference import AdamWStep, AdamWTensors, adamw_reference
+
+OFFERED = ("triton", "reference")
+
+__all__ = ["AdamWStep", "AdamWTensors", "adamw"]
+
+
+def adamw(
+    tensors: Sequence[AdamWTensors],
+    *,
+    step: AdamWStep,
+    gradient_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update parameters, moments and copies in place.
+
+    gradient_scale: one fp32 number on the device, such as a clipping factor, so that no host needs to know it.
+    Parameters and moments are fp32, gradients fp32 or bf16, copies bf16, everything contiguous. Raises KernelError for
+    a backend that cannot run, ValueError for tensors that do not fit.
+    """
+    if not tensors:
+        return
+    first = tensors[0].parameter
+    for one in tensors:
+        _require(one, first=first)
+    if gradient_scale is not None:
+        holds = gradient_scale.numel() == 1 and gradient_scale.dtype == torch.float32
+        rule = "it must be one number of float32"
+        require(holds, op="adamw", name="gradient_scale", tensor=gradient_scale, rule=rule)
+        require_beside(gradient_scale, first=first, op="adamw", name="gradient_scale")
+    if choose_backend(backend, op="adamw", offered=OFFERED, device=first.device) == "triton":
+        from .kernel import adamw_triton
+
+        adamw_triton(tensors, step=step, gradient_scale=gradient_scale)
+    else:
+        adamw_reference(tensors, step=step, gradient_scale=gradient_scale)
+
+
+def _require(one: AdamWTensors, *, first: torch.Tensor) -> None:
+    wide, narrow = (torch.float32,), (torch.float32, torch.bfloat16)
+    parts = [
+        ("parameter", one.parameter, wide), ("gradient", one.gradient, narrow),
+        ("first_moment", one.first_moment, wide), ("second_moment", one.second_moment, wide),
+    ]
+    if one.copy is not None:
+        parts.append(("copy", one.copy, (torch.bfloat16,)))
+    for name, tensor, dtypes in parts:
+        rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
+        require(tensor.dtype in dtypes, op="adamw", name=name, tensor=tensor, rule=rule)
+        rule = f"it must have the parameter's shape {tuple(one.parameter.shape)}"
+        require(tensor.shape == one.parameter.shape, op="adamw", name=name, tensor=tensor, rule=rule)
+        require(tensor.is_contiguous(), op="adamw", name=name, tensor=tensor, rule="it must be contiguous")
+        require_beside(tensor, first=first, op="adamw", name=name)

@@ -1,0 +1,92 @@
+"""AdamW in Triton: a table of addresses on the device, one program per 4,096 elements of whichever tensor.
+
+The table is made on the host and copied without waiting, since gradients may move from step to step.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+import triton
+import triton.language as tl
+
+from ..launch import ceil_div
+from .reference import AdamWStep, AdamWTensors
+
+CHUNK = 4096
+COLUMNS = 6
+WARPS = 8
+
+
+@triton.jit
+def adamw_kernel(
+    table, decays, chunk_tensors, chunk_starts, scale,
+    learning_rate, beta1, beta2, epsilon, correction1, correction2,
+    SCALED: tl.constexpr, COPIES: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
+):
+    """One chunk. Rows of `table`: elements, then addresses of parameter, gradient, both moments and the copy."""
+    tensor = tl.load(chunk_tensors + tl.program_id(0))
+    entry = table + tensor.to(tl.int64) * 6
+    index = tl.load(chunk_starts + tl.program_id(0)) + tl.arange(0, CHUNK)
+    inside = index < tl.load(entry)
+    parameter = tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + index
+    first = tl.load(entry + 3).to(tl.pointer_type(tl.float32)) + index
+    second = tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + index
+    gradient = tl.load(tl.load(entry + 2).to(tl.pointer_type(GRADIENT)) + index, mask=inside, other=0.0).to(tl.float32)
+    if SCALED:
+        gradient *= tl.load(scale)
+    mean = beta1 * tl.load(first, mask=inside, other=0.0) + (1.0 - beta1) * gradient
+    spread = beta2 * tl.load(second, mask=inside, other=0.0) + (1.0 - beta2) * gradient * gradient
+    value = tl.load(parameter, mask=inside, other=0.0) * (1.0 - learning_rate * tl.load(decays + tensor))
+    value -= learning_rate * (mean / correction1) / (tl.sqrt(spread / correction2) + epsilon)
+    tl.store(first, mean, mask=inside)
+    tl.store(second, spread, mask=inside)
+    tl.store(parameter, value, mask=inside)
+    if COPIES:
+        copy = tl.load(entry + 5).to(tl.pointer_type(tl.bfloat16)) + index
+        tl.store(copy, value.to(tl.bfloat16), mask=inside)
+
+
+def adamw_triton(
+    tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale: torch.Tensor | None
+) -> None:
+    """Launch once for each gradient dtype, with and without copies."""
+    kinds = {(one.gradient.dtype, one.copy is not None) for one in tensors if one.parameter.numel()}
+    for dtype, copies in sorted(kinds, key=str):
+        chosen = [
+            one for one in tensors
+            if one.parameter.numel() and (one.gradient.dtype, one.copy is not None) == (dtype, copies)
+        ]
+        _launch(chosen, step=step, gradient_scale=gradient_scale, dtype=dtype, copies=copies)
+
+
+def _launch(
+    tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale: torch.Tensor | None, dtype: torch.dtype,
+    copies: bool,
+) -> None:
+    device = tensors[0].parameter.device
+    rows = [
+        (
+            one.parameter.numel(), one.parameter.data_ptr(), one.gradient.data_ptr(), one.first_moment.data_ptr(),
+            one.second_moment.data_ptr(), one.copy.data_ptr() if copies else 0,
+        )
+        for one in tensors
+    ]
+    counts = torch.tensor([ceil_div(row[0], CHUNK) for row in rows])
+    owners = torch.repeat_interleave(torch.arange(len(rows)), counts)
+    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * CHUNK
+    table = _to_device(torch.tensor(rows), device=device)
+    decays = _to_device(torch.tensor([one.weight_decay for one in tensors], dtype=torch.float32), device=device)
+    adamw_kernel[(len(owners),)](
+        table, decays, _to_device(owners.int(), device=device), _to_device(starts, device=device),
+        decays if gradient_scale is None else gradient_scale,
+        step.learning_rate, step.beta1, step.beta2, step.epsilon,
+        1 - step.beta1**step.number, 1 - step.beta2**step.number,
+        gradient_scale is not None, copies, tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, CHUNK,
+        num_warps=WARPS,
+    )
+
+
+def _to_device(x: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -1,10 +1,9 @@
 """Peak memory of `ernie5 convert` on a model in the shape of ERNIE 4.5 21B-A3B with random bf16 weights.
 
-    python tools/convert_memory.py --layers 28 --limit-mib 4096  # all of it: 44 GB, and as much for each conversion
+    python tools/convert_memory.py --layers 28   # all of it: 44 GB, and as much for each conversion
 
 Writes the source shard by shard, converts hub -> ernie5 -> hub and hub -> Paddle (transposed) in processes of their own,
-and prints for each the resident peak beside that of a process which only imports the same code. Exit code 1 where a
-peak exceeds the limit.
+and prints each one's resident peak beside that of importing the same code. Exit code 1 where a peak exceeds the limit.
 """
 
 import argparse
@@ -50,7 +49,8 @@ def measure(options: argparse.Namespace, *, work: Path) -> int:
     moe = dataclasses.replace(model.moe, num_experts=options.experts, top_k=min(6, options.experts))
     values = {**config_to_dict(dataclasses.replace(model, moe=moe)), "layers": options.layers,
               "vocab_size": options.vocab}
-    total, (idle, _) = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig)), run_convert("-h")
+    total = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig))
+    idle = run_convert("--help")[0]
     print(f"{options.layers} layers of {options.experts} experts: {total / 2**20:,.0f} MiB; import alone {idle:,.0f} MiB")
     peaks = []
     for source, target, name in STEPS:

@@ -29,7 +29,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", required=True, choices=(*FORMATS, *(alias for alias, _ in ALIASES)), dest="format",
         help="ernie45-hf: transformers and the hub; ernie45-paddle (paddle): PaddleFormers; ernie5: a checkpoint of "
-        "ours; ernie5-hf: the whole model with its own code for AutoModelForCausalLM; upcycle: dense to experts",
+        "ours; ernie45-vl: the text part of an Ernie4_5_VLMoe; ernie5-hf: the whole model with its own code for AutoModelForCausalLM; upcycle: dense to experts",
     )
     parser.add_argument("--dtype", choices=[name for name, _ in DTYPES],
                         help="dtype of the weights (default: as stored); routers and their bias stay fp32")
@@ -37,6 +37,7 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("--masters", action="store_true", help="take the optimizer's fp32 masters for bf16 weights")
     parser.add_argument("--text-only", action="store_true", help="leave out embeddings and heads of other modalities")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a model")
+    parser.add_argument("--into", type=Path, metavar="VL_DIR", help="ernie45-vl: the model whose text part is replaced")
     parser.add_argument("--expert-width", type=int, metavar="N", help="upcycle: SwiGLU width of one expert")
     parser.add_argument("--copies", type=int, default=1, metavar="N", help="upcycle: experts per slice")
     parser.add_argument("--dense-layers", type=int, default=0, metavar="N", help="upcycle: layers that stay dense")
@@ -60,7 +61,7 @@ def main(argv: Sequence[str]) -> int:
         Request(
             source=options.source, target=options.target, format=name, dtype=dict(DTYPES).get(options.dtype),
             shard_bytes=parse_size(options.shard_size), masters=options.masters, text_only=options.text_only,
-            force=options.force, upcycling=upcycling,
+            force=options.force, upcycling=upcycling, into=options.into,
         )
     )
     again = f", {report.resumed_tensors} of them already there" if report.resumed_tensors else ""

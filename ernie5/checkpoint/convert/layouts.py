@@ -77,6 +77,9 @@ def _attention(model: ModelConfig, *, own: str, hub: str) -> Iterator[Stored]:
         ("output", "o", (width, query)),
     ):
         yield _single(f"{own}.attention.{ours}.weight", f"{hub}.self_attn.{theirs}_proj.weight", shape)
+    if model.qk_norm:  # no ERNIE 4.5 has them; they travel between formats of ours
+        for ours in ("query", "key"):
+            yield _single(f"{own}.attention.{ours}_norm.weight", f"{hub}.self_attn.{ours}_norm", (model.head_width,))
     yield _single(f"{own}.mlp_norm.weight", f"{hub}.post_attention_layernorm.weight", (width,))
 
 

@@ -11,24 +11,26 @@ import torch
 
 from ernie5.checkpoint.convert.copying import copy_tensors, describe_plan, file_stamps, plan_files, total_bytes
 from ernie5.checkpoint.convert.ernie45_config import refuse_inexpressible
-from ernie5.checkpoint.convert.finish import Finished, write_hub_files, write_own_files, write_remote_files
+from ernie5.checkpoint.convert.finish import Finished, write_hub_files, write_index, write_own_files, write_remote_files
 from ernie5.checkpoint.convert.layouts import Piece, Stored, hub_layout, own_layout, paddle_layout
-from ernie5.checkpoint.convert.source import Location, Source, open_source
+from ernie5.checkpoint.convert.source import VL_FORMAT, Location, Source, open_source
 from ernie5.checkpoint.convert.upcycle import Upcycling, upcycle
+from ernie5.checkpoint.convert.vision_language import insert_text, write_vl_side_files
 from ernie5.checkpoint.convert.workspace import Workspace, check_target, growing, publish
 from ernie5.checkpoint.manifest import Manifest
 from ernie5.checkpoint.verify import find_damage
 from ernie5.errors import CheckpointError
 
 HUB, PADDLE, OWN, REMOTE, UPCYCLE = "ernie45-hf", "ernie45-paddle", "ernie5", "ernie5-hf", "upcycle"
-FORMATS = (HUB, PADDLE, OWN, REMOTE, UPCYCLE)
+FORMATS = (HUB, PADDLE, VL_FORMAT, OWN, REMOTE, UPCYCLE)
 ALIASES = (("paddle", PADDLE),)
 
 
 @dataclasses.dataclass(frozen=True)
 class Request:
     """One conversion. dtype: BF16 | F16 | F32 or None to keep; shard_bytes: of foreign files; masters: take the fp32
-    masters; text_only: leave media embeddings and heads out; upcycling: the experts to make of a dense model."""
+    masters; text_only: leave media embeddings and heads out; upcycling: the experts to make of a dense model; into: the
+    Ernie4_5_VLMoe whose text part is replaced."""
 
     source: Path
     target: Path
@@ -39,6 +41,7 @@ class Request:
     text_only: bool = False
     force: bool = False
     upcycling: Upcycling | None = None
+    into: Path | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,16 +62,22 @@ def convert(request: Request) -> Report:
     """
     if not request.source.exists():
         raise CheckpointError(f"{request.source} does not exist. Give a checkpoint, a run or a model directory")
-    check_target(request.target, source=request.source, force=request.force)
     source = open_source(request.source, masters=request.masters)
+    check_target(request.target, source=source.directory, force=request.force)
     _check_bytes(source.directory, manifest=source.manifest)
     source = _chosen_part(source, request=request)
+    if request.into is not None and request.format != VL_FORMAT:
+        raise CheckpointError(f"--into belongs to --to {VL_FORMAT}")
     if request.format == UPCYCLE:
         source = upcycle(source, settings=request.upcycling)
-    layout, pieces = _target(source, name=request.format)
+    base = source
+    if request.format == VL_FORMAT:
+        layout, pieces, base = insert_text(source, into=request.into)
+    else:
+        layout, pieces = _target(source, name=request.format)
     single = request.format in (OWN, UPCYCLE)
     files = plan_files(
-        layout, pieces=pieces, dtype=request.dtype, keep_fp32=request.format in (HUB, PADDLE),
+        layout, pieces=pieces, dtype=request.dtype, keep_fp32=request.format in (HUB, PADDLE, VL_FORMAT),
         shard_bytes=None if single else request.shard_bytes,
     )
     stamps = file_stamps([item.place.path for item in pieces.values() if isinstance(item, Location)])
@@ -82,6 +91,10 @@ def convert(request: Request) -> Report:
             notes = write_own_files(finished)
         elif request.format == REMOTE:
             notes = write_remote_files(finished)
+        elif request.format == VL_FORMAT:
+            notes = ()
+            write_index(finished)
+            write_vl_side_files(folder, base=base)
         else:
             notes = write_hub_files(finished, for_paddle=request.format == PADDLE)
         publish(folder, target=request.target)
@@ -102,7 +115,7 @@ def _chosen_part(source: Source, *, request: Request) -> Source:
         model = dataclasses.replace(source.model, modalities=("text",))
         notes = (*source.notes, f"text only: {len(source.extra)} tensors of other modalities are left out")
         return dataclasses.replace(source, model=model, extra={}, notes=notes if source.extra else source.notes)
-    if source.extra and request.format in (HUB, PADDLE):
+    if source.extra and request.format in (HUB, PADDLE, VL_FORMAT):
         raise CheckpointError(
             f"{request.source} has {len(source.extra)} tensors of other modalities (first: {min(source.extra)}), and "
             "ERNIE 4.5's text classes have no place for them. Give --text-only, or use --to ernie5-hf, which keeps all"

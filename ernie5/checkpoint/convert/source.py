@@ -35,6 +35,7 @@ from ernie5.config.registry import resolve
 from ernie5.errors import CheckpointError
 from ernie5.model.config import ModelConfig
 
+VL_FORMAT = "ernie45-vl"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LISTED_PROBLEMS = 6
@@ -123,7 +124,7 @@ def _open_foreign(path: Path) -> Source:
             raise CheckpointError(f"{path}: the Paddle layout of Ernie4_5_VLMoe is not supported. Take its -PT release")
         kept = {k: v for k, v in places.items() if not is_vision(k, num_experts=model.moe.num_experts)}
         notes.append(f"text part only: {len(places) - len(kept)} tensors of pictures and their experts are left out")
-        name, places, layouts = "ernie45-vl", kept, (vl_hub_layout(model), vl_memory_layout(model))
+        name, places, layouts = VL_FORMAT, kept, (vl_hub_layout(model), vl_memory_layout(model))
     elif from_paddle:
         name, layouts = "ernie45-paddle", (paddle_layout(model),)
     else:

@@ -78,7 +78,7 @@ class DeepSpeedEngine(Engine):
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,
             micro_sequences=micro_sequences,
-            dp=self.dp_size,
+            dp=parallel_state.dp_cp.size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
         )
@@ -100,10 +100,10 @@ class DeepSpeedEngine(Engine):
         """Forward and backward over this rank's micro-batches; the last backward reduces gradients over ranks."""
         self._engine.train()
         self.model.train()
-        counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
+        batches = [self._layout.take(batch.to(self.device)) for batch in micro_batches]
+        counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        for index, batch in enumerate(micro_batches):
-            batch = batch.to(self.device)
+        for index, batch in enumerate(batches):
             if index > 0:
                 self._engine.step()
             share, terms, routing = self._engine(batch, counts, self.magnitudes)
@@ -142,7 +142,7 @@ class DeepSpeedEngine(Engine):
         """Forward without gradients on every rank's own batch."""
         self._engine.eval()
         self.model.eval()
-        batch = batch.to(self.device)
+        batch = self._layout.take(batch.to(self.device))
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         share, terms, routing = self._engine(batch, counts, self.magnitudes)
@@ -224,12 +224,15 @@ class DeepSpeedEngine(Engine):
 
 
 def refuse_axes(parallel: ParallelConfig) -> None:
-    """Refuse the axes that DeepSpeed would have to share with another cut of the same weights or rows."""
-    for axis in ("tp", "cp", "pp"):
+    """Refuse the axes that leave other weights to a rank: ZeRO would partition over ranks that hold different ones.
+
+    Context parallelism leaves all weights to every rank; ZeRO then partitions over dp x cp.
+    """
+    for axis in ("tp", "pp"):
         if vars(parallel)[axis] > 1:
             parallel.fail(
                 axis,
-                f"DeepSpeed's ZeRO runs with dp, ep and etp in this version. Set engine.kind: grid or "
+                f"DeepSpeed's ZeRO runs with dp, cp, ep and etp in this version. Set engine.kind: grid or "
                 f"parallel.{axis}: 1",
                 error=LayoutError,
             )

@@ -13,7 +13,10 @@ from ernie5.model.norm import RMSNorm
 
 
 class MTPModule(nn.Module):
-    """At position t, module d reads [norm(emb(token t+d+1)) ; norm(h)] and predicts token t+d+2, shared head. `look_ahead` is a seam."""
+    """At position t, module d reads [norm(emb(token t+d+1)) ; norm(h)] and predicts token t+d+2, shared head.
+
+    `look_ahead` is a seam.
+    """
 
     def __init__(self, config: ModelConfig, *, depth: int) -> None:
         super().__init__()

@@ -155,8 +155,8 @@ class ShiftAhead(torch.autograd.Function):
         split = split_of(x.shape[1], ranks=ranks)
         if by > split.chunk:
             raise LayoutError(
-                f"parallel.cp = {ranks} cuts rows into chunks of {split.chunk} tokens, and multi-token prediction reads "
-                f"{by} tokens ahead. A chunk must hold at least as many. Lower parallel.cp or model.mtp.depth"
+                f"parallel.cp = {ranks} cuts rows into chunks of {split.chunk} tokens, and multi-token prediction "
+                f"reads {by} tokens ahead. A chunk must hold at least as many. Lower parallel.cp or model.mtp.depth"
             )
         chunk = split.chunk
         heads = torch.stack((x[:, :by], x[:, chunk : chunk + by]))

@@ -11,8 +11,6 @@ from ernie5.evaluate.figures import Figure
 from ernie5.evaluate.subject import Subject
 from ernie5.generate.prompts import decode_sample, words_of_sample
 
-GOAL_NEAREST = 0.8
-
 
 def measure_captions(subject: Subject) -> list[Figure]:
     """Keywords of validation pictures found in greedy captions, against the likeliest caption words."""
@@ -67,7 +65,8 @@ def measure_pictures(subject: Subject) -> list[Figure]:
     others = matching.other_indices(len(samples), seed=subject.config.seed)
     own = [matching.picture_distance(made[i], right=targets[i]) for i in range(len(samples))]
     other = [matching.picture_distance(made[i], right=targets[j]) for i, j in enumerate(others)]
-    return [_match_figure("text_to_image_nearest", "Text to image: nearer to its own target", own, other)]
+    title, goal = "Text to image: nearer to its own target", subject.config.nearest_goal
+    return [_match_figure("text_to_image_nearest", title, own, other, goal=goal)]
 
 
 def measure_speech(subject: Subject) -> list[Figure]:
@@ -84,12 +83,13 @@ def measure_speech(subject: Subject) -> list[Figure]:
     others = matching.other_indices(len(samples), seed=subject.config.seed)
     own = [matching.sequence_distance(made[i], right=targets[i]) for i in range(len(samples))]
     other = [matching.sequence_distance(made[i], right=targets[j]) for i, j in enumerate(others)]
-    return [_match_figure("text_to_audio_nearest", "Text to speech: nearer to its own target", own, other)]
+    title, goal = "Text to speech: nearer to its own target", subject.config.nearest_goal
+    return [_match_figure("text_to_audio_nearest", title, own, other, goal=goal)]
 
 
-def _match_figure(key: str, title: str, own: list[float], other: list[float]) -> Figure:
+def _match_figure(key: str, title: str, own: list[float], other: list[float], *, goal: float) -> Figure:
     value = matching.own_is_nearer(own, other=other)
-    return Figure(key, title, value, 0.5, "chance", "%", False, len(own), goal=GOAL_NEAREST)
+    return Figure(key, title, value, 0.5, "chance", "%", False, len(own), goal=goal)
 
 
 def _prompts(subject: Subject, samples: list[Sample]) -> list[tuple[PromptPart, ...]]:

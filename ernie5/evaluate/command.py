@@ -99,6 +99,7 @@ def describe(evaluation: Evaluation) -> str:
     lines += [f"  validation loss {loss.modality:<6} {loss.nats:.4f} nats" for loss in evaluation.losses]
     for figure in evaluation.figures:
         mark = "reached" if figure.is_reached else "not yet"
+        mark = mark if figure.is_goal else f"{mark}, no goal of this config"
         lines.append(
             f"  {figure.title:<46} {format_value(figure.value, figure.unit):>8}  {figure.baseline_name} "
             f"{format_value(figure.baseline, figure.unit)} {'' if figure.unit == '%' else figure.unit}  [{mark}]"

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import field, non_negative, positive
+from ernie5.config.field import field, fraction, non_negative, positive
+
+TEXT_BASELINES = ("order2", "order3", "xz")
 
 
 @config
@@ -28,10 +30,30 @@ class EvaluateConfig(Config):
     )
     caption_tokens: int = field(24, doc="longest caption or transcript", unit="tokens", check=positive,
                                 kind="logging")
+
+    def validate(self) -> None:
+        """Goals are names of baselines."""
+        for name in self.text_goals:
+            if name not in TEXT_BASELINES:
+                self.fail("text_goals", f"{name} is no baseline of the text. Choose of {', '.join(TEXT_BASELINES)}")
     match_samples: int = field(
         100, doc="training prompts of the nearest-target tests", unit="samples", check=positive, kind="logging"
     )
     guidance: float = field(2.0, doc="guidance of the nearest-target tests; 1 uses the condition alone",
                             check=non_negative, kind="logging")
+    nearest_goal: float = field(
+        0.8, doc="goal of the nearest-target tests; chance is one half", check=fraction, kind="logging"
+    )
+    text_goals: tuple[str, ...] = field(
+        ("order2",),
+        doc="what the text has to beat, of order2, order3 (byte models) and xz; the others stand beside it as measures",
+        kind="logging",
+    )
     seed: int = field(0, doc="seed of which samples and which other targets are taken", check=non_negative,
                       kind="logging")
+
+    def validate(self) -> None:
+        """Goals are names of baselines."""
+        for name in self.text_goals:
+            if name not in TEXT_BASELINES:
+                self.fail("text_goals", f"{name} is no baseline of the text. Choose of {', '.join(TEXT_BASELINES)}")

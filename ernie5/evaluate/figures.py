@@ -16,7 +16,8 @@ class Figure:
     """One number of "It learns" beside its baseline.
 
     key: stable name; unit: what the value counts; lower_is_better: the direction; goal: the value to reach, where one
-    is set beyond the baseline; samples: how many cases stand behind the value.
+    is set beyond the baseline; samples: how many cases stand behind the value; is_goal: whether the run is judged by
+    it, or only measured.
     """
 
     key: str
@@ -28,6 +29,7 @@ class Figure:
     lower_is_better: bool
     samples: int
     goal: float | None = None
+    is_goal: bool = True
 
     @property
     def is_reached(self) -> bool:

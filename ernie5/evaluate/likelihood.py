@@ -86,7 +86,7 @@ def measure_text(subject: Subject) -> list[Figure]:
     found.append(("xz", "xz -9", baselines.xz_bits_per_byte(texts)))
     return [
         Figure(f"text_bits_per_byte_{key}", f"Text against {name}", value, baseline, name, "bits per byte", True,
-               num_bytes)
+               num_bytes, is_goal=key in subject.config.text_goals)
         for key, name, baseline in found
     ]
 

@@ -93,8 +93,8 @@ def _kpis(facts: RunFacts) -> str:
         total = sum(timing.seconds for timing in facts.timings)
         tiles.append((report_figures.format_seconds(total), "in all"))
     if facts.evaluation is not None and facts.evaluation.figures:
-        reached = sum(figure.is_reached for figure in facts.evaluation.figures)
-        tiles.append((f"{reached} of {len(facts.evaluation.figures)}", "figures reached"))
+        goals = [figure for figure in facts.evaluation.figures if figure.is_goal]
+        tiles.append((f"{sum(figure.is_reached for figure in goals)} of {len(goals)}", "goals reached"))
     cells = "".join(f'<div class="kpi"><b>{value}</b><span>{name}</span></div>' for value, name in tiles)
     return f'<div class="kpis">{cells}</div>'
 

@@ -19,7 +19,10 @@ VALIDATION_PREFIXES = ("validation/loss/", "eval/loss/")
 
 def figure_card(figure: Figure) -> str:
     """Value, baseline and verdict of one figure, both drawn as bars on one scale."""
-    chip = '<span class="chip good">beats it</span>' if figure.is_reached else '<span class="chip bad">not yet</span>'
+    verdict, colour = ("beats it", "good") if figure.is_reached else ("not yet", "bad")
+    if not figure.is_goal:
+        verdict, colour = ("beats it, no goal here" if figure.is_reached else "no goal here"), "plain"
+    chip = f'<span class="chip {colour}">{verdict}</span>'
     top = max(figure.value, figure.baseline, 1e-9)
     goal = "" if figure.goal is None else f" · goal {format_value(figure.goal, figure.unit)}"
     counted = "bytes" if "byte" in figure.unit else "cases"

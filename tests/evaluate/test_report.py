@@ -31,6 +31,7 @@ def _evaluation() -> Evaluation:
         Figure("a", "Better & <b>bold</b>", 2.0, 3.0, "order-2 model", "bits per byte", True, 10),
         Figure("b", "Worse", 0.4, 0.5, "chance", "%", False, 10),
         Figure("c", "Better, goal missed", 0.6, 0.5, "chance", "%", False, 10, goal=0.8),
+        Figure("d", "Only measured", 2.0, 1.0, "xz -9", "bits per byte", True, 10, is_goal=False),
     )
     routing = describe_routing(torch.rand(3, 6, 8, generator=torch.Generator().manual_seed(0)))
     return Evaluation("ckpt", 19, (Loss("text", 0.5, 7),), figures, routing, (Timing("losses", 3.0),), ("no clips",))
@@ -39,7 +40,7 @@ def _evaluation() -> Evaluation:
 def test_an_evaluation_survives_json(tmp_path: Path) -> None:
     (tmp_path / "e.json").write_text(_evaluation().to_json())
     assert parse_evaluation(tmp_path / "e.json") == _evaluation()
-    assert [figure.is_reached for figure in _evaluation().figures] == [True, False, False]
+    assert [figure.is_reached for figure in _evaluation().figures] == [True, False, False, False]
 
 
 def test_the_page_needs_nothing_from_elsewhere_and_escapes_names(tmp_path: Path) -> None:

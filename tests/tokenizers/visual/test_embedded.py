@@ -30,7 +30,7 @@ def test_it_has_the_numbers_that_everything_agrees_on(embedded):
 
 def test_it_stays_small_and_names_no_machine():
     files = list((EMBEDDED / "visual").iterdir())
-    assert sum(path.stat().st_size for path in files) <= 7_000_000
+    assert sum(path.stat().st_size for path in files) <= 8_500_000
     described = {"config.yaml", "quality.json", "curves.jsonl", "README.md"}
     assert {path.name for path in files} == described | {"weights.safetensors"}
     assert "shards:\n  - /" not in (EMBEDDED / "visual" / "config.yaml").read_text()
@@ -45,7 +45,7 @@ def test_its_quality_is_written_beside_it_for_every_scale_count():
 @pytest.mark.parametrize("pixels", [32, 48, 64])
 def test_it_reconstructs_simple_pictures_it_has_never_seen(embedded, pixels):
     pictures = discs(pixels=pixels)
-    # far below what it reaches (about 25 dB), far above a grey picture (about 6 dB)
+    # far below what it reaches (23 to 26 dB), far above a grey picture (about 6 dB)
     assert psnr(embedded.reconstruct(pictures), pictures).mean() > 18.0
 
 

@@ -42,18 +42,18 @@ def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto")
         from .kernel import permute_triton
 
         require_float(x, op="moe_permute", name="x")
-        return permute_triton(x, permutation.sources, permutation.places)
+        return permute_triton(x, permutation.places)
     return permute_reference(x, sources=permutation.sources)
 
 
 def permute_cast(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> ScaledTensor:
-    """Rows in expert order as e4m3 with scales of 1 x 128, gathered and cast in one pass; no gradient."""
+    """Rows in expert order as e4m3 with scales of 1 x 128, cast and spread in one pass; no gradient."""
     _require_tokens(x, permutation=permutation)
     if choose_backend(backend, op="moe_permute", offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
-        from ..quant_cast.kernel import gather_cast_triton
+        from ..quant_cast.kernel import spread_cast_triton
 
         require_float(x, op="moe_permute", name="x")
-        return ScaledTensor(*gather_cast_triton(x.detach(), permutation.sources), 1)
+        return ScaledTensor(*spread_cast_triton(x.detach(), permutation.places), 1)
     return quant_cast(permute_reference(x, sources=permutation.sources), block_rows=1, backend="reference")
 
 

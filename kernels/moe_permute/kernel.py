@@ -14,6 +14,7 @@ from ..checks import require
 from ..launch import ceil_div, power_of_two
 
 BLOCK_SLOTS = 128
+COPY_WIDTH = 1024
 WIDEST = 16384
 
 
@@ -43,14 +44,14 @@ def place_kernel(choices, firsts, sources, places, slots, experts, top_k, BLOCK:
 
 
 @triton.jit
-def permute_kernel(x, sources, rows_out, rows, width, BLOCK_ROWS: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
-    """rows_out[r] = x[sources[r]]."""
-    row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
+def permute_kernel(x, places, rows_out, width, TOP_K: tl.constexpr, BLOCK_WIDTH: tl.constexpr):
+    """rows_out[places[n, k]] = x[n] for one token and one stretch of columns: read once, written K times."""
+    token = tl.program_id(0).to(tl.int64)
     col = tl.program_id(1) * BLOCK_WIDTH + tl.arange(0, BLOCK_WIDTH)
-    source = tl.load(sources + row, mask=row < rows, other=0)
-    inside = (row < rows)[:, None] & (col < width)[None, :]
-    value = tl.load(x + source[:, None] * width + col[None, :], mask=inside)
-    tl.store(rows_out + row[:, None] * width + col[None, :], value, mask=inside)
+    value = tl.load(x + token * width + col, mask=col < width)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(places + token * TOP_K + k)
+        tl.store(rows_out + place * width + col, value, mask=col < width)
 
 
 @triton.jit
@@ -113,15 +114,13 @@ def _plan_results(choices: torch.Tensor, *, num_experts: int) -> tuple[torch.Ten
 
 
 @torch.library.custom_op("ernie5::permute", mutates_args=())
-def permute_triton(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    """Rows x[sources]; places serve the gradient."""
-    rows, width = sources.shape[0], x.shape[1]
-    out = x.new_empty(rows, width)
+def permute_triton(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    """Rows [N*K, D] with row places[n, k] = x[n]."""
+    x, (tokens, top_k), width = x.contiguous(), places.shape, x.shape[1]
+    out = x.new_empty(tokens * top_k, width)
     if out.numel():
-        block = min(1024, power_of_two(width, least=16))
-        permute_kernel[(ceil_div(rows, 4), ceil_div(width, block))](
-            x.contiguous(), sources, out, rows, width, 4, block, num_warps=4
-        )
+        block = min(COPY_WIDTH, power_of_two(width, least=16))
+        permute_kernel[(tokens, ceil_div(width, block))](x, places, out, width, top_k, block, num_warps=4)
     return out
 
 
@@ -131,7 +130,7 @@ def unpermute_triton(rows: torch.Tensor, places: torch.Tensor, weights: torch.Te
     rows, (tokens, top_k), width = rows.contiguous(), places.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
     if out.numel():
-        block = min(1024, power_of_two(width, least=16))
+        block = min(COPY_WIDTH, power_of_two(width, least=16))
         unpermute_kernel[(tokens, ceil_div(width, block))](
             rows, places, rows if weights is None else weights.contiguous(), out, width, top_k, weights is not None,
             block, num_warps=4,
@@ -163,8 +162,8 @@ def _fake_plan(choices: torch.Tensor, num_experts: int) -> tuple[torch.Tensor, t
 
 
 @permute_triton.register_fake
-def _fake_permute(x: torch.Tensor, sources: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
-    return x.new_empty(sources.shape[0], x.shape[1])
+def _fake_permute(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
+    return x.new_empty(places.shape[0] * places.shape[1], x.shape[1])
 
 
 @unpermute_triton.register_fake
@@ -179,12 +178,12 @@ def _fake_unpermute_backward(
     return rows.new_empty(rows.shape), weights.new_empty(weights.shape)
 
 
-def _save_permute(ctx, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
-    ctx.save_for_backward(inputs[2])
+def _save_permute(ctx, inputs: tuple[torch.Tensor, torch.Tensor], output: torch.Tensor) -> None:
+    ctx.save_for_backward(inputs[1])
 
 
 def _permute_gradient(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-    return unpermute_triton(grad, ctx.saved_tensors[0], None), None, None
+    return unpermute_triton(grad, ctx.saved_tensors[0], None), None
 
 
 def _save_unpermute(ctx, inputs: tuple[torch.Tensor, torch.Tensor, torch.Tensor | None], output: torch.Tensor) -> None:
@@ -198,13 +197,7 @@ def _unpermute_gradients(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, 
         rows, places, weights = ctx.saved_tensors
         grad_rows, grad_weights = unpermute_backward(grad, rows, places, weights)
         return grad_rows, None, grad_weights
-    places = ctx.saved_tensors[0]
-    return permute_triton(grad, _tokens_of(places), places), None, None
-
-
-def _tokens_of(places: torch.Tensor) -> torch.Tensor:
-    tokens = torch.arange(places.shape[0], device=places.device).unsqueeze(1).expand(places.shape)
-    return torch.empty_like(places).flatten().scatter_(0, places.flatten(), tokens.flatten())
+    return permute_triton(grad, ctx.saved_tensors[0]), None, None
 
 
 permute_triton.register_autograd(_permute_gradient, setup_context=_save_permute)

@@ -15,19 +15,28 @@ WARPS = 4
 
 @triton.jit
 def row_cast_kernel(
-    x, sources, values, scales, rows, cols, largest, smallest,
-    GATHERS: tl.constexpr, BLOCK_ROWS: tl.constexpr, SIDE: tl.constexpr,
+    x, places, values, scales, rows, cols, largest, smallest,
+    TOP_K: tl.constexpr, BLOCK_ROWS: tl.constexpr, SIDE: tl.constexpr,
 ):
-    """BLOCK_ROWS rows of one block of 128 columns, a scale for each row. GATHERS: row r of x is sources[r]."""
+    """BLOCK_ROWS rows of one block of 128 columns, a scale for each row.
+
+    TOP_K > 0: row r is written to rows places[r, 0..K-1] of the result instead of to row r.
+    """
     row = tl.program_id(0).to(tl.int64) * BLOCK_ROWS + tl.arange(0, BLOCK_ROWS)
-    col = tl.program_id(1) * SIDE + tl.arange(0, SIDE)
+    block = tl.program_id(1)
+    blocks = tl.num_programs(1)
+    col = block * SIDE + tl.arange(0, SIDE)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
-    place = row[:, None] * cols + col[None, :]
-    source = tl.load(sources + row, mask=row < rows, other=0).to(tl.int64) if GATHERS else row
-    value = tl.load(x + source[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
+    value = tl.load(x + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
     scale = tl.maximum(tl.max(tl.abs(value), axis=1), smallest) / largest
-    tl.store(scales + row * tl.num_programs(1) + tl.program_id(1), scale, mask=row < rows)
-    tl.store(values + place, (value / scale[:, None]).to(tl.float8e4nv), mask=inside)
+    narrow = (value / scale[:, None]).to(tl.float8e4nv)
+    if TOP_K == 0:
+        tl.store(scales + row * blocks + block, scale, mask=row < rows)
+        tl.store(values + row[:, None] * cols + col[None, :], narrow, mask=inside)
+    for k in tl.static_range(TOP_K):
+        place = tl.load(places + row * TOP_K + k, mask=row < rows, other=0)
+        tl.store(scales + place * blocks + block, scale, mask=row < rows)
+        tl.store(values + place[:, None] * cols + col[None, :], narrow, mask=inside)
 
 
 @triton.jit
@@ -64,7 +73,7 @@ def quant_cast_triton(x: torch.Tensor, block_rows: int, transposed: bool) -> tup
     if not values.numel():
         return values, scales
     if block_rows == 1:
-        _cast_rows(x, sources=None, values=values, scales=scales)
+        _cast_rows(x, places=None, values=values, scales=scales)
     else:
         grid = (ceil_div(rows, SIDE), ceil_div(cols, SIDE), x.numel() // (rows * cols))
         block_cast_kernel[grid](
@@ -73,28 +82,28 @@ def quant_cast_triton(x: torch.Tensor, block_rows: int, transposed: bool) -> tup
     return values, scales
 
 
-@torch.library.custom_op("ernie5::gather_cast", mutates_args=())
-def gather_cast_triton(x: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    """(values e4m3, scales fp32) of x[sources] with a scale per 1 x 128."""
-    values, scales = _fake_gather(x, sources)
+@torch.library.custom_op("ernie5::spread_cast", mutates_args=())
+def spread_cast_triton(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    """(values e4m3, scales fp32) with row places[n, k] that of x[n], a scale per 1 x 128."""
+    values, scales = _fake_spread(x, places)
     if values.numel():
-        _cast_rows(x.contiguous(), sources=sources, values=values, scales=scales)
+        _cast_rows(x.contiguous(), places=places, values=values, scales=scales)
     return values, scales
 
 
-def _cast_rows(x: torch.Tensor, *, sources: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor) -> None:
+def _cast_rows(x: torch.Tensor, *, places: torch.Tensor | None, values: torch.Tensor, scales: torch.Tensor) -> None:
     cols = values.shape[-1]
-    rows = values.numel() // cols
+    rows = x.numel() // cols
     row_cast_kernel[(ceil_div(rows, ROWS_PER_PROGRAM), ceil_div(cols, SIDE))](
-        x, x if sources is None else sources, values, scales, rows, cols, LARGEST, SMALLEST_PEAK,
-        sources is not None, ROWS_PER_PROGRAM, SIDE, num_warps=WARPS,
+        x, x if places is None else places, values, scales, rows, cols, LARGEST, SMALLEST_PEAK,
+        0 if places is None else places.shape[1], ROWS_PER_PROGRAM, SIDE, num_warps=WARPS,
     )
 
 
-@gather_cast_triton.register_fake
-def _fake_gather(x: torch.Tensor, sources: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-    values = x.new_empty((sources.shape[0], x.shape[1]), dtype=torch.float8_e4m3fn)
-    return values, x.new_empty((sources.shape[0], ceil_div(x.shape[1], SIDE)), dtype=torch.float32)
+@spread_cast_triton.register_fake
+def _fake_spread(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    values = x.new_empty((places.shape[0] * places.shape[1], x.shape[1]), dtype=torch.float8_e4m3fn)
+    return values, x.new_empty((values.shape[0], ceil_div(x.shape[1], SIDE)), dtype=torch.float32)
 
 
 def _results(x: torch.Tensor, *, block_rows: int, transposed: bool) -> tuple[torch.Tensor, torch.Tensor]:

@@ -119,7 +119,7 @@ def test_rows_travel_there_and_back_with_gradients(width: int) -> None:
                           tolerance=1e-5, reason="fp32 sums over the width in another order")
 
 
-def test_gathering_while_casting_equals_casting_the_gathered() -> None:
+def test_spreading_while_casting_equals_casting_the_spread_rows() -> None:
     plan, x = plan_permutation(choices_of(6, 7, 3), num_experts=7), random_tensor(6, 130)
     ours, truth = (permute_cast(x, permutation=plan, backend=b) for b in ("triton", "reference"))
     assert_close(ours.widened(), expected=truth.widened(), tolerance=2.0 ** -4, reason="a tie may round either way")
@@ -135,7 +135,7 @@ def test_order_refuses_by_name_and_the_operators_pass_opcheck() -> None:
     with pytest.raises(ValueError, match="choices has shape .* int64"):
         plan_permutation(choices.int(), num_experts=5)
     torch.library.opcheck(plan_triton, (choices, 5))
-    torch.library.opcheck(permute_triton, (random_tensor(4, 3).requires_grad_(), plan.sources, plan.places))
+    torch.library.opcheck(permute_triton, (random_tensor(4, 3).requires_grad_(), plan.places))
     rows, weights = random_tensor(8, 3).requires_grad_(), random_tensor(4, 2).requires_grad_()
     torch.library.opcheck(unpermute_triton, (rows, plan.places, weights))
     logits = random_tensor(4, 5).requires_grad_()

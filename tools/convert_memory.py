@@ -2,7 +2,7 @@
 
     python tools/convert_memory.py --layers 28   # all of it: 44 GB, and as much for each conversion
 
-Writes the source shard by shard, converts hub -> ernie5 -> hub and hub -> Paddle (transposed) in processes of their own,
+Writes the source shard by shard, converts hub -> ernie5 -> hub and hub -> Paddle (transposed), each in its own process,
 and prints each one's resident peak beside that of importing the same code. Exit code 1 where a peak exceeds the limit.
 """
 
@@ -51,7 +51,7 @@ def measure(options: argparse.Namespace, *, work: Path) -> int:
               "vocab_size": options.vocab}
     total = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig))
     idle = run_convert("--help")[0]
-    print(f"{options.layers} layers of {options.experts} experts: {total / 2**20:,.0f} MiB; import alone {idle:,.0f} MiB")
+    print(f"{options.layers} layers of {options.experts} experts: {total / 2**20:,.0f} MiB; import {idle:,.0f} MiB")
     peaks = []
     for source, target, name in STEPS:
         peak, seconds = run_convert(work / source, work / target, "--to", name)

@@ -10,6 +10,7 @@ import torch
 from ernie5.checkpoint.load import check_tokenizers, kept_folders, load_model
 from ernie5.config.arguments import replace_settings
 from ernie5.config.base import Config
+from ernie5.errors import TokenizerError
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.interleave import Generation
 from ernie5.tokenizers.bundle import load_tokenizers
@@ -39,6 +40,12 @@ def load_generation(
     places = prefer_kept(loaded.config.tokenizers, identities=loaded.manifest.tokenizers, folders=folders)
     tokenizers = load_tokenizers(places)
     check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))
+    rows = loaded.model.config.vocab_size
+    if rows != tokenizers.vocab.size_head:
+        raise TokenizerError(
+            f"model.vocab_size = {rows}, and the tokenizers at hand span {tokenizers.vocab.size_head} ids. An imported "
+            "model answers ids of its own vocabulary: ernie5 evaluate CKPT --logits IDS.pt --out LOGITS.pt"
+        )
     config: GenerateConfig = replace_settings(
         loaded.config.generate, changes=changes or {}, section="generate"
     )

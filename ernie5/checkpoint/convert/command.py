@@ -29,7 +29,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument(
         "--to", required=True, choices=(*FORMATS, *(alias for alias, _ in ALIASES)), dest="format",
         help="ernie45-hf: transformers and the hub; ernie45-paddle (paddle): PaddleFormers; ernie5: a checkpoint of "
-        "ours; ernie45-vl: the text part of an Ernie4_5_VLMoe; ernie5-hf: the whole model with its own code for AutoModelForCausalLM; upcycle: dense to experts",
+        "ours; ernie45-vl: the text part of an Ernie4_5_VLMoe; ernie5-hf: the whole model with its own code for "
+        "AutoModelForCausalLM; upcycle: dense to experts",
     )
     parser.add_argument("--dtype", choices=[name for name, _ in DTYPES],
                         help="dtype of the weights (default: as stored); routers and their bias stay fp32")

@@ -31,7 +31,8 @@ def insert_text(
     if base.format != VL_FORMAT:
         raise CheckpointError(f"--into {into} is {base.format}, not the hub layout of Ernie4_5_VLMoe")
     ours, theirs = (_described(opened.model) for opened in (source, base))
-    differing = [f"{key}: {ours.get(key)} here, {value} there" for key, value in theirs.items() if ours.get(key) != value]
+    keys = [key for key, value in theirs.items() if ours.get(key) != value]
+    differing = [f"{key}: {ours.get(key)} here, {theirs[key]} there" for key in keys]
     if differing:
         raise CheckpointError(f"the text model does not fit into {into}: {'; '.join(differing)}")
     table = {s.name: s for layout in (vl_hub_layout(base.model), vl_memory_layout(base.model)) for s in layout}

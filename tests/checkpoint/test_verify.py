@@ -1,0 +1,97 @@
+"""`ernie5 verify` names what is damaged; `ernie5 evaluate --logits` refuses what are no ids."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.manifest import RunState
+from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.engine.interface import EngineState
+from ernie5.errors import DataError
+from ernie5.evaluate.logits import read_ids
+
+
+def save(folder: Path, *, step: int) -> Path:
+    parameters = {"a.weight": torch.randn(50, 3), "b.weight": torch.randn(20), "c.weight": torch.randn(7)}
+    moments = {f"exp_avg/{name}": value for name, value in parameters.items()}
+    engine = EngineState(parameters, {}, moments, step, torch.ones(4, dtype=torch.float64))
+    run = RunState(step=step, tokens=step, data={}, rng={})
+    contents = Contents(engine, run, "train: {}\n", "fp32", {})
+    return save_checkpoint(folder, contents=contents, config=CheckpointConfig(keep=5))
+
+
+def flip(path: Path, *, at: int) -> None:
+    content = bytearray(path.read_bytes())
+    content[at] ^= 16
+    path.write_bytes(content)
+
+
+def test_a_whole_checkpoint_passes_and_all_looks_at_every_one(verb: Callable, tmp_path: Path) -> None:
+    paths = [save(tmp_path / "checkpoints", step=step) for step in (1, 2)]
+    code, out, _ = verb("verify", tmp_path)
+    assert code == 0 and f"{paths[1]}: whole" in out and str(paths[0]) not in out
+    code, out, _ = verb("verify", tmp_path, "--all")
+    assert code == 0 and all(f"{path}: whole" in out for path in paths)
+    flip(paths[0] / "model.safetensors", at=-1)
+    assert verb("verify", tmp_path)[0] == 0
+    code, out, err = verb("verify", tmp_path, "--all")
+    assert code == 2 and f"{paths[1]}: whole" in out and str(paths[0]) in err
+
+
+@pytest.mark.parametrize(
+    ("file", "damage", "message"),
+    [
+        ("model.safetensors", lambda path: flip(path, at=-1), "does not match its checksum (damaged: c.weight)"),
+        ("optimizer.safetensors", lambda path: flip(path, at=-1), "(damaged: exp_avg/c.weight)"),
+        ("model.safetensors", lambda path: flip(path, at=9), "does not match its checksum"),
+        ("model.safetensors", lambda path: path.write_bytes(path.read_bytes()[:-40]),
+         "it is cut off or was replaced (damaged: b.weight, c.weight)"),
+        ("model.safetensors", lambda path: path.write_bytes(b""), "its header is gone"),
+        ("model.safetensors", lambda path: path.unlink(), "model.safetensors is missing"),
+        ("state.json", lambda path: flip(path, at=3), "state.json does not match its checksum"),
+        ("manifest.json", lambda path: path.write_text("{"), "manifest.json is damaged"),
+    ],
+)
+def test_damage_is_named_by_file_and_tensor_in_one_line(
+    file: str, damage: Callable, message: str, verb: Callable, tmp_path: Path
+) -> None:
+    path = save(tmp_path, step=1)
+    damage(path / file)
+    code, out, err = verb("verify", path)
+    assert code == 2 and not out and err.count("\n") == 1 and str(path / file) in err and message in err, err
+
+
+def test_all_damage_of_a_checkpoint_is_listed_at_once(verb: Callable, tmp_path: Path) -> None:
+    path = save(tmp_path, step=1)
+    flip(path / "model.safetensors", at=-1)
+    (path / "state.json").unlink()
+    _, _, err = verb("verify", path)
+    assert "c.weight" in err and "state.json is missing" in err
+
+
+def test_ids_that_are_none_are_refused_with_the_rule(verb: Callable, tmp_path: Path) -> None:
+    class Evil:
+        def __reduce__(self) -> tuple:
+            return (Path.touch, (tmp_path / "executed",))
+
+    for name, value in (
+        ("list", [1, 2]), ("floats", torch.zeros(2, 3)), ("flat", torch.zeros(3, dtype=torch.int64)),
+        ("none", torch.zeros(0, 4, dtype=torch.int64)), ("int32", torch.zeros(2, 2, dtype=torch.int32)),
+        ("evil", Evil()),
+    ):
+        torch.save(value, tmp_path / name)
+        with pytest.raises(DataError, match=r"LongTensor \[B, T\]"):
+            read_ids(tmp_path / name)
+    assert not (tmp_path / "executed").exists()
+    (tmp_path / "text").write_text("12 13")
+    for name in ("text", "absent"):
+        with pytest.raises(DataError, match=name):
+            read_ids(tmp_path / name)
+    path = save(tmp_path / "checkpoints", step=1)
+    code, _, err = verb("evaluate", path, "--logits", tmp_path / "list")
+    assert code == 2 and "goes with --out" in err

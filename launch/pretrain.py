@@ -1,13 +1,18 @@
 """`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]`, or torchrun in its place.
 
 The launcher tells each process its rank through the environment; the `--local_rank` that some of them add to the
-arguments is dropped, because it says the same.
+arguments is dropped, because it says the same. A launcher that dies, or kills its middleman on Ctrl-C as DeepSpeed's
+runner does, would leave its ranks running: the kernel is asked to send them SIGTERM then, so that they save and end.
 """
 
+import ctypes
 import os
+import signal
 import sys
 
 from ernie5.__main__ import main
+
+PR_SET_PDEATHSIG = 1
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
@@ -23,5 +28,18 @@ def without_local_rank(arguments: list[str]) -> list[str]:
     return kept
 
 
+def end_with_the_launcher() -> None:
+    """Have SIGTERM sent to this process when its parent dies (Linux; prctl(2), PR_SET_PDEATHSIG). Only under a
+    launcher: a run that was started by hand may outlive its shell."""
+    if "RANK" not in os.environ or not sys.platform.startswith("linux"):
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
+    if os.getppid() != parent:  # it died before the kernel knew
+        os.kill(os.getpid(), signal.SIGTERM)
+
+
 if __name__ == "__main__":
-    sys.exit(main(["train", *without_local_rank(sys.argv[1:])]))
+    arguments = without_local_rank(sys.argv[1:])
+    end_with_the_launcher()
+    sys.exit(main(["train", *arguments]))

@@ -49,17 +49,39 @@ def test_a_wrong_number_of_processes_is_named(spawn) -> None:
     assert process.returncode == 2 and "'two configs/pretrain/debug.yaml'" in said
 
 
+def _wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text(encoding="utf-8"):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(2) is Linux's")
+def test_a_killed_launcher_takes_its_ranks_along_and_they_save(spawn, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    process = spawn(
+        "1", "configs/pretrain/debug.yaml", "train.steps=500", f"train.run_dir={run}", "checkpoint.every_steps=0",
+        "observe.flush_every_steps=1",
+    )
+    _wait_for_a_step(run, process)
+    process.kill()
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (run / "exit.json").exists():
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    said = json.loads((run / "exit.json").read_text(encoding="utf-8"))
+    assert said["exit_code"] == 75
+    assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{said['step']:08d}"]
+
+
 def test_two_ranks_train_and_a_signal_saves_once_and_ends_with_75(spawn, tmp_path: Path) -> None:
     run = tmp_path / "run"
     process = spawn(
         "2", "configs/pretrain/debug.yaml", "engine.kind=deepspeed", "batch.micro_sequences=2", "train.steps=500",
         f"train.run_dir={run}", "engine.cpu_threads=1", "checkpoint.every_steps=0", "observe.flush_every_steps=1",
     )
-    deadline = time.monotonic() + PATIENCE_SECONDS
-    while not (run / "metrics.jsonl").exists() or not (run / "metrics.jsonl").read_text(encoding="utf-8"):
-        assert process.poll() is None, process.communicate()[1]
-        assert time.monotonic() < deadline
-        time.sleep(0.2)
+    _wait_for_a_step(run, process)
     process.send_signal(signal.SIGINT)
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 75, said

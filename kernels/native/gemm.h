@@ -4,6 +4,7 @@
 // side is read in place through two strides, so a row-major matrix needs no copy; a transposed one is packed first.
 #pragma once
 #include <cstdlib>
+#include <type_traits>
 
 #include "vector.h"
 
@@ -49,57 +50,9 @@ inline Left<T> rows_of(const T* data, int64_t leading) {  // row-major with an e
   return {reinterpret_cast<const Unit<T>*>(data), leading / depth_of<T>, 1};
 }
 
-inline vfloat multiply_add(vfloat sum, const float& a, vfloat b) { return sum + a * b; }
-inline vfloat multiply_add(vfloat sum, uint32_t a, vfloat b) {
-#if defined(__AVX512BF16__)
-  return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
-#else
-  vuint pair = a + vuint{}, other = (vuint)b;
-  sum += (vfloat)(pair << 16) * (vfloat)(other << 16);
-  return sum + (vfloat)(pair & 0xffff0000u) * (vfloat)(other & 0xffff0000u);
-#endif
-}
-inline vfloat load_units(const float* p) { return load(p); }
-inline vfloat load_units(const Unit<bf16>* p) {
-  vfloat x;
-  std::memcpy(&x, p, sizeof x);
-  return x;
-}
-
+// out[ROWS, columns] (+)= left * panel for at most PANEL columns; compiled once, in gemm.cpp.
 template <class T, class O, int ROWS>
-inline __attribute__((always_inline)) void tile(int64_t units, Left<T> left, const Unit<T>* panel, O* out,
-                                                int64_t leading, int64_t columns, bool add) {
-  vfloat sums[ROWS][WIDE];
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; ++v)
-      sums[m][v] = add ? load(out + m * leading + v * LANES, std::max<int64_t>(0, columns - v * LANES)) : vfloat{};
-  const Unit<T>* a = left.data;
-  for (int64_t k = 0; k < units; ++k, a += left.step, panel += PANEL) {
-    vfloat b[WIDE];
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; ++v) b[v] = load_units(panel + v * LANES);
-#pragma GCC unroll 16
-    for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-      for (int v = 0; v < WIDE; ++v) sums[m][v] = multiply_add(sums[m][v], a[m * left.row], b[v]);
-  }
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; ++v)
-      if (columns > v * LANES) store(out + m * leading + v * LANES, sums[m][v], columns - v * LANES);
-}
-
-template <class T, class O, int ROWS>
-__attribute__((noinline)) void tile_rows(int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading,
-                                         int64_t columns, bool add) {
-  if (columns >= PANEL)
-    tile<T, O, ROWS>(units, left, panel, out, leading, PANEL, add);
-  else
-    tile<T, O, ROWS>(units, left, panel, out, leading, columns, add);
-}
+void tile_rows(int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading, int64_t columns, bool add);
 
 template <class T, class O>
 inline void strip(int64_t rows, int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading,
@@ -111,8 +64,7 @@ inline void strip(int64_t rows, int64_t units, Left<T> left, const Unit<T>* pane
     m += decltype(count)::value;
   };
   while (rows - m >= TALL) advance(std::integral_constant<int, TALL>{});
-  if (TALL > 8 && rows - m >= 8) advance(std::integral_constant<int, 8>{});
-  if (rows - m >= 4) advance(std::integral_constant<int, 4>{});
+  while (rows - m >= 4) advance(std::integral_constant<int, 4>{});
   if (rows - m >= 2) advance(std::integral_constant<int, 2>{});
   if (rows - m >= 1) advance(std::integral_constant<int, 1>{});
 }

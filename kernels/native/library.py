@@ -8,6 +8,7 @@ once and the caller uses PyTorch instead.
 from __future__ import annotations
 
 import ctypes
+import fcntl
 import functools
 import hashlib
 import os
@@ -21,7 +22,7 @@ from pathlib import Path
 
 import torch
 
-SOURCES = ("attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp")
+SOURCES = ("gemm.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp")
 HEADERS = ("vector.h", "gemm.h", "swiglu.h")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
@@ -103,7 +104,7 @@ def _compiler() -> str:
 
 
 def _built(compiler: str) -> Path:
-    """Path of the compiled library; ranks that start together each write their own file and rename it."""
+    """Path of the compiled library; of processes that start together one compiles and the others wait for it."""
     folder = Path(__file__).parent
     texts = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
     key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()[:20]
@@ -111,11 +112,13 @@ def _built(compiler: str) -> Path:
     library = cache / f"kernels-{key}.so"
     if not library.exists():
         cache.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=cache) as work:
-            made = Path(work) / "kernels.so"
-            command = [compiler, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(made)]
-            subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
-            made.replace(library)
+        with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as work:
+            fcntl.flock(lock, fcntl.LOCK_EX)
+            if not library.exists():
+                made = Path(work) / "kernels.so"
+                command = [compiler, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(made)]
+                subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
+                made.replace(library)
     return library
 
 

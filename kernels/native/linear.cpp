@@ -1,4 +1,4 @@
-// Products with one weight [N, K] row-major: y = x W^T, dx = dy W, dW = dy^T x. The weight is packed once by all threads
+// Products with one weight [N, K] row-major: y = x W^T, dx = dy W, dW = dy^T x. All threads pack the weight once
 // together, then each takes blocks of rows (of dW: blocks of its columns), so that every sum has one order.
 #include "gemm.h"
 

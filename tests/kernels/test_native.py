@@ -57,7 +57,7 @@ def compare(function: Callable, *inputs: torch.Tensor, tolerance: float, reason:
 
 
 def documents(batch: int, tokens: int) -> torch.Tensor:
-    """Causal documents of uneven length with a bidirectional block and a hidden stretch; row 0 sees nothing at first."""
+    """Causal documents of uneven length, each with a bidirectional block and a hidden stretch; row 0 sees nothing."""
     intervals = torch.zeros(batch, tokens, 4, dtype=torch.int32)
     generator = torch.Generator().manual_seed(tokens)
     for row in range(batch):
@@ -168,9 +168,8 @@ def test_passes_over_rows_match_their_references(
     )
     places = torch.randint(0, 50, (rows, 3), generator=torch.Generator().manual_seed(1))
     x = normal(50, 23, dtype=dtype)
-    assert torch.equal(
-        gather_rows(x, sources=places[:, 0], backend="native"), gather_rows(x, sources=places[:, 0], backend="reference")
-    )
+    gathered, expected = (gather_rows(x, sources=places[:, 0], backend=b) for b in ("native", "reference"))
+    assert torch.equal(gathered, expected)
     expected = sum_places(x.double(), places=places, backend="reference")
     assert_close(sum_places(x, places=places, backend="native"), expected=expected, tolerance=tolerance, reason=reason)
 

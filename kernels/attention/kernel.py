@@ -22,15 +22,18 @@ class AttentionBlocks:
     stages: int
 
 
-def choose_blocks(*, capability: int, width: int, element_bytes: int, backward: bool) -> AttentionBlocks:
-    """Blocks whose operands and sums stay in shared memory and registers without spilling (tools/aot_report)."""
+def choose_blocks(*, capability: int, width: int, element_bytes: int, part: str) -> AttentionBlocks:
+    """Blocks of `part` (forward, keys or queries: whose gradient) that compile without spilling (tools/aot_report).
+
+    The rows of the kernel's own product are a multiple of 64 on sm_90 and later, as their tensor cores want.
+    """
     if element_bytes == 4 or width > 128:
         return AttentionBlocks(32, 32, warps=4, stages=1)
-    if capability < 90:
-        return AttentionBlocks(32, 64, warps=8, stages=2) if backward else AttentionBlocks(64, 64, warps=4, stages=2)
-    if backward:
+    if part == "keys" or (part == "queries" and capability < 90):
+        return AttentionBlocks(32, 64, warps=8, stages=2)
+    if part == "queries":
         return AttentionBlocks(64, 64, warps=8, stages=2)
-    return AttentionBlocks(128, 64, warps=8, stages=3)
+    return AttentionBlocks(128, 64, warps=8, stages=3) if capability >= 90 else AttentionBlocks(64, 32, 4, 2)
 
 
 @triton.jit

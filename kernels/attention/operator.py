@@ -32,7 +32,7 @@ def attention_op(
     out, lse = _results(query)
     if not out.numel():
         return out, lse
-    blocks = _blocks(query, backward=False)
+    blocks = _blocks(query, part="forward")
     by_query, _ = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
     attention_forward_kernel[(by_query.others.shape[1], batch * heads)](
         query, key, value, out, lse, intervals, by_query.others, by_query.counts, queries, key.shape[1], query_start,
@@ -59,20 +59,25 @@ def attention_backward(
     delta_kernel[(ceil_div(rows, DELTA_ROWS),)](
         grad, out, delta, rows, queries, heads, width, DELTA_ROWS, padded, num_warps=4
     )
-    blocks = _blocks(query, backward=True)
-    by_query, by_key = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
     strides = (*query.stride()[:3], *key.stride()[:3], *value.stride()[:3])
     sizes = (
         queries, key.shape[1], query_start, heads, key.shape[2], width, scale * math.log2(math.e), scale, *strides
     )
-    constants = (precision_of(query.dtype), blocks.queries, blocks.keys, padded)
-    key_gradient_kernel[(by_key.others.shape[1], batch * key.shape[2])](
-        query, key, value, grad, lse, delta, grads[1], grads[2], intervals, by_key.others, by_key.counts, *sizes,
-        by_key.others.shape[2], *constants, num_warps=blocks.warps, num_stages=blocks.stages,
+    precision = precision_of(query.dtype)
+    blocks = _blocks(query, part="keys")
+    lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
+    key_gradient_kernel[(lists[1].others.shape[1], batch * key.shape[2])](
+        query, key, value, grad, lse, delta, grads[1], grads[2], intervals, lists[1].others, lists[1].counts, *sizes,
+        lists[1].others.shape[2], precision, blocks.queries, blocks.keys, padded,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )
-    query_gradient_kernel[(by_query.others.shape[1], batch * heads)](
-        query, key, value, grad, lse, delta, grads[0], intervals, by_query.others, by_query.counts, *sizes,
-        by_query.others.shape[2], *constants, num_warps=blocks.warps, num_stages=blocks.stages,
+    if _blocks(query, part="queries") != blocks:
+        blocks = _blocks(query, part="queries")
+        lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
+    query_gradient_kernel[(lists[0].others.shape[1], batch * heads)](
+        query, key, value, grad, lse, delta, grads[0], intervals, lists[0].others, lists[0].counts, *sizes,
+        lists[0].others.shape[2], precision, blocks.queries, blocks.keys, padded,
+        num_warps=blocks.warps, num_stages=blocks.stages,
     )
     return grads
 
@@ -86,10 +91,9 @@ def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     return query.new_empty(batch, queries, heads, width), query.new_empty((batch, heads, queries), dtype=torch.float32)
 
 
-def _blocks(query: torch.Tensor, *, backward: bool) -> AttentionBlocks:
+def _blocks(query: torch.Tensor, *, part: str) -> AttentionBlocks:
     return choose_blocks(
-        capability=capability_of(query.device), width=query.shape[-1], element_bytes=query.element_size(),
-        backward=backward,
+        capability=capability_of(query.device), width=query.shape[-1], element_bytes=query.element_size(), part=part
     )
 
 

@@ -15,9 +15,9 @@ FP32 = {"tolerance": 1e-5, "reason": "fp32 sums in another order"}
 
 @pytest.fixture(autouse=True)
 def small_blocks(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Blocks of 16 queries and 32 keys, so that a hundred tokens have hidden, partial and whole pairs."""
-    blocks = AttentionBlocks(16, 32, warps=4, stages=1)
-    monkeypatch.setattr(operator, "choose_blocks", lambda **_: blocks)
+    """Blocks of 16 by 32, so that fifty tokens have hidden, partial and whole pairs."""
+    wide, tall = AttentionBlocks(16, 32, warps=4, stages=1), AttentionBlocks(32, 16, warps=4, stages=1)
+    monkeypatch.setattr(operator, "choose_blocks", lambda *, part, **_: tall if part == "queries" else wide)
 
 
 def packed(documents: list[list[int]], *, padding: int = 0) -> torch.Tensor:

@@ -1,0 +1,55 @@
+"""The compiler's report on the Triton kernels: default configurations of a few of them, compiled for one chip."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+WITHOUT_INTERPRETER = {**os.environ, "TRITON_INTERPRET": "0", "OMP_NUM_THREADS": "1"}
+
+
+def test_default_configurations_compile_for_h100_without_spills_and_use_its_tensor_core(
+    repository: Path, tmp_path: Path
+) -> None:
+    done = subprocess.run(
+        [sys.executable, "tools/aot_report/main.py", "--quick", "--chip", "H100", "--out", tmp_path / "report"],
+        cwd=repository, capture_output=True, text=True, timeout=500, env=WITHOUT_INTERPRETER,
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+    rows = {(row["op"], row["variant"]): row for row in json.loads((tmp_path / "report.json").read_text())}
+    assert {op for op, _ in rows} == {"swiglu", "rms_norm", "quant_cast", "grouped_gemm"}
+    product = rows["grouped_gemm", "forward, mean 32 rows"]
+    assert product["tensor_instruction"] == "wgmma" and product["copies"] == "TMA"
+    assert all(row["spills"] == 0 and row["registers"] > 8 and row["faults"] == [] for row in rows.values())
+    assert all(row["moved_over_least"] <= 1.15 for (op, _), row in rows.items() if op != "grouped_gemm")
+    assert "| swiglu | forward |" in (tmp_path / "report.md").read_text()
+
+
+@pytest.fixture
+def tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
+    """The tool's modules, forgotten afterwards because they have everyday names."""
+    monkeypatch.syspath_prepend(str(repository / "tools" / "aot_report"))
+    names = ("chips", "compiler", "cases", "report")
+    yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
+    for name in names:
+        del sys.modules[name]
+
+
+def test_the_report_fails_where_a_kernel_spills_or_misses_its_tensor_core(tool: SimpleNamespace) -> None:
+    work = tool.cases.Work(operations=2e12, moved=1e9, least=5e8, tiles=10, arithmetic="bf16")
+    case = tool.cases.Case("x", "y", lambda _: None, lambda _: work, uses_tensor_core=True)
+    good = tool.compiler.Compiled(128, 0, 0, 100_000, 8, "wgmma", "TMA")
+    h100 = tool.chips.CHIPS[1]
+    row = tool.report.row_of(case, chip=h100, compiled=good)
+    assert row.faults == () and row.occupancy == 0.25 and row.bound == "bf16" and row.moved_over_least == 2.0
+    assert row.roofline_seconds == pytest.approx(2e12 / 989e12)
+    bad = tool.compiler.Compiled(255, 3, 16, 300_000, 8, "mma", "")
+    assert len(tool.report.row_of(case, chip=h100, compiled=bad).faults) == 3

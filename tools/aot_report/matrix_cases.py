@@ -1,0 +1,194 @@
+"""Configurations of the kernels that multiply matrices: grouped products, heads, attention."""
+
+from __future__ import annotations
+
+import functools
+from collections.abc import Callable, Iterator
+
+from cases import (
+    EXPERT_WIDTH,
+    HEAD_WIDTH,
+    KEY_HEADS,
+    LOCAL_EXPERTS,
+    QUERY_HEADS,
+    ROWS,
+    TOKENS,
+    VOCABULARY,
+    WIDTH,
+    Case,
+    Work,
+    product,
+)
+from compiler import Source
+
+from ernie5_kernels.attention import kernel as attention
+from ernie5_kernels.grouped_gemm import kernel as grouped
+from ernie5_kernels.grouped_gemm import scaled
+from ernie5_kernels.grouped_gemm.tiles import GemmTiles, choose_tiles
+from ernie5_kernels.linear_cross_entropy import kernel as head
+
+SPARSE_ROWS = {32: "mean 32 rows", 256: "mean 256 rows"}
+PRECISION = "tf32"
+
+
+def cases() -> Iterator[Case]:
+    """Grouped products in bf16 and fp8, the linear head, attention."""
+    even = ROWS // LOCAL_EXPERTS
+    for rows, name in {**SPARSE_ROWS, even: "even load"}.items():
+        for transposed in (False, True):
+            yield _rows(rows, name=name, transposed=transposed)
+    yield Case("grouped_gemm", "dW, even load", _outer_source, _outer_work, uses_tensor_core=True)
+    for rows, name in {32: "mean 32 rows", even: "even load"}.items():
+        yield _scaled(rows, name=name)
+    yield _head(head.statistics_kernel)
+    yield _head(head.delta_kernel)
+    yield from _attention()
+
+
+def _work(rows: int, *, cols: int, inner: int, element_bytes: int, tiles: GemmTiles) -> Work:
+    return product(
+        rows=rows * LOCAL_EXPERTS, cols=cols, inner=inner, groups=LOCAL_EXPERTS, tiles=tiles,
+        shared=grouped.SHARED_TILES, element_bytes=element_bytes,
+    )
+
+
+def _rows(rows: int, *, name: str, transposed: bool) -> Case:
+    def tiles_of(capability: int) -> GemmTiles:
+        return choose_tiles(rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2)
+
+    def source(capability: int) -> Source:
+        t = tiles_of(capability)
+        block = (t.inner, t.cols) if transposed else (t.cols, t.inner)
+        operands = (
+            {"x": f"tensordesc<bf16[{t.rows}, {t.inner}]>", "weight": f"tensordesc<bf16[1, {block[0]}, {block[1]}]>"}
+            if t.uses_tma else {"x": "*bf16", "weight": "*bf16"}
+        )
+        types = {**operands, "out": "*bf16", "sources": "*i64", "table": "*i32", "count": "*i32",
+                 "groups": "i32", "inner": "i32", "cols": "i32"}
+        constants = {"GATHERS": False, "TRANSPOSED": transposed, "TMA": t.uses_tma, "SPECIALIZES": t.specializes,
+                     "EVEN": True, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
+                     "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
+        return Source(grouped.rows_kernel, types, constants, ("inner", "cols"), t.warps, t.stages)
+
+    cols, inner = (WIDTH, 2 * EXPERT_WIDTH) if transposed else (2 * EXPERT_WIDTH, WIDTH)
+    return Case(
+        "grouped_gemm", f"{'dX' if transposed else 'forward'}, {name}", source,
+        lambda capability: _work(rows, cols=cols, inner=inner, element_bytes=2, tiles=tiles_of(capability)),
+        uses_tensor_core=True, quick=rows == 32 and not transposed,
+    )
+
+
+def _outer_source(capability: int) -> Source:
+    t = grouped.outer_tiles(capability=capability, element_bytes=2)
+
+    def operand(cols: int) -> str:
+        return f"tensordesc<bf16[{t.inner}, {cols}]>" if t.uses_tma else "*bf16"
+
+    types = {"left": "*bf16", "right": "*bf16", "left_rows": operand(t.rows), "right_rows": operand(t.cols),
+             "out": "*bf16", "sources": "*i64", "offsets": "*i64", "groups": "i32", "left_width": "i32",
+             "right_width": "i32"}
+    constants = {"GATHERS": False, "TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.inner,
+                 "BLOCK_LEFT": t.rows, "BLOCK_RIGHT": t.cols}
+    return Source(grouped.outer_kernel, types, constants, ("left_width", "right_width"), t.warps, t.stages)
+
+
+def _outer_work(capability: int) -> Work:
+    """Column tiles of one row of tiles run together and share `left`; `right` is read once for each such row."""
+    t = grouped.outer_tiles(capability=capability, element_bytes=2)
+    left, right = 2 * EXPERT_WIDTH, WIDTH
+    results = LOCAL_EXPERTS * left * right * 2
+    passes = -(-left // t.rows)
+    least = ROWS * (left + right) * 2 + results
+    moved = ROWS * left * 2 + passes * ROWS * right * 2 + results
+    count = LOCAL_EXPERTS * passes * -(-right // t.cols)
+    return Work(2.0 * ROWS * left * right, moved, least, count, "bf16")
+
+
+def _scaled(rows: int, *, name: str) -> Case:
+    block = scaled.scaled_block_rows(rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS)
+    types = {"x": "*fp8e4nv", "weight": "*fp8e4nv", "x_scales": "*fp32", "weight_scales": "*fp32", "out": "*bf16",
+             "table": "*i32", "count": "*i32", "groups": "i32", "inner": "i32", "cols": "i32"}
+    constants = {"BLOCK_ROWS": block, "BLOCK_COLS": 128, "SIDE": 128, "SHARED": grouped.SHARED_TILES}
+    warps = 8 if block == 128 else 4
+    source = Source(scaled.scaled_rows_kernel, types, constants, ("inner", "cols"), warps, 3)
+    tiles = GemmTiles(block, 128, 128, warps, 3)
+    work = _work(rows, cols=2 * EXPERT_WIDTH, inner=WIDTH, element_bytes=1, tiles=tiles)
+    return Case("grouped_gemm", f"fp8, {name}", lambda _: source, lambda _: work, (90, 100), uses_tensor_core=True)
+
+
+def _head(kernel: object) -> Case:
+    def source(capability: int) -> Source:
+        t = head.choose_tiles(capability=capability, element_bytes=2)
+
+        def operand(rows: int) -> str:
+            return f"tensordesc<bf16[{rows}, {t.inner}]>" if t.uses_tma else "*bf16"
+
+        types = {"hidden": operand(t.rows), "weight": operand(t.cols), "targets": "*i64", "rows": "i32",
+                 "cols": "i32", "inner": "i32", "first_id": "i32"}
+        divisible = ("inner", "cols")
+        if kernel is head.statistics_kernel:
+            types.update(peaks="*fp32", masses="*fp32", picks="*fp32", share="i32")
+            divisible = ("inner", "cols", "share")
+        else:
+            types.update(normalisers="*fp32", upstream="*fp32", delta="*bf16")
+        types = {name: types[name] for name in kernel.arg_names if name in types}
+        constants = {"TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
+                     "BLOCK_INNER": t.inner}
+        return Source(kernel, types, constants, divisible, t.warps, t.stages)
+
+    def work(capability: int) -> Work:
+        """All row tiles of a column tile run together: hidden (134 MB) is read from L2 or again, weight once."""
+        t = head.choose_tiles(capability=capability, element_bytes=2)
+        ends = VOCABULARY * WIDTH * 2 + TOKENS * WIDTH * 2
+        ends += TOKENS * 12 if kernel is head.statistics_kernel else TOKENS * VOCABULARY * 2
+        tiles = -(-TOKENS // t.rows) * -(-VOCABULARY // t.cols)
+        again = tiles * t.rows * WIDTH * 2 / PROGRAMS_THAT_SHARE
+        return Work(2.0 * TOKENS * VOCABULARY * WIDTH, ends + again, ends, tiles, "bf16")
+
+    name = "forward" if kernel is head.statistics_kernel else "softmax - onehot"
+    return Case("linear_cross_entropy", name, source, work, uses_tensor_core=True)
+
+
+# programs of one wave that work on the same row tile; 64 row tiles over 132 processors: about two columns at a time
+PROGRAMS_THAT_SHARE = 2
+
+
+def _attention() -> Iterator[Case]:
+    kernels: tuple[tuple[str, object, str, Callable[[], dict[str, str]], float], ...] = (
+        ("forward", attention.attention_forward_kernel, "forward",
+         lambda: {"out": "*bf16", "lse": "*fp32"}, 2),
+        ("dK dV", attention.key_gradient_kernel, "keys",
+         lambda: {"grad": "*bf16", "lse": "*fp32", "delta": "*fp32", "grad_key": "*bf16", "grad_value": "*bf16",
+                  "scale": "fp32"}, 4),
+        ("dQ", attention.query_gradient_kernel, "queries",
+         lambda: {"grad": "*bf16", "lse": "*fp32", "delta": "*fp32", "grad_query": "*bf16", "scale": "fp32"}, 3),
+    )
+    for name, kernel, part, extra, products in kernels:
+        yield Case(
+            "attention", f"{name}, causal", functools.partial(_attention_source, kernel, extra(), part),
+            functools.partial(_attention_work, part, products), uses_tensor_core=True,
+        )
+
+
+def _attention_source(kernel: object, extra: dict[str, str], part: str, capability: int) -> Source:
+    b = attention.choose_blocks(capability=capability, width=HEAD_WIDTH, element_bytes=2, part=part)
+    strides = ("query_row", "query_head", "key_row", "key_head", "value_row", "value_head")
+    batches = ("query_batch", "key_batch", "value_batch")
+    numbers = ("queries", "keys", "query_start", "heads", "groups", "list_length")
+    types = {
+        **dict.fromkeys(("query", "key", "value"), "*bf16"), **dict.fromkeys(("intervals", "others", "counts"), "*i32"),
+        **dict.fromkeys((*strides, *numbers, "width"), "i32"), **dict.fromkeys(batches, "i64"), "factor": "fp32",
+        **extra,
+    }
+    constants = {"PRECISION": PRECISION, "BLOCK_QUERIES": b.queries, "BLOCK_KEYS": b.keys, "BLOCK_WIDTH": HEAD_WIDTH}
+    return Source(kernel, types, constants, (*batches, *strides, "width"), b.warps, b.stages)
+
+
+def _attention_work(part: str, products: float, capability: int) -> Work:
+    """One causal row of 8,192: half the pairs of blocks are visible. Keys and values of a head fit L2 (4 MB)."""
+    b = attention.choose_blocks(capability=capability, width=HEAD_WIDTH, element_bytes=2, part=part)
+    tensors = TOKENS * HEAD_WIDTH * 2
+    least = tensors * (2 * QUERY_HEADS + 2 * KEY_HEADS) * (1 if part == "forward" else 2) + 8 * TOKENS * QUERY_HEADS
+    pairs = TOKENS / b.queries * TOKENS / b.keys / 2 * QUERY_HEADS
+    operations = 2.0 * products * TOKENS * TOKENS / 2 * HEAD_WIDTH * QUERY_HEADS
+    return Work(operations, least, least, pairs, "bf16")

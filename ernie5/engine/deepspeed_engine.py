@@ -22,15 +22,16 @@ from ernie5.engine.deepspeed_experts import ExpertPlacement
 from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_order import OrderedStep
 from ernie5.engine.deepspeed_state import DeepSpeedState
+from ernie5.engine.deepspeed_topology import place_tensor
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.errors import LayoutError
 from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
 from ernie5.parallel.apply import apply_layout
+from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.state import build_state
 from ernie5.parallel.verify import check_copies
@@ -58,13 +59,16 @@ class DeepSpeedEngine(Engine):
 
         self.model, self.device, self._settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        refuse_axes(parallel)
+        parallel.check_zero()
+        parallel.check_optimizer(optim.name)
         parallel_state = build_state(parallel.derive_dims(self.world_size))
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage = engine.zero_stage
         self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
+        self._data_axis = parallel_state.dp_cp
         model.to(device)
+        topology = place_tensor(model, layout=self._layout)
         placement = ExpertPlacement(self._layout, stage=self._stage)
         placement.mark(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -74,11 +78,12 @@ class DeepSpeedEngine(Engine):
         step: torch.nn.Module = MicroStep(
             model, config=settings.objectives, compute_dtype=torch.bfloat16 if casts else None
         )
+        step.text_loss = self._layout.text_loss(vocab_size=model.config.vocab_size)
         self._ordered = OrderedStep(step) if self._stage >= 2 else None
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,
             micro_sequences=micro_sequences,
-            dp=parallel_state.dp_cp.size,
+            dp=self._data_axis.size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
         )
@@ -89,6 +94,7 @@ class DeepSpeedEngine(Engine):
         self._engine, _, _, _ = deepspeed.initialize(
             model=wrapped,
             optimizer=optimizer,
+            mpu=topology,
             config=deepspeed_config(engine, optim=optim, plan=plan),
             dist_init_required=False,
         )
@@ -107,7 +113,7 @@ class DeepSpeedEngine(Engine):
             if index > 0:
                 self._engine.step()
             share, terms, routing = self._engine(batch, counts, self.magnitudes)
-            self._engine.backward(share * self.world_size, scale_wrt_gas=False)
+            self._engine.backward(share * self._data_axis.size, scale_wrt_gas=False)
             builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
         return builder.finish(reduce=self.sum_over_ranks)
 
@@ -159,11 +165,8 @@ class DeepSpeedEngine(Engine):
         self.magnitudes = state.magnitudes.to(self.device)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """All-reduced sum; one rank skips the collective."""
-        if self.world_size > 1:
-            values = values.clone()
-            dist.all_reduce(values)
-        return values
+        """Sum over the ranks that see other data (dp x cp)."""
+        return all_reduce(values, axis=self._data_axis)
 
     def gather(self, value: dict) -> list[dict]:
         """Collect a small value from every rank."""
@@ -221,21 +224,6 @@ class DeepSpeedEngine(Engine):
         self._engine.step()
         norm = self._engine.get_global_grad_norm()
         return float(norm) if self._engine.was_step_applied() else math.inf
-
-
-def refuse_axes(parallel: ParallelConfig) -> None:
-    """Refuse the axes that leave other weights to a rank: ZeRO would partition over ranks that hold different ones.
-
-    Context parallelism leaves all weights to every rank; ZeRO then partitions over dp x cp.
-    """
-    for axis in ("tp", "pp"):
-        if vars(parallel)[axis] > 1:
-            parallel.fail(
-                axis,
-                f"DeepSpeed's ZeRO runs with dp, cp, ep and etp in this version. Set engine.kind: grid or "
-                f"parallel.{axis}: 1",
-                error=LayoutError,
-            )
 
 
 def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:

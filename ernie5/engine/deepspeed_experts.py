@@ -16,7 +16,7 @@ import torch.distributed as dist
 
 from ernie5.optim.groups import ParameterGroup
 from ernie5.parallel.apply import Layout
-from ernie5.parallel.state import Axis
+from ernie5.parallel.state import real_group
 
 
 class ExpertPlacement:
@@ -74,21 +74,13 @@ def _register_groups(layout: Layout, *, name: str) -> dist.ProcessGroup:
     from deepspeed.utils import groups
 
     state = layout.state
-    block = _real_group(state.block, all_ranks=state.dims.groups("block"))
-    replicas = _real_group(state.edp, all_ranks=state.dims.groups("edp"))
+    block = real_group(state.block, all_ranks=state.dims.groups("block"))
+    replicas = real_group(state.edp, all_ranks=state.dims.groups("edp"))
     groups._EXPERT_PARALLEL_GROUP[name] = block
     groups._EXPERT_PARALLEL_GROUP_RANKS[name] = list(state.block.ranks)
     groups._EXPERT_DATA_PARALLEL_GROUP[name] = replicas
     groups._EXPERT_DATA_PARALLEL_GROUP_RANKS[name] = list(state.edp.ranks)
     return replicas
-
-
-def _real_group(axis: Axis, *, all_ranks: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
-    """The axis's group, made now where it is one rank alone: DeepSpeed wants an object. Collective."""
-    if axis.group is not None:
-        return axis.group
-    made = {ranks: dist.new_group(list(ranks)) for ranks in all_ranks}
-    return made[axis.ranks]
 
 
 def _make_announcement() -> torch.nn.Module:

@@ -53,6 +53,7 @@ class GridEngine(Engine):
         settings: StepSettings,
         device: torch.device,
     ) -> None:
+        parallel.check_optimizer(optim.name)
         join_processes(device)
         self.model, self.device, self._settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()

@@ -104,6 +104,28 @@ class ParallelConfig(Config):
                 f"{_nearest(heads, wanted=self.cp)}, or set parallel.context: ring",
             )
 
+    def check_zero(self) -> None:
+        """Refuse what DeepSpeed's ZeRO would run with other results than the grid engine, or not at all."""
+        if self.pp > 1:
+            self._refuse("pp", "DeepSpeed's ZeRO runs without stages here. Set engine.kind: grid or parallel.pp: 1")
+        if self.tp > 1 and self.ep * self.etp > 1:
+            self._refuse(
+                "tp",
+                f"with ep x etp = {self.ep * self.etp}, DeepSpeed would complete the norm of expert groups over dp x "
+                "cp alone, and with tp experts are spread over tensor-parallel ranks too. Set engine.kind: grid, "
+                "parallel.tp: 1, or parallel.ep: 1 and parallel.etp: 1",
+            )
+
+    def check_optimizer(self, name: str) -> None:
+        """Refuse Muon where matrices are cut: an orthogonalised part is no part of the orthogonalised whole."""
+        for axis in ("tp", "etp"):
+            if name == "muon" and vars(self)[axis] > 1:
+                self._refuse(
+                    axis,
+                    f"optim.name = muon needs whole matrices, and {axis} cuts them. Set parallel.{axis}: 1 (ep and cp "
+                    "leave matrices whole) or optim.name: adamw",
+                )
+
     def _check_experts(self, model: ModelConfig) -> None:
         experts, width = model.moe.num_experts, model.moe.expert_width
         if experts % self.ep:

@@ -107,3 +107,11 @@ def join_processes(device: torch.device) -> None:
         dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+def real_group(axis: Axis, *, all_ranks: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:
+    """The axis's group, made now where it is one rank alone, for those who want an object. Collective."""
+    if axis.group is not None:
+        return axis.group
+    made = {ranks: dist.new_group(list(ranks)) for ranks in all_ranks}
+    return made[axis.ranks]

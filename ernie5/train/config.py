@@ -102,14 +102,9 @@ class RootConfig(Config):
                     f"the local engine is one process. Set engine.kind: deepspeed or parallel.{axis}: 1",
                     error=LayoutError,
                 )
-        for axis in ("tp", "pp"):
-            if self.engine.kind == "deepspeed" and vars(self.parallel)[axis] > 1:
-                self.fail(
-                    f"parallel.{axis}",
-                    f"DeepSpeed's ZeRO runs with dp, cp, ep and etp in this version. Set engine.kind: grid or "
-                    f"parallel.{axis}: 1",
-                    error=LayoutError,
-                )
+        if self.engine.kind == "deepspeed":
+            self.parallel.check_zero()
+        self.parallel.check_optimizer(self.optim.name)
         self.parallel.check_model(self.model)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:
             self.fail(

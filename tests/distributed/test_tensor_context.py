@@ -33,6 +33,7 @@ TWO_RANKS = [
     row("cp2-ep2", cp=2, ep=2),
     row("cp2-ulysses-tied", cp=2, context="ulysses", tied=True),
     row("cp2-zero1", cp=2, engine="deepspeed", stage=1),
+    row("tp2-zero1", tp=2, engine="deepspeed", stage=1),
 ]
 FOUR_RANKS = [
     row("tp2-cp2-ep4-sequence", tp=2, cp=2, ep=4, sequence=True),
@@ -50,6 +51,10 @@ SLOW_RANKS = {
     3: [row("cp3", cp=3), row("cp3-tied", cp=3, tied=True)],
     4: [
         row("tp2-dp2", tp=2),
+        row("tp2-dp2-zero0", tp=2, engine="deepspeed"),
+        row("tp2-dp2-zero2", tp=2, engine="deepspeed", stage=2),
+        row("tp2-dp2-zero3-sequence", tp=2, sequence=True, engine="deepspeed", stage=3),
+        row("tp2-cp2-zero1-sequence", tp=2, cp=2, sequence=True, engine="deepspeed", stage=1),
         row("tp2-dp2-ep2", tp=2, ep=2),
         row("tp2-dp2-ep4-sequence", tp=2, ep=4, sequence=True),
         row("tp2-dp2-ep2-etp2", tp=2, ep=2, etp=2),

@@ -18,6 +18,10 @@ class CheckpointConfig(Config):
         True, doc="write behind the training, which waits for a copy in memory only; false: wait for the disk",
         kind="performance",
     )
+    replica_every_steps: int = field(
+        1, doc="distance between copies in shared memory, which launch/supervise.py keeps; 0: none", unit="steps",
+        check=non_negative, kind="performance",
+    )
     dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")
     keep: int = field(2, doc="newest checkpoints that stay on disk", unit="checkpoints", check=positive,
                       kind="logging")

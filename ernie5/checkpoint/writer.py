@@ -22,19 +22,19 @@ class SaveStatus(enum.IntEnum):
 
 
 class BackgroundWriter:
-    """At most one job in flight. seconds: what the last finished job took."""
+    """At most one job in flight. seconds: what the last finished job took; error: what it ended in."""
 
     def __init__(self) -> None:
         self._thread: threading.Thread | None = None
         self._path: Path | None = None
-        self._error: Exception | None = None
+        self.error: Exception | None = None
         self.seconds = 0.0
 
     def start(self, job: Callable[[], Path]) -> None:
         """Run `job` in the background. Raises RuntimeError while another one runs: the caller must wait first."""
         if self._thread is not None and self._thread.is_alive():
             raise RuntimeError("a checkpoint is still being written")
-        self._path = self._error = None
+        self._path = self.error = None
         self._thread = threading.Thread(target=self._run, args=(job,), name="checkpoint", daemon=True)
         self._thread.start()
 
@@ -44,13 +44,13 @@ class BackgroundWriter:
             self._thread.join()
         elif self._thread is not None:
             return SaveStatus.RUNNING
-        return SaveStatus.DONE if self._error is None else SaveStatus.FAILED
+        return SaveStatus.DONE if self.error is None else SaveStatus.FAILED
 
     def result(self) -> Path:
         """What the last job returned, or raise what it raised."""
         self.status(wait=True)
-        if self._error is not None:
-            raise self._error
+        if self.error is not None:
+            raise self.error
         if self._path is None:
             raise RuntimeError("no checkpoint was written")
         return self._path
@@ -60,5 +60,5 @@ class BackgroundWriter:
         try:
             self._path = job()
         except Exception as error:  # handed to whoever asks for the result, in the thread of the training
-            self._error = error
+            self.error = error
         self.seconds = time.perf_counter() - started

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders, load_run
+from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders
 from ernie5.checkpoint.save import point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
@@ -33,9 +33,10 @@ from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
 from ernie5.train.config import RootConfig
 from ernie5.train.hook import Hook
 from ernie5.train.hooks import FiguresBoard, RecordHook, RoutingHook, StepFiguresHook, ValidationHook
+from ernie5.train.replica import ReplicaHook, agree, load_newest, replica_folder
 from ernie5.train.rollback import AlarmHook, Rollback
 from ernie5.train.samples import SamplesHook
-from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords
+from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords, Snapshot
 from ernie5.train.state import Progression
 
 ROUTING_FILE = "routing.jsonl"
@@ -66,7 +67,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     refuse_unavailable(config, world_size=world_size)
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
-    loaded = load_run(resume_from) if resume_from is not None else None
+    loaded = load_newest(resume_from)
     places = config.tokenizers
     if loaded is not None:
         folders = (run_dir / KEPT_FOLDER, *kept_folders(loaded.directory))
@@ -80,13 +81,14 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
     loader = open_loader(config, tokenizers=tokenizers, split="train", engine=engine)
     progression = Progression()
+    loaded = agree(loaded, source=resume_from, engine=engine)
     if loaded is not None:
         restore(loaded, engine=engine, loader=loader, progression=progression)
     if engine.is_main:
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
     checkpoints = checkpoint_folder(config, run_dir=run_dir)
-    if loaded is not None and engine.is_main:
-        point_latest(checkpoints, target=loaded.directory)  # before the hooks cut the metrics back to its step
+    if resume_from is not None and engine.is_main:
+        point_latest(checkpoints, target=resume_from)  # before the hooks cut the metrics back to its step
     identity = CheckpointIdentity(config_to_yaml(config), config.engine.precision, identities)
     hooks = build_hooks(
         config,
@@ -161,6 +163,9 @@ def build_hooks(
     rate = matrix_rate(run_dir, device=engine.device, dtype=dtype, peak_tflops=config.observe.peak_tflops)
     flops = flops_per_token(config.model, sequence_tokens=config.data.sequence_tokens)
     board = FiguresBoard(Figures(0))
+    snapshot = Snapshot(
+        engine=engine, progression=progression, data=loader, identity=identity, records=RunRecords(metrics, routing)
+    )
     return (
         StepFiguresHook(
             board,
@@ -192,11 +197,17 @@ def build_hooks(
             config=config.checkpoint,
             engine=engine,
             progression=progression,
-            data=loader,
-            identity=identity,
-            records=RunRecords(board, metrics, routing),
+            snapshot=snapshot,
+            board=board,
         ),
+        *replica_hooks(config, engine=engine, snapshot=snapshot),
     )
+
+
+def replica_hooks(config: RootConfig, *, engine: Engine, snapshot: Snapshot) -> tuple[Hook, ...]:
+    """The hook that keeps the last step in memory, where an agent owns a folder for it."""
+    folder, every = replica_folder(), config.checkpoint.replica_every_steps
+    return (ReplicaHook(folder, every=every, engine=engine, snapshot=snapshot),) if folder and every else ()
 
 
 def build_rollback(

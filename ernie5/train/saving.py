@@ -40,11 +40,31 @@ class CheckpointIdentity:
 
 @dataclasses.dataclass(frozen=True)
 class RunRecords:
-    """What must be on disk as far as the checkpoint that covers it: figures and routing; board: the step's figures."""
+    """What must be on disk as far as the checkpoint that covers it: figures and routing."""
 
-    board: FiguresBoard
     metrics: Metrics
     routing: RoutingHook
+
+
+class Snapshot:
+    """Takes everything that a checkpoint holds into memory, with the records of the run on disk as far as it reaches."""
+
+    def __init__(self, *, engine: Engine, progression: Progression, data: Cursor, identity: CheckpointIdentity,
+                 records: RunRecords) -> None:
+        self._engine, self._progression, self._data = engine, progression, data
+        self._identity, self._records = identity, records
+
+    def take(self) -> Contents:
+        """Copies on the CPU; collective."""
+        self._records.metrics.flush()
+        self._records.routing.save_now()
+        return Contents(
+            engine=self._engine.state(),
+            run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
+            config_yaml=self._identity.config_yaml,
+            precision=self._identity.precision,
+            tokenizers=self._identity.tokenizers,
+        )
 
 
 class CheckpointHook(Hook):
@@ -57,12 +77,11 @@ class CheckpointHook(Hook):
         config: CheckpointConfig,
         engine: Engine,
         progression: Progression,
-        data: Cursor,
-        identity: CheckpointIdentity,
-        records: RunRecords,
+        snapshot: Snapshot,
+        board: FiguresBoard,
     ) -> None:
         self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
-        self._data, self._identity, self._records = data, identity, records
+        self._snapshot, self._board = snapshot, board
         self._writer = BackgroundWriter()
         self._begun_step: int | None = None
         self._saved_step, self._saved_path = -1, ""
@@ -99,24 +118,13 @@ class CheckpointHook(Hook):
         if self._begun_step is not None:
             self._settle(wait=wait or self._begun_step != self._progression.step)
         if self._begun_step is None and self._saved_step != self._progression.step:
-            self._records.metrics.flush()
-            self._records.routing.save_now()
-            contents = self._snapshot()
+            contents = self._snapshot.take()
             if self._engine.is_main:
                 self._writer.start(lambda: save_checkpoint(self._folder, contents=contents, config=self._config))
             self._begun_step = self._progression.step
             if wait:
                 self._settle(wait=True)
-        self._records.board.stall_seconds += time.perf_counter() - started
-
-    def _snapshot(self) -> Contents:
-        return Contents(
-            engine=self._engine.state(),
-            run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
-            config_yaml=self._identity.config_yaml,
-            precision=self._identity.precision,
-            tokenizers=self._identity.tokenizers,
-        )
+        self._board.stall_seconds += time.perf_counter() - started
 
     def _settle(self, *, wait: bool) -> None:
         """Let every rank know how the save in flight stands: one small sum per step as long as there is one."""

@@ -1,0 +1,92 @@
+"""The last step in shared memory: a checkpoint like any other, in a folder that outlives the ranks but not the machine.
+
+launch/supervise.py owns the folder (environment variable ERNIE5_REPLICA) and empties it at its own start and end. After
+a process is lost, ranks continue from there without reading the disk, if all of them found the same step there.
+"""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.load import LoadedRun, load_run
+from ernie5.checkpoint.names import latest_checkpoint, step_of
+from ernie5.checkpoint.retention import clear_checkpoints
+from ernie5.checkpoint.save import save_checkpoint
+from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
+from ernie5.engine.interface import Engine
+from ernie5.errors import CheckpointError
+from ernie5.observe.log import get_log
+from ernie5.train.hook import Hook, StepContext
+from ernie5.train.saving import Snapshot
+
+REPLICA_VARIABLE = "ERNIE5_REPLICA"
+ONE = CheckpointConfig(keep=1)
+
+
+class ReplicaHook(Hook):
+    """Copies the state into the folder after every `every` steps, behind the training; a failure never ends the run."""
+
+    def __init__(self, folder: Path, *, every: int, engine: Engine, snapshot: Snapshot) -> None:
+        self._folder, self._every, self._engine, self._snapshot = folder, every, engine, snapshot
+        self._writer, self._is_warned = BackgroundWriter(), False
+
+    def after_step(self, context: StepContext) -> None:
+        """Copy, once the copy before is written; collecting the state is collective."""
+        if context.step % self._every or context.report.skipped or context.is_last:
+            return
+        self._warn_of_failure()
+        contents = self._snapshot.take()
+        if self._engine.is_main:
+            self._writer.start(lambda: save_checkpoint(self._folder, contents=contents, config=ONE))
+
+    def go_back(self, step: int) -> None:
+        """What the folder holds was undone."""
+        self._warn_of_failure()
+        if self._engine.is_main:
+            clear_checkpoints(self._folder)
+
+    def finish(self) -> None:
+        """Let the copy under way be written."""
+        self._warn_of_failure()
+
+    def _warn_of_failure(self) -> None:
+        if self._engine.is_main and self._writer.status(wait=True) == SaveStatus.FAILED and not self._is_warned:
+            self._is_warned = True
+            get_log().warning("no replica in memory: %s", self._writer.error)
+
+
+def replica_folder() -> Path | None:
+    """Where the agent of this host wants the replica; none without an agent."""
+    named = os.environ.get(REPLICA_VARIABLE)
+    return Path(named) if named else None
+
+
+def load_newest(source: Path | None) -> LoadedRun | None:
+    """The replica where it is whole and farther than the checkpoint `source`, else that checkpoint; none for neither.
+
+    Every rank calls it by itself, before the ranks know each other; `agree` follows.
+    """
+    folder = replica_folder()
+    replica = latest_checkpoint(folder) if folder is not None else None
+    if replica is not None and (step_of(replica.name) or 0) > _step_of(source):
+        try:
+            return load_run(replica)
+        except CheckpointError as error:
+            get_log().warning("the replica in memory is of no use: %s", error)
+    return load_run(source) if source is not None else None
+
+
+def agree(loaded: LoadedRun | None, *, source: Path | None, engine: Engine) -> LoadedRun | None:
+    """What every rank continues from: `loaded` if all found the same step, else the checkpoint on disk. Collective."""
+    steps = [found["step"] for found in engine.gather({"step": -1 if loaded is None else loaded.run.step})]
+    if len(set(steps)) == 1:
+        return loaded
+    if engine.is_main:
+        get_log().warning("the ranks found steps %s in memory: going on from %s", steps, source or "the beginning")
+    return load_run(source) if source is not None else None
+
+
+def _step_of(source: Path | None) -> int:
+    return -1 if source is None else step_of(source.name) or 0

@@ -1,0 +1,85 @@
+"""The agent of one host: starts the command, waits, decides, starts again; owns the replica of the last step."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, read_outcome
+from supervision.processes import MARK, kill_strays, mark_of
+
+from ernie5.errors import EXIT_INTERRUPTED
+
+POLL_SECONDS = 0.05
+REPLICA_VARIABLE = "ERNIE5_REPLICA"  # ernie5/train/replica.py reads it; importing that would load torch
+
+
+def going_on(command: list[str]) -> list[str]:
+    """The command of every start but the first: --fresh and --resume CKPT would undo what was done since."""
+    kept, words = [], iter(command)
+    for word in words:
+        if word == "--resume":
+            next(words, None)
+        elif word != "--fresh" and not word.startswith("--resume="):
+            kept.append(word)
+    return kept
+
+
+class Agent:
+    """Runs the command until it is done, may not be started again, or a signal arrives."""
+
+    def __init__(self, command: list[str], *, run_dir: Path, memory: Path) -> None:
+        self._command, self._run_dir, self._mark = command, run_dir, mark_of(run_dir)
+        self._replica = memory / f"ernie5-{self._mark}"
+        self._child: subprocess.Popen | None = None
+        self._stopping = False
+
+    def run(self, limits: Limits) -> int:
+        """Returns the exit code of the run. The replica of an earlier agent may be of another history: it goes."""
+        shutil.rmtree(self._replica, ignore_errors=True)
+        try:
+            return self._run(limits)
+        finally:
+            shutil.rmtree(self._replica, ignore_errors=True)
+
+    def _run(self, limits: Limits) -> int:
+        for number in (signal.SIGINT, signal.SIGTERM):
+            signal.signal(number, self._forward)
+        policy = RestartPolicy(limits, step=farthest_step(self._run_dir))
+        while not self._stopping:
+            strays = kill_strays(self._mark)
+            (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
+            outcome = read_outcome(self._run_dir, launcher_code=self._start_and_wait())
+            decision = policy.decide(outcome, stopping=self._stopping)
+            self._note(code=outcome.code, killed=outcome.killed, step=outcome.step, strays=strays,
+                       restart=decision.restart, reason=decision.reason)
+            if not decision.restart:
+                kill_strays(self._mark)
+                return decision.code
+            self._command = going_on(self._command)
+            until = time.monotonic() + decision.delay_seconds
+            while time.monotonic() < until and not self._stopping:
+                time.sleep(POLL_SECONDS)
+        return EXIT_INTERRUPTED
+
+    def _start_and_wait(self) -> int:
+        environment = {**os.environ, MARK: self._mark, REPLICA_VARIABLE: str(self._replica)}
+        self._child = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        return self._child.wait()
+
+    def _forward(self, number: int, _frame: object) -> None:
+        self._stopping = True
+        if self._child is not None and self._child.poll() is None:
+            self._child.send_signal(number)
+
+    def _note(self, **fields: object) -> None:
+        print(f"supervise: {fields['reason']}; {'starting again' if fields['restart'] else 'ending'}",
+              file=sys.stderr, flush=True)
+        with (self._run_dir / "supervise.jsonl").open("a", encoding="utf-8") as file:
+            file.write(json.dumps({"unix_seconds": time.time(), **fields}) + "\n")

@@ -1,0 +1,188 @@
+"""The agent: what it decides, whom it kills, and a run of two ranks that loses one and ends as if nothing had been."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+import types
+from pathlib import Path
+
+import pytest
+
+PATIENCE_SECONDS = 240
+
+
+@pytest.fixture(scope="session")
+def policy(repository: Path) -> types.ModuleType:
+    """launch/supervision/policy.py, which is not installed."""
+    spec = importlib.util.spec_from_file_location("policy", repository / "launch" / "supervision" / "policy.py")
+    module = importlib.util.module_from_spec(spec)
+    sys.modules["policy"] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+@pytest.fixture
+def supervise(repository: Path, tmp_path: Path):
+    """supervise(command, ...) starts an agent over `command` with the run directory tmp_path/run."""
+    started = []
+
+    def start(*command: str, options: tuple[str, ...] = ()) -> subprocess.Popen:
+        process = subprocess.Popen(
+            [sys.executable, str(repository / "launch" / "supervise.py"), "--run-dir", str(tmp_path / "run"),
+             "--delay", "0.01", "--memory", str(tmp_path), *options, "--", *command],
+            text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env={**os.environ, "OMP_NUM_THREADS": "1"},
+        )
+        started.append(process)
+        return process
+
+    yield start
+    for process in started:
+        if process.poll() is None:
+            process.terminate()
+            process.wait(timeout=60)
+
+
+def script(text: str) -> list[str]:
+    """A command that counts its starts in `count`, and runs `text` with `n` (from 1) and `end(code)`."""
+    return [sys.executable, "-c", f"""
+import json, os, pathlib, signal, subprocess, sys, time
+run = pathlib.Path(os.environ["RUN"]); count = run.parent / "count"
+n = int(count.read_text()) + 1 if count.exists() else 1
+count.write_text(str(n))
+def end(code):
+    (run / "exit.json").write_text(json.dumps({{"exit_code": code, "message": "said"}})); sys.exit(code)
+{text}
+"""]
+
+
+@pytest.fixture(autouse=True)
+def run_variable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Tells the scripts where the run directory is."""
+    monkeypatch.setenv("RUN", str(tmp_path / "run"))
+
+
+def starts(tmp_path: Path) -> int:
+    return int((tmp_path / "count").read_text())
+
+
+@pytest.mark.parametrize(("code", "restarts"), [(0, 0), (1, 1), (2, 0), (3, 3), (4, 0), (5, 4), (75, 4)])
+def test_each_exit_code_has_its_policy(code: int, restarts: int, policy: types.ModuleType) -> None:
+    decide = policy.RestartPolicy(policy.Limits(restarts=4), step=0).decide
+    outcome = policy.Outcome(code, False, "said", 0)
+    decisions = [decide(outcome, stopping=False) for _ in range(restarts + 1)]
+    assert [found.restart for found in decisions] == [True] * restarts + [False]
+    assert decisions[-1].code == code
+    delays = [found.delay_seconds for found in decisions[:-1]]
+    assert delays == [(10.0 if code == 3 else 1.0) * 2**index for index in range(restarts)]
+
+
+def test_progress_clears_the_count_and_the_agents_own_end_restarts_nothing(policy: types.ModuleType) -> None:
+    decide = policy.RestartPolicy(policy.Limits(restarts=1), step=3).decide
+    for step in (4, 5, 6):
+        assert decide(policy.Outcome(5, True, "", step), stopping=False).restart
+    assert not decide(policy.Outcome(5, True, "", 6), stopping=False).restart
+    ended = policy.RestartPolicy(policy.Limits(), step=0).decide(policy.Outcome(75, False, "", 0), stopping=True)
+    assert (ended.restart, ended.code) == (False, 75)
+
+
+def test_a_run_is_started_until_it_is_done_and_blurred_codes_are_not_believed(supervise, tmp_path: Path) -> None:
+    agent = supervise(*script("""
+if n == 1: os.kill(os.getpid(), signal.SIGKILL)
+if n == 2: sys.exit(1)  # a launcher after a killed child
+if n == 3: end(75)
+if "--fresh" in sys.argv: end(2)  # a restart must not start over
+(run / "exit.json").write_text(json.dumps({"exit_code": 0, "message": "done"})); sys.exit(1)
+"""), "--fresh", "--resume", "somewhere")
+    _, said = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 0, said
+    assert starts(tmp_path) == 4
+    lines = [json.loads(line) for line in (tmp_path / "run" / "supervise.jsonl").read_text().splitlines()]
+    assert [(line["code"], line["killed"], line["restart"]) for line in lines] == [
+        (5, True, True), (5, True, True), (75, False, True), (0, False, False)]
+
+
+def test_a_refused_command_line_is_never_retried(supervise, tmp_path: Path) -> None:
+    agent = supervise(*script("sys.exit(2)"))
+    agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 2 and starts(tmp_path) == 1
+
+
+def test_strays_of_an_earlier_start_are_killed_and_others_are_not(supervise, tmp_path: Path) -> None:
+    bystander = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"])
+    agent = supervise(*script("""
+sleeper = run.parent / "sleeper"
+if n == 1:
+    child = subprocess.Popen([sys.executable, "-c", "import time; time.sleep(600)"], start_new_session=True)
+    sleeper.write_text(str(child.pid))
+    os.kill(os.getpid(), signal.SIGKILL)
+alive = pathlib.Path(f"/proc/{sleeper.read_text()}/stat")
+end(4 if alive.exists() and alive.read_text().rsplit(") ", 1)[1][0] != "Z" else 0)
+"""))
+    _, said = agent.communicate(timeout=PATIENCE_SECONDS)
+    try:
+        assert agent.returncode == 0, said
+        assert bystander.poll() is None
+    finally:
+        bystander.kill()
+        bystander.wait()
+
+
+def test_a_second_agent_is_refused_and_a_signal_ends_run_and_agent(supervise, tmp_path: Path) -> None:
+    agent = supervise(*script("""
+signal.signal(signal.SIGTERM, lambda *_: end(75))
+(run / "ready").touch()
+time.sleep(600)
+"""))
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (tmp_path / "run" / "ready").exists() and time.monotonic() < deadline:
+        time.sleep(0.02)
+    second = supervise(*script("end(0)"))
+    _, said = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode == 2 and "another agent" in said
+    agent.send_signal(signal.SIGTERM)
+    agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 75 and starts(tmp_path) == 1
+
+
+def rank_process(mark: bytes, rank: int) -> int | None:
+    """The process of a rank whose environment holds `mark`."""
+    for entry in Path("/proc").iterdir():
+        try:
+            variables = (entry / "environ").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:
+            continue
+        if mark in variables and f"RANK={rank}".encode() in variables:
+            return int(entry.name)
+    return None
+
+
+def test_two_ranks_lose_one_and_go_on_from_memory_to_the_same_losses(
+    supervise, repository: Path, tmp_path: Path
+) -> None:
+    settings = ("train.steps=8", "data.streams=2", "batch.global_sequences=2", "checkpoint.every_steps=0")
+    launcher = (sys.executable, str(repository / "launch" / "spawn.py"), "2",
+                str(repository / "tools" / "chaos" / "chaos.yaml"), *settings)
+    others = {**os.environ, "RUN": "another", "OMP_NUM_THREADS": "1"}
+    whole = subprocess.Popen([*launcher, f"train.run_dir={tmp_path / 'whole'}"], env=others, stderr=subprocess.PIPE,
+                             text=True)
+    agent = supervise(*launcher, f"train.run_dir={tmp_path / 'run'}")
+    metrics = tmp_path / "run" / "metrics.jsonl"
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while time.monotonic() < deadline and not (metrics.exists() and metrics.read_text().count("\n") >= 4):
+        time.sleep(0.01)
+    os.kill(rank_process(f"RUN={tmp_path / 'run'}".encode(), 1), signal.SIGKILL)
+    _, said = agent.communicate(timeout=PATIENCE_SECONDS)
+    _, other = whole.communicate(timeout=PATIENCE_SECONDS)
+    assert (agent.returncode, whole.returncode) == (0, 0), said + other
+    resumed = [line for line in (tmp_path / "run" / "log.txt").read_text().splitlines() if "resumed from" in line]
+    assert len(resumed) == 1 and f"{tmp_path}/ernie5-" in resumed[0] and int(resumed[0].rsplit(" ", 1)[1]) >= 3
+    figures = [[(row["step"], row["loss"], row["grad_norm"]) for row in map(json.loads, path.read_text().splitlines())]
+               for path in (metrics, tmp_path / "whole" / "metrics.jsonl")]
+    assert figures[0] == figures[1] and len(figures[0]) == 8
+    assert not list(tmp_path.glob("ernie5-*"))  # the agent takes its memory along

@@ -27,7 +27,7 @@ from ranks import MARK, find_ranks, is_saving, last_step, resumed_steps, saved_s
 ROOT = Path(__file__).resolve().parents[2]
 MOMENTS = ("load", "step", "save")
 POLL_SECONDS = 0.01
-PATIENCE_SECONDS = 900.0
+PATIENCE_SECONDS = 1800.0
 
 
 @dataclasses.dataclass(frozen=True)
@@ -137,9 +137,10 @@ class Attack:
         found = compare(self._run_dir, whole=self._options.out / "whole")
         resumed = resumed_steps(self._run_dir)
         # Two kills without a load in between find the same steps undone: the second one alone counts.
-        last = {kill.loads: kill for kill in self.kills}.values()
-        lost = sum(max(0, kill.step - kill.saved_step) for kill in last)
-        missing = sum(resumed[kill.loads] < kill.saved_step for kill in last if kill.loads < len(resumed))
+        last = list({kill.loads: kill for kill in self.kills}.values())
+        reached = [resumed[kill.loads] if kill.loads < len(resumed) else 0 for kill in last]
+        lost = sum(max(0, kill.step - step) for kill, step in zip(last, reached, strict=True))
+        missing = sum(step < kill.saved_step for kill, step in zip(last, reached, strict=True))
         return Round(
             len(self.kills), seconds, lost, missing, found.divergence, found.final_loss, found.final_loss_whole
         )

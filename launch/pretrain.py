@@ -1,18 +1,22 @@
 """`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]`, or torchrun in its place.
 
 The launcher tells each process its rank through the environment; the `--local_rank` that some of them add to the
-arguments is dropped, because it says the same. A launcher that dies, or kills its middleman on Ctrl-C as DeepSpeed's
-runner does, would leave its ranks running: the kernel is asked to send them SIGTERM then, so that they save and end.
+arguments is dropped, because it says the same. A launcher that dies would leave its ranks running, as DeepSpeed's
+runner does after SIGINT: here they get SIGTERM then, so that they save and end.
 """
 
 import ctypes
 import os
 import signal
 import sys
+import threading
+import time
+from pathlib import Path
 
 from ernie5.__main__ import main
 
 PR_SET_PDEATHSIG = 1
+WATCH_SECONDS = 0.5
 
 
 def without_local_rank(arguments: list[str]) -> list[str]:
@@ -37,6 +41,23 @@ def end_with_the_launcher() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(PR_SET_PDEATHSIG, signal.SIGTERM, 0, 0, 0)
     if os.getppid() != parent:  # it died before the kernel knew
         os.kill(os.getpid(), signal.SIGTERM)
+    # The parent under DeepSpeed is a middleman that outlives its runner, so the runner is watched through it.
+    if b"deepspeed.launcher.launch" in Path(f"/proc/{parent}/cmdline").read_bytes():
+        threading.Thread(target=_watch, args=(parent, parent_of(parent)), daemon=True).start()
+
+
+def parent_of(process: int) -> int:
+    """The parent of a process, from /proc; 0 when the process is gone."""
+    try:
+        return int(Path(f"/proc/{process}/stat").read_text(encoding="utf-8").rpartition(")")[2].split()[1])
+    except OSError:
+        return 0
+
+
+def _watch(middleman: int, runner: int) -> None:
+    while parent_of(middleman) == runner:
+        time.sleep(WATCH_SECONDS)
+    os.kill(os.getpid(), signal.SIGTERM)
 
 
 if __name__ == "__main__":

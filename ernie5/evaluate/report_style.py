@@ -37,7 +37,8 @@ min-width:0}
 .kpi span{color:var(--soft);font-size:12.5px}
 .top{display:flex;justify-content:space-between;align-items:flex-start;gap:10px}
 .chip{font-size:11.5px;font-weight:640;padding:2px 9px;border-radius:99px;white-space:nowrap}
-.chip.plain{color:var(--soft);border:1px solid var(--soft)}.chip.good{color:var(--good);background:var(--goodbg)}.chip.bad{color:var(--bad);background:var(--badbg)}
+.chip.plain{color:var(--soft);border:1px solid var(--soft)}
+.chip.good{color:var(--good);background:var(--goodbg)}.chip.bad{color:var(--bad);background:var(--badbg)}
 .big{font-size:27px;font-weight:670;letter-spacing:-.025em;font-variant-numeric:tabular-nums;line-height:1.25}
 .big small{font-size:13px;color:var(--soft);font-weight:500;letter-spacing:0}
 .versus{display:grid;grid-template-columns:auto 1fr auto;gap:6px 10px;align-items:center;font-size:12.5px;

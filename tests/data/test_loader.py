@@ -10,7 +10,7 @@ import logging
 import pytest
 import torch
 
-from ernie5.data.config import CorruptionConfig, VideoAttentionConfig
+from ernie5.data.config import VideoAttentionConfig
 from ernie5.data.loader import Loader, StepShape, build_loader, merge_states
 from ernie5.data.samples import Sample, SampleMeta
 from ernie5.data.shards import ShardWriter
@@ -43,8 +43,8 @@ def _same(left: list, right: list) -> bool:
 def test_golden_stream(tiny_data, tiny_tokenizers) -> None:
     """Four steps of every task, all that no encoder's rounding decides: a new digest is a new order of the data, after
     which no older checkpoint resumes exactly."""
-    config = {"corruption": CorruptionConfig(), "video_attention": VideoAttentionConfig(window_frames=1, mask_probability=0.3)}
-    loader, digest = _open(tiny_data, tiny_tokenizers, **config), hashlib.sha256()
+    hiding = VideoAttentionConfig(window_frames=1, mask_probability=0.3)
+    loader, digest = _open(tiny_data, tiny_tokenizers, video_attention=hiding), hashlib.sha256()
     for batch in (batch for _ in range(4) for batch in loader.next_step()):
         exact = (batch.token_ids, batch.kinds, batch.positions, batch.document_ids, batch.intervals,
                  batch.text_targets, batch.mtp_targets, batch.visual_cells.scales, batch.bit_targets.rows,

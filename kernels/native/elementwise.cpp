@@ -59,19 +59,17 @@ void norm_backward(const T* x, const T* weight, const float* inverse, const T* g
 template <class T>
 void rotate(const T* x, const float* rotation, T* out, int64_t tokens, int64_t heads, int64_t width, float turn,
             int threads) {
+  vint other, even, odd;
+  vfloat sign;
+  for (int i = 0; i < LANES; ++i) other[i] = i ^ 1, even[i] = i & ~1, odd[i] = i | 1, sign[i] = i % 2 ? turn : -turn;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t t = 0; t < tokens; ++t)
     for (int64_t h = 0; h < heads; ++h) {
       const int64_t at = (t * heads + h) * width;
       for (int64_t c = 0; c < width; c += LANES) {
         const vfloat v = load(x + at + c, width - c), r = load(rotation + t * width + c, width - c);
-        vfloat swapped, cosine, sine;
-        for (int i = 0; i < LANES; i += 2) {
-          swapped[i] = v[i + 1], swapped[i + 1] = v[i];
-          cosine[i] = cosine[i + 1] = r[i];
-          sine[i] = -r[i + 1], sine[i + 1] = r[i + 1];
-        }
-        store(out + at + c, v * cosine + swapped * sine * turn, width - c);
+        const vfloat cosine = __builtin_shuffle(r, even), sine = __builtin_shuffle(r, odd);
+        store(out + at + c, v * cosine + __builtin_shuffle(v, other) * sine * sign, width - c);
       }
     }
 }

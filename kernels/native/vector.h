@@ -66,9 +66,13 @@ inline void store(T* p, vfloat x, int64_t count) {
 }
 
 inline float total(vfloat x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float sum = 0;
   for (int i = 0; i < LANES; ++i) sum += x[i];
   return sum;
+#endif
 }
 inline float largest(vfloat x) {
 #if defined(__AVX512F__)

@@ -9,6 +9,7 @@ from torch import nn
 
 from ernie5.model.config import MoEConfig
 from ernie5.model.interfaces import Routing
+from ernie5_kernels.linear import linear
 
 SMALLEST_SUM = 1e-12
 
@@ -36,7 +37,7 @@ class Router(nn.Module):
     def forward(self, hidden: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Routing:
         """Route hidden [N, D] to `top_k` of the experts that `active` [E] bool marks (None: of all)."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
-        logits = nn.functional.linear(hidden.to(wide), self.weight.to(wide))
+        logits = linear(hidden.to(wide), weight=self.weight.to(wide))
         if active is not None:
             logits = logits.masked_fill(~active, float("-inf"))
         scores = torch.sigmoid(logits) if self.uses_sigmoid else torch.softmax(logits, dim=-1)

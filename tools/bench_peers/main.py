@@ -1,0 +1,149 @@
+"""Compare a mixture-of-experts layer or a whole training step with transformers' models on this CPU.
+
+  python tools/bench_peers/main.py layer|step S|M|X [--rounds 3] [--threads 2] [--out FILE.json] [--layers N]
+  python tools/bench_peers/main.py scaling [--tokens 8192]
+
+First the gate: with the same weights our layer must give the peer's output and gradient. Then rounds in which every
+contestant runs once; ratios are medians over rounds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import platform
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from measure import HEADER, race
+from ours import build_layer, build_step, layer_inputs
+from peers import FAMILIES, IMPLEMENTATIONS, build_peer_layer, build_peer_step, possible
+from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
+
+GATE_TOLERANCE = 1e-5  # fp32, another order of sums
+
+
+def gate(shape: Shape) -> None:
+    """Our layer with ERNIE 4.5's weights gives its output and its gradient; raises SystemExit otherwise."""
+    small = dataclasses.replace(shape, tokens=ROW_TOKENS)
+    peer = build_peer_layer("Ernie4_5_Moe", shape=small, implementation="eager", dtype=torch.float32)
+    ours = build_layer(small, dtype=torch.float32)
+    with torch.no_grad():
+        ours.router.weight.copy_(peer.gate.weight)
+        ours.experts.gate_up.copy_(peer.experts.gate_up_proj)
+        ours.experts.down.copy_(peer.experts.down_proj)
+    x = torch.randn(1, ROW_TOKENS, shape.width)
+    results = []
+    for run in (peer, lambda h: ours(h, inputs=layer_inputs(small))[0]):
+        leaf = x.clone().requires_grad_()
+        out = run(leaf)
+        out.square().mean().backward()
+        results.append((out.detach(), leaf.grad))
+    pairs = [*zip(*results, strict=True), (peer.experts.down_proj.grad, ours.experts.down.grad)]
+    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
+    print(f"gate: layer {shape.name} equals Ernie4_5_MoeSparseMoeBlock to {worst:.1e} of the largest value")
+    if not worst < GATE_TOLERANCE:
+        sys.exit(f"the gate is {GATE_TOLERANCE}: no timing of something wrong")
+
+
+def layer_contestants(shape: Shape, *, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one layer, ours first."""
+    found: dict[str, Callable[[], object]] = {}
+    inputs = layer_inputs(shape)
+    for dtype in (torch.bfloat16, torch.float32):
+        x = torch.randn(shape.tokens // ROW_TOKENS, ROW_TOKENS, shape.width).to(dtype).requires_grad_()
+        upstream, suffix = torch.randn(x.shape).to(dtype), str(dtype).removeprefix("torch.")
+        layers = {f"ours {suffix}": build_layer(shape, dtype=dtype)}
+        for family in FAMILIES:
+            for kind in (k for k in kinds if possible(shape, implementation=k, dtype=dtype)):
+                layers[f"{family} {kind} {suffix}"] = build_peer_layer(
+                    family, shape=shape, implementation=kind, dtype=dtype
+                )
+        for name, layer in layers.items():
+            is_ours = name.startswith("ours")
+
+            def run(layer=layer, is_ours=is_ours, x=x, upstream=upstream) -> None:
+                out = layer(x, inputs=inputs)[0] if is_ours else layer(x)
+                out.backward(upstream)
+                layer.zero_grad(set_to_none=True)
+                x.grad = None
+
+            found[name] = run
+    return found
+
+
+def step_contestants(shape: Shape, *, kinds: tuple[str, ...], only: str) -> dict[str, Callable[[], object]]:
+    """Whole steps with the optimizer, ours first; `only` limits families to one (memory)."""
+    ids = torch.randint(0, VOCABULARY, (shape.tokens // ROW_TOKENS, ROW_TOKENS))
+    found = {f"ours {p}": build_step(shape, precision=p, ids=ids) for p in ("bf16", "fp32")}
+    for family in (f for f in FAMILIES if only in ("", f)):
+        for dtype in (torch.bfloat16, torch.float32):
+            for kind in (k for k in kinds if possible(shape, implementation=k, dtype=dtype)):
+                found[f"{family} {kind} {str(dtype).removeprefix('torch.')}"] = build_peer_step(
+                    family, shape=shape, implementation=kind, dtype=dtype, ids=ids
+                )
+    return found
+
+
+def scaling(*, tokens: int, rounds: int) -> None:
+    """The layer alone from 16 to 512 experts at constant active parameters."""
+    names = {}
+    for experts in (16, 64, 128, 256, 512):
+        shape = Shape(f"{experts} experts", 512, 1, experts, 4, 128, 8, 2, tokens)
+        names[shape.name] = next(iter(our_layer(shape).values()))
+    timings = race(names, flops=shape.layer_flops, rounds=rounds)
+    print(HEADER, *(t.row(ours=timings[0]) for t in timings), sep="\n")
+
+
+def our_layer(shape: Shape) -> dict[str, Callable[[], object]]:
+    """Our layer in bf16 alone."""
+    layer, inputs = build_layer(shape, dtype=torch.bfloat16), layer_inputs(shape)
+    x = torch.randn(shape.tokens // ROW_TOKENS, ROW_TOKENS, shape.width).bfloat16().requires_grad_()
+    upstream = torch.randn(x.shape).bfloat16()
+
+    def run() -> None:
+        layer(x, inputs=inputs)[0].backward(upstream)
+        layer.zero_grad(set_to_none=True)
+
+    return {"ours": run}
+
+
+def main() -> None:
+    """Parse, gate, race, print, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=("layer", "step", "scaling"))
+    parser.add_argument("shape", nargs="?", default="S", choices=tuple(SHAPES))
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--tokens", type=int, default=0, help="instead of the shape's")
+    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's, where memory is short")
+    parser.add_argument("--kinds", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
+    parser.add_argument("--family", default="", help="one family of peers alone")
+    parser.add_argument("--out", type=Path)
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    if arguments.what == "scaling":
+        return scaling(tokens=arguments.tokens or 8192, rounds=arguments.rounds)
+    shape = SHAPES[arguments.shape]
+    shape = dataclasses.replace(
+        shape, tokens=arguments.tokens or shape.tokens, layers=arguments.layers or shape.layers
+    )
+    gate(shape)
+    if arguments.what == "layer":
+        contestants, flops = layer_contestants(shape, kinds=tuple(arguments.kinds)), shape.layer_flops
+    else:
+        contestants, flops = (
+            step_contestants(shape, kinds=tuple(arguments.kinds), only=arguments.family), shape.step_flops
+        )
+    timings = race(contestants, flops=flops, rounds=arguments.rounds)
+    print(f"{arguments.what} {shape}, {arguments.threads} threads, {platform.processor() or platform.machine()}")
+    print(HEADER, *(t.row(ours=timings[0]) for t in timings), sep="\n")
+    if arguments.out:
+        arguments.out.write_text(json.dumps([dataclasses.asdict(t) for t in timings], indent=1), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

@@ -116,10 +116,10 @@ class ModelConfig(Config):
                              kind="architecture")
     modalities: tuple[str, ...] = field(MODALITIES, doc="modalities that get embeddings and heads",
                                         choices=MODALITIES, kind="architecture")
-    attention_backend: str = field("auto", doc="attention kernel", choices=("auto", "torch", "reference"),
+    attention_backend: str = field("auto", doc="attention kernel", choices=("auto", "torch", "triton", "reference"),
                                    kind="performance")
-    expert_backend: str = field("auto", doc="grouped matrix product kernel", choices=("auto", "torch", "reference"),
-                                kind="performance")
+    expert_backend: str = field("auto", doc="grouped matrix product kernel",
+                                choices=("auto", "torch", "triton", "reference"), kind="performance")
     moe: MoEConfig = field(MoEConfig(), doc="experts and router")
     mtp: MTPConfig = field(MTPConfig(), doc="multi-token prediction")
     visual: VisualModelConfig = field(VisualModelConfig(), doc="visual inputs and outputs")

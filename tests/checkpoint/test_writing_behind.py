@@ -1,0 +1,118 @@
+"""Saving behind the training: one at a time, errors kept for whoever asks; and kills at random instants of a save."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import threading
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.load import load_run
+from ernie5.checkpoint.manifest import RunState
+from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.checkpoint.tensor_file import file_hash, write_tensor_file
+from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
+from ernie5.engine.interface import EngineState
+from ernie5.errors import EnvironmentFault
+
+KILLS = 12
+NOBODY = 65534
+
+
+def contents_of(step: int, *, size: int = 64) -> Contents:
+    weight = torch.full((size, size), float(step))
+    engine = EngineState(
+        parameters={"a": weight}, buffers={}, moments={"exp_avg/a": weight, "exp_avg_sq/a": weight}, updates=step,
+        magnitudes=torch.zeros(4, dtype=torch.float64),
+    )
+    run = RunState(step=step, tokens=step, data={}, rng={})
+    return Contents(engine=engine, run=run, config_yaml="", precision="fp32", tokenizers={})
+
+
+def test_the_streamed_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:
+    tensors = {
+        "b": torch.randn(3, 5), "a/ü": torch.randn(7).bfloat16(), "empty": torch.zeros(0, 4), "i": torch.arange(5),
+        "scalar": torch.tensor(3.0, dtype=torch.float64), "large": torch.randn(5_000_000),
+    }
+    save_file(tensors, tmp_path / "theirs")
+    written = write_tensor_file(tmp_path / "ours", tensors=tensors)
+    assert (tmp_path / "ours").read_bytes() == (tmp_path / "theirs").read_bytes()
+    assert written.file.sha256 == file_hash(tmp_path / "theirs")
+    assert all(torch.equal(load_file(tmp_path / "ours")[name], value) for name, value in tensors.items())
+
+
+def test_one_job_at_a_time_and_its_error_waits() -> None:
+    writer, gate = BackgroundWriter(), threading.Event()
+
+    def fail() -> Path:
+        gate.wait()
+        raise OSError("full")
+
+    assert writer.status(wait=True) == SaveStatus.DONE
+    writer.start(fail)
+    assert writer.status(wait=False) == SaveStatus.RUNNING
+    with pytest.raises(RuntimeError, match="still being written"):
+        writer.start(fail)
+    gate.set()
+    assert writer.status(wait=True) == SaveStatus.FAILED
+    with pytest.raises(OSError, match="full"):
+        writer.result()
+    writer.start(lambda: Path("x"))
+    assert writer.result() == Path("x") and writer.status(wait=False) == SaveStatus.DONE
+
+
+def test_a_save_killed_at_any_instant_leaves_a_whole_checkpoint(tmp_path: Path) -> None:
+    """A child saves one step after another as fast as it can; each kill must leave at least the last one reported."""
+    draws, step = random.Random(0), 0
+    save_checkpoint(tmp_path / "c", contents=contents_of(0), config=CheckpointConfig(keep=1))
+    for _ in range(KILLS):
+        read, write = os.pipe()
+        child = os.fork()
+        if child == 0:
+            for number in range(step + 1, step + 1000):
+                save_checkpoint(tmp_path / "c", contents=contents_of(number), config=CheckpointConfig(keep=1))
+                os.write(write, f"{number}\n".encode())
+            os._exit(0)
+        os.close(write)
+        with os.fdopen(read) as reports:
+            first = int(reports.readline())
+            time.sleep(draws.uniform(0.0, 0.1))
+            os.kill(child, signal.SIGKILL)
+            os.waitpid(child, 0)
+            reported = [first, *map(int, reports.read().split())]
+        loaded = load_run(tmp_path / "c")  # checks every checksum
+        assert loaded.run.step >= max(reported)
+        assert torch.equal(loaded.engine.parameters["a"], contents_of(loaded.run.step).engine.parameters["a"])
+        step = loaded.run.step
+    assert step >= KILLS
+
+
+def test_a_folder_that_may_not_be_written_leaves_the_previous_checkpoint_and_names_it(tmp_path: Path) -> None:
+    """As another user, for root may write everywhere."""
+    folder = tmp_path / "c"
+    first = save_checkpoint(folder, contents=contents_of(1), config=CheckpointConfig())
+    for path in (*tmp_path.parents[:2], tmp_path):
+        path.chmod(0o755)
+    folder.chmod(0o555)
+    child = os.fork()
+    if child == 0:
+        if os.geteuid() == 0:
+            os.setuid(NOBODY)
+        try:
+            save_checkpoint(folder, contents=contents_of(2), config=CheckpointConfig())
+        except EnvironmentFault as error:
+            os._exit(0 if f"The previous checkpoint stands: {first}" in str(error) else 2)
+        os._exit(1)
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    for path in (*tmp_path.parents[:2], tmp_path):
+        path.chmod(0o700)
+    folder.chmod(0o755)
+    assert code == 0
+    assert load_run(folder).run.step == 1

@@ -29,3 +29,8 @@ def require_beside(tensor: torch.Tensor, *, first: torch.Tensor, op: str, name: 
     if same_dtype:
         rule = f"it must have dtype {first.dtype} like the first argument"
         require(tensor.dtype == first.dtype, op=op, name=name, tensor=tensor, rule=rule)
+
+
+def fp8_runs_on(device: torch.device) -> bool:
+    """Whether compiled kernels know e4m3 there: compute capability 8.9 and later; the interpreter does everywhere."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) >= (8, 9)

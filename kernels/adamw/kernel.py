@@ -1,4 +1,4 @@
-"""AdamW in Triton: a table of addresses on the device, one program per 4,096 elements of whichever tensor.
+"""AdamW in Triton: a table of addresses on the device, one program per 2,048 elements of whichever tensor.
 
 The table is made on the host and copied without waiting, since gradients may move from step to step.
 """
@@ -14,7 +14,7 @@ import triton.language as tl
 from ..launch import ceil_div
 from .reference import AdamWStep, AdamWTensors
 
-CHUNK = 4096
+CHUNK = 2048
 COLUMNS = 6
 WARPS = 8
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require, require_beside, require_float
+from ..checks import fp8_runs_on, require, require_beside, require_float
 from ..dispatch import choose_backend
 from .reference import grouped_gemm_reference
 from .segments import SegmentedGemm
@@ -37,6 +37,8 @@ def grouped_gemm(
 
         _require(rows, weight=weight, offsets=offsets)
         if fp8:
+            rule = "fp8 products need compute capability 8.9 or later; use fp8=False"
+            require(fp8_runs_on(rows.device), op="grouped_gemm", name="rows", tensor=rows, rule=rule)
             from .scaled import ScaledGroupedGemm
 
             return ScaledGroupedGemm.apply(rows, weight, offsets)

@@ -91,7 +91,7 @@ def rows_kernel(
 def outer_kernel(
     left, right, left_rows, right_rows, out, sources, offsets, groups, left_width, right_width,
     GATHERS: tl.constexpr, TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_LEFT: tl.constexpr, BLOCK_RIGHT: tl.constexpr, SHARED: tl.constexpr,
 ):
     """out[g] = left[rows of g]^T right[rows of g], zeros for a group without rows; [E, left_width, right_width].
 
@@ -102,8 +102,9 @@ def outer_kernel(
     right_tiles = tl.cdiv(right_width, BLOCK_RIGHT)
     for tile in tl.range(tl.program_id(0), groups * left_tiles * right_tiles, tl.num_programs(0), flatten=False):
         group = tile // (left_tiles * right_tiles)
-        left_at = tile // right_tiles % left_tiles * BLOCK_LEFT
-        right_at = tile % right_tiles * BLOCK_RIGHT
+        left_tile, right_tile = swizzled(tile % (left_tiles * right_tiles), left_tiles, right_tiles, SHARED)
+        left_at = left_tile * BLOCK_LEFT
+        right_at = right_tile * BLOCK_RIGHT
         begin = tl.load(offsets + group - 1, mask=group > 0, other=0).to(tl.int32)
         end = tl.load(offsets + group).to(tl.int32)
         left_col = left_at + tl.arange(0, BLOCK_LEFT)
@@ -204,7 +205,7 @@ def multiply_outer(
         TensorDescriptor.from_tensor(left, [tiles.inner, tiles.rows]) if tma else left,
         TensorDescriptor.from_tensor(right, [tiles.inner, tiles.cols]) if tma else right,
         out, offsets if sources is None else sources, offsets, groups, left_width, right_width,
-        sources is not None, tma, precision_of(left.dtype), tiles.inner, tiles.rows, tiles.cols,
+        sources is not None, tma, precision_of(left.dtype), tiles.inner, tiles.rows, tiles.cols, SHARED_TILES,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )
     return out

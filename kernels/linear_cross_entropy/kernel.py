@@ -14,11 +14,11 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from ..grouped_gemm.kernel import precision_of
+from ..grouped_gemm.kernel import SHARED_TILES, precision_of, swizzled
 from ..grouped_gemm.tiles import fits_tma
 from ..launch import capability_of, ceil_div, num_processors
 
-DELTA_BYTES = 256 << 20
+DELTA_BYTES = 1 << 30  # each chunk reads the head and its fp32 gradient once more
 
 
 @dataclasses.dataclass(frozen=True)
@@ -74,16 +74,20 @@ def logits_tile(
 def statistics_kernel(
     hidden, weight, targets, peaks, masses, picks, rows, cols, inner, first_id, share,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr, SHARED: tl.constexpr,
 ):
-    """Per row and share of `share` columns: max logit, sum exp(logit - max), logit of the target if it lies here."""
-    first_row = tl.program_id(0) * BLOCK_ROWS
+    """Per row and share of `share` columns: max logit, sum exp(logit - max), logit of the target if it lies here.
+
+    Programs that run together have SHARED row tiles between them, whose hidden states stay in L2.
+    """
+    row_tile, part = swizzled(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(cols, share), SHARED)
+    first_row = row_tile * BLOCK_ROWS
     row = first_row + tl.arange(0, BLOCK_ROWS)
     target = tl.load(targets + row, mask=row < rows, other=-1) - first_id
     peak = tl.full((BLOCK_ROWS,), float("-inf"), tl.float32)
     mass = tl.zeros((BLOCK_ROWS,), tl.float32)
     pick = tl.zeros((BLOCK_ROWS,), tl.float32)
-    begin = tl.program_id(1) * share
+    begin = part * share
     for first_col in range(begin, tl.minimum(begin + share, cols), BLOCK_COLS):
         logits = logits_tile(
             hidden, weight, first_row, first_col, rows, cols, inner, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
@@ -94,7 +98,7 @@ def statistics_kernel(
         higher = tl.maximum(peak, tl.max(logits, axis=1))
         mass = mass * tl.exp(peak - higher) + tl.sum(tl.exp(logits - higher[:, None]), axis=1)
         peak = higher
-    place = tl.program_id(1).to(tl.int64) * rows + row
+    place = part.to(tl.int64) * rows + row
     tl.store(peaks + place, peak, mask=row < rows)
     tl.store(masses + place, mass, mask=row < rows)
     tl.store(picks + place, pick, mask=row < rows)
@@ -104,10 +108,11 @@ def statistics_kernel(
 def delta_kernel(
     hidden, weight, targets, normalisers, upstream, delta, rows, cols, inner, first_id,
     TMA: tl.constexpr, PRECISION: tl.constexpr,
-    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
+    BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr, SHARED: tl.constexpr,
 ):
-    """delta = (exp(logit - normaliser) - [column is the target]) * upstream, one tile per program, rows first."""
-    first_row, first_col = tl.program_id(0) * BLOCK_ROWS, tl.program_id(1) * BLOCK_COLS
+    """delta = (exp(logit - normaliser) - [column is the target]) * upstream, one tile per program."""
+    row_tile, col_tile = swizzled(tl.program_id(0), tl.cdiv(rows, BLOCK_ROWS), tl.cdiv(cols, BLOCK_COLS), SHARED)
+    first_row, first_col = row_tile * BLOCK_ROWS, col_tile * BLOCK_COLS
     logits = logits_tile(
         hidden, weight, first_row, first_col, rows, cols, inner, TMA, PRECISION, BLOCK_ROWS, BLOCK_COLS, BLOCK_INNER
     )
@@ -145,14 +150,14 @@ def partials_triton(
         return _rows_fp32(hidden), _rows_fp32(hidden), _rows_fp32(hidden)
     tiles = choose_tiles(capability=capability_of(hidden.device), element_bytes=hidden.element_size())
     row_tiles, col_tiles = ceil_div(rows, tiles.rows), ceil_div(cols, tiles.cols)
-    shares = max(1, min(col_tiles, 2 * num_processors(hidden.device) // row_tiles))
+    shares = min(col_tiles, 2 * ceil_div(num_processors(hidden.device), min(row_tiles, SHARED_TILES)))
     share = ceil_div(col_tiles, shares) * tiles.cols
     shares = ceil_div(cols, share)
     peaks, masses, picks = (hidden.new_empty((shares, rows), dtype=torch.float32) for _ in range(3))
     left, right, tma = operands(hidden, weight, tiles=tiles)
-    statistics_kernel[(row_tiles, shares)](
+    statistics_kernel[(row_tiles * shares,)](
         left, right, targets, peaks, masses, picks, rows, cols, inner, first_id, share, tma, precision_of(hidden.dtype),
-        tiles.rows, tiles.cols, tiles.inner, num_warps=tiles.warps, num_stages=tiles.stages,
+        tiles.rows, tiles.cols, tiles.inner, SHARED_TILES, num_warps=tiles.warps, num_stages=tiles.stages,
     )
     peak = peaks.amax(0)
     return peak, (masses * (peaks - peak).exp()).sum(0), picks.sum(0)
@@ -176,10 +181,10 @@ def gradients_triton(
         rows = hidden[start : start + chunk]
         delta = rows.new_empty(rows.shape[0], cols)
         left, right, tma = operands(rows, weight, tiles=tiles)
-        delta_kernel[(ceil_div(rows.shape[0], tiles.rows), ceil_div(cols, tiles.cols))](
+        delta_kernel[(ceil_div(rows.shape[0], tiles.rows) * ceil_div(cols, tiles.cols),)](
             left, right, targets[start : start + chunk], normalisers[start : start + chunk], grad, delta,
             rows.shape[0], cols, inner, first_id, tma, precision_of(hidden.dtype),
-            tiles.rows, tiles.cols, tiles.inner, num_warps=tiles.warps, num_stages=tiles.stages,
+            tiles.rows, tiles.cols, tiles.inner, SHARED_TILES, num_warps=tiles.warps, num_stages=tiles.stages,
         )
         torch.mm(delta, weight, out=grad_hidden[start : start + chunk])
         grad_weight += delta.T @ rows

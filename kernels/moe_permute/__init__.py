@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..checks import require, require_beside, require_float
+from ..checks import fp8_runs_on, require, require_beside, require_float
 from ..dispatch import choose_backend
 from ..quant_cast import ScaledTensor, quant_cast
 from .reference import permute_reference, plan_reference, unpermute_reference
@@ -49,7 +49,8 @@ def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto")
 def permute_cast(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> ScaledTensor:
     """Rows in expert order as e4m3 with scales of 1 x 128, cast and spread in one pass; no gradient."""
     _require_tokens(x, permutation=permutation)
-    if choose_backend(backend, op="moe_permute", offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
+    offered = OFFERED if fp8_runs_on(x.device) else OFFERED[1:]
+    if choose_backend(backend, op="moe_permute", offered=offered, device=x.device, dtype=x.dtype) == "triton":
         from ..quant_cast.kernel import spread_cast_triton
 
         require_float(x, op="moe_permute", name="x")

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..checks import require
+from ..checks import fp8_runs_on, require
 from ..dispatch import choose_backend
 from .reference import SIDE, cast_reference, widen_reference
 
@@ -39,7 +39,8 @@ def quant_cast(x: torch.Tensor, *, block_rows: int, transposed: bool = False, ba
         raise ValueError(f"quant_cast: block_rows is {block_rows}; scales cover 1 or {SIDE} rows")
     if transposed and block_rows == 1:
         raise ValueError("quant_cast: scales of 1 x 128 have no transpose; cast x.T itself")
-    chosen = choose_backend(backend, op="quant_cast", offered=OFFERED, device=x.device, dtype=x.dtype)
+    offered = OFFERED if fp8_runs_on(x.device) else OFFERED[1:]
+    chosen = choose_backend(backend, op="quant_cast", offered=offered, device=x.device, dtype=x.dtype)
     if chosen == "triton":
         from .kernel import quant_cast_triton
 

@@ -51,7 +51,9 @@ def streaming(*, moved: float, tiles: float, least: float | None = None, operati
     return Work(operations or moved, moved, moved if least is None else least, tiles, "fp32")
 
 
-def product(*, rows: int, cols: int, inner: int, groups: int, tiles: GemmTiles, shared: int, element_bytes: int) -> Work:
+def product(
+    *, rows: int, cols: int, inner: int, groups: int, tiles: GemmTiles, shared: int, element_bytes: int
+) -> Work:
     """A grouped product: rows are read once, a weight once for every `shared` row tiles of its group, results once.
 
     The column tiles of `shared` neighbouring row tiles run together, so their rows stay in L2 (at most 128 MB there

@@ -95,7 +95,8 @@ def _routing() -> Iterator[Case]:
     tokens, experts = router.blocks_of(EXPERTS)
     blocks = {"BLOCK_TOKENS": tokens, "BLOCK_EXPERTS": experts}
     types = {"logits": "*fp32", "bias": "*fp32", "active": "*i1", "choices": "*i64", "weights": "*fp32",
-             "scores": "*fp32", "counts": "*i64", "tokens": "i32", "experts": "i32", "scale": "fp32", "smallest": "fp32"}
+             "scores": "*fp32", "counts": "*i64", "tokens": "i32", "experts": "i32", "scale": "fp32",
+             "smallest": "fp32"}
     grid, chosen = TOKENS * EXPERTS * 4, TOKENS * TOP_K
     yield _case("router_topk", "forward", router.router_topk_kernel, types,
                 {"TOP_K": TOP_K, "SIGMOID": True, "RESTRICTED": False, **blocks}, warps=router.WARPS,

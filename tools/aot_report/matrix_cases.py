@@ -19,6 +19,7 @@ from cases import (
     Work,
     product,
 )
+from chips import CHIPS
 from compiler import Source
 
 from ernie5_kernels.attention import kernel as attention
@@ -43,6 +44,11 @@ def cases() -> Iterator[Case]:
     yield _head(head.statistics_kernel)
     yield _head(head.delta_kernel)
     yield from _attention()
+
+
+def processors_of(capability: int) -> int:
+    """Processors of the chip, each of which runs one program of a matrix kernel at a time."""
+    return next(chip.processors for chip in CHIPS if chip.capability == capability)
 
 
 def _work(rows: int, *, cols: int, inner: int, element_bytes: int, tiles: GemmTiles) -> Work:
@@ -88,19 +94,21 @@ def _outer_source(capability: int) -> Source:
              "out": "*bf16", "sources": "*i64", "offsets": "*i64", "groups": "i32", "left_width": "i32",
              "right_width": "i32"}
     constants = {"GATHERS": False, "TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.inner,
-                 "BLOCK_LEFT": t.rows, "BLOCK_RIGHT": t.cols}
+                 "BLOCK_LEFT": t.rows, "BLOCK_RIGHT": t.cols, "SHARED": grouped.SHARED_TILES}
     return Source(grouped.outer_kernel, types, constants, ("left_width", "right_width"), t.warps, t.stages)
 
 
 def _outer_work(capability: int) -> Work:
-    """Column tiles of one row of tiles run together and share `left`; `right` is read once for each such row."""
+    """A wave of programs covers SHARED tiles of `left` and the rest of them over `right`: each is read once a wave."""
     t = grouped.outer_tiles(capability=capability, element_bytes=2)
     left, right = 2 * EXPERT_WIDTH, WIDTH
     results = LOCAL_EXPERTS * left * right * 2
-    passes = -(-left // t.rows)
+    left_tiles, right_tiles = -(-left // t.rows), -(-right // t.cols)
+    across = processors_of(capability) // grouped.SHARED_TILES
     least = ROWS * (left + right) * 2 + results
-    moved = ROWS * left * 2 + passes * ROWS * right * 2 + results
-    count = LOCAL_EXPERTS * passes * -(-right // t.cols)
+    reads_left, reads_right = -(-right_tiles // across), -(-left_tiles // grouped.SHARED_TILES)
+    moved = ROWS * (reads_left * left + reads_right * right) * 2 + results
+    count = LOCAL_EXPERTS * left_tiles * right_tiles
     return Work(2.0 * ROWS * left * right, moved, least, count, "bf16")
 
 
@@ -133,24 +141,20 @@ def _head(kernel: object) -> Case:
             types.update(normalisers="*fp32", upstream="*fp32", delta="*bf16")
         types = {name: types[name] for name in kernel.arg_names if name in types}
         constants = {"TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
-                     "BLOCK_INNER": t.inner}
+                     "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
         return Source(kernel, types, constants, divisible, t.warps, t.stages)
 
     def work(capability: int) -> Work:
-        """All row tiles of a column tile run together: hidden (134 MB) is read from L2 or again, weight once."""
+        """Hidden states of SHARED row tiles (17 MB) stay in L2; the head is read once for each such group of rows."""
         t = head.choose_tiles(capability=capability, element_bytes=2)
         ends = VOCABULARY * WIDTH * 2 + TOKENS * WIDTH * 2
         ends += TOKENS * 12 if kernel is head.statistics_kernel else TOKENS * VOCABULARY * 2
         tiles = -(-TOKENS // t.rows) * -(-VOCABULARY // t.cols)
-        again = tiles * t.rows * WIDTH * 2 / PROGRAMS_THAT_SHARE
+        again = (-(-TOKENS // t.rows // grouped.SHARED_TILES) - 1) * VOCABULARY * WIDTH * 2
         return Work(2.0 * TOKENS * VOCABULARY * WIDTH, ends + again, ends, tiles, "bf16")
 
     name = "forward" if kernel is head.statistics_kernel else "softmax - onehot"
     return Case("linear_cross_entropy", name, source, work, uses_tensor_core=True)
-
-
-# programs of one wave that work on the same row tile; 64 row tiles over 132 processors: about two columns at a time
-PROGRAMS_THAT_SHARE = 2
 
 
 def _attention() -> Iterator[Case]:

@@ -74,7 +74,8 @@ def test_gathered_rows_equal_a_copy_in_both_kernels() -> None:
                  tolerance=0.0, reason="the same products")
     left = random_tensor(18, 8, seed=2)
     assert_close(multiply_outer(left, right=x, offsets=offsets, sources=sources),
-                 expected=multiply_outer(left, right=x[sources], offsets=offsets), tolerance=0.0, reason="the same sums")
+                 expected=multiply_outer(left, right=x[sources], offsets=offsets), tolerance=0.0,
+                 reason="the same sums")
 
 
 @pytest.mark.parametrize("counts", [*COUNTS, [16, 32, 1]])

@@ -9,7 +9,7 @@ from ernie5.records import Batch, ModelOutput
 
 
 def next_codec_loss(output: ModelOutput, *, batch: Batch) -> torch.Tensor:
-    """Sum over frames and levels of -log p(code), in nats, 0-d, at least fp32; the end code C is a class like others."""
+    """Sum over frames and levels of -log p(code), in nats, 0-d, at least fp32; C is a class like others."""
     codes_NQ = batch.audio_targets.codes
     wide = torch.promote_types(output.audio_logits.dtype, torch.float32)
     logits = output.audio_logits.to(wide).reshape(-1, output.audio_logits.shape[-1])

@@ -19,7 +19,7 @@ class GenerateConfig(Config):
     )
     beam: int = field(1, doc="beams of text search; 1 is greedy or sampled", check=positive, kind="logging")
     guidance: float = field(
-        2.0, doc="classifier-free guidance of pictures, clips and speech; 1 uses the condition alone",
+        3.0, doc="classifier-free guidance of pictures, clips and speech; 1 uses the condition alone",
         check=non_negative, kind="logging",
     )
     bit_temperature: float = field(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import importlib
+import os
 import sys
 import traceback
 from collections.abc import Sequence
@@ -73,7 +74,16 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def _let_threads_sleep() -> None:
+    """Before torch loads OpenMP: its threads spin for milliseconds after each parallel region by default, which starves
+    whoever shares the cores; ten thousand turns (some 10 us) bridge the gap between two operators (kernels/README.md).
+    """
+    if "OMP_WAIT_POLICY" not in os.environ:
+        os.environ.setdefault("GOMP_SPINCOUNT", "10000")
+
+
 def _run(verb: str, arguments: list[str]) -> int:
+    _let_threads_sleep()
     module, function = VERBS[verb].target.split(":")
     try:
         return vars(importlib.import_module(module))[function](arguments)

@@ -47,7 +47,7 @@ class RunRecords:
 
 
 class Snapshot:
-    """Takes everything that a checkpoint holds into memory, with the records of the run on disk as far as it reaches."""
+    """Takes all that a checkpoint holds into memory, once the records of the run are on disk as far as it reaches."""
 
     def __init__(self, *, engine: Engine, progression: Progression, data: Cursor, identity: CheckpointIdentity,
                  records: RunRecords) -> None:

@@ -33,7 +33,7 @@ def deepspeed_config(
 
     Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
     where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole. In bf16,
-    DeepSpeed would add up the gradients of stage 0 in bf16: there it holds fp32 parameters, and the step runs on copies.
+    DeepSpeed would add up the gradients of stage 0 in bf16: it then holds fp32 parameters, the step runs on copies.
     """
     check_combination(engine, optim=optim)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))

@@ -58,5 +58,7 @@ PYTHONWARNINGS=ignore "${pip[@]}" --use-pep517 -e ".${extra:+[$extra]}"
   echo "EnvironmentFault: the installation is damaged. Remove $root/.venv and run this command again." >&2
   exit 3
 }
+# The C++ kernels are compiled on first use; better here than inside the first run.
+(cd / && "$root/.venv/bin/python" -c 'from ernie5_kernels.native.library import native_library; native_library()')
 echo "Installed. So that your shell finds the command ernie5: source $root/.venv/bin/activate"
 echo "$stamp" >".venv/ernie5-installed${extra:+-$extra}"

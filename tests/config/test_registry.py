@@ -21,5 +21,5 @@ def test_every_target_has_the_form_module_colon_name() -> None:
 
 
 def test_an_unknown_name_lists_the_known_ones() -> None:
-    with pytest.raises(ConfigError, match="local, deepspeed"):
+    with pytest.raises(ConfigError, match="local, grid, deepspeed"):
         target("engine", name="jax")

@@ -237,14 +237,20 @@ def test_lengths_known_before_any_sample_are_those_of_its_document(
     assert document.length - words == needed + (task == "page")  # a page also has BOS
 
 
-def test_features_are_computed_once_and_the_cache_forgets_the_oldest(tiny_data, tiny_tokenizers, sample_of) -> None:
+def test_features_are_computed_once_and_the_cache_forgets_the_oldest(
+    tiny_data, tiny_tokenizers, sample_of, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    visual, passes = tiny_tokenizers.visual, []
+    encode = visual.encode_frames
+    monkeypatch.setattr(visual, "encode_frames", lambda frames: passes.append(1) or encode(frames))
     maker = ExampleMaker(tiny_data, tokenizers=tiny_tokenizers, seed=0, training=False)
     for task in ("image_to_text", "text_to_image", "image_to_text"):
         maker.build_document(sample_of("image-1"), task=task)
-    assert (maker.cache.misses, maker.cache.hits) == (1, 2)
+    assert len(passes) == 1
+    assert (maker.cache.misses, maker.cache.hits) == (2, 2)  # what is seen, and its projection to what is drawn
     none = ExampleMaker(
         dataclasses.replace(tiny_data, cache_megabytes=0), tokenizers=tiny_tokenizers, seed=0, training=False
     )
     for _ in range(2):
         none.build_document(sample_of("image-1"), task="image_to_text")
-    assert (none.cache.misses, none.cache.hits) == (2, 0)
+    assert (none.cache.misses, none.cache.hits, len(passes)) == (2, 0, 3)

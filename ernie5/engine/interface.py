@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 
 import torch
+import torch.distributed as dist
 
 from ernie5.errors import CheckpointError
 from ernie5.objectives.config import ObjectivesConfig
@@ -127,7 +128,15 @@ class Engine(abc.ABC):
 
     @abc.abstractmethod
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
-        """Sum of `values` over the data-parallel ranks."""
+        """Sum of `values` over the ranks that see other data (dp x cp): what figures and counts are made of."""
+
+    def total(self, number: float) -> float:
+        """Sum of `number` over all ranks, those of one tp group too: how ranks agree on what to do; collective."""
+        if self.world_size == 1:
+            return number
+        total = torch.tensor(number, dtype=torch.float64, device=self.device)
+        dist.all_reduce(total)
+        return float(total)
 
     @abc.abstractmethod
     def gather(self, value: dict) -> list[dict]:

@@ -7,8 +7,6 @@ import time
 from collections.abc import Callable, Sequence
 from typing import Protocol
 
-import torch
-
 from ernie5.engine.interface import Engine
 from ernie5.errors import Interrupted, NumericsError
 from ernie5.observe.log import get_log
@@ -122,10 +120,7 @@ def _run_step(
 
 def _must_stop(engine: Engine, *, stop: StopRequest) -> bool:
     """True on every rank as soon as one of them has received a signal."""
-    if engine.world_size == 1:
-        return stop.requested
-    flags = torch.tensor(float(stop.requested), device=engine.device)
-    return bool(engine.sum_over_ranks(flags) > 0)
+    return engine.total(float(stop.requested)) > 0
 
 
 def _interrupt(hooks: Sequence[Hook], *, stop: StopRequest, step: int) -> None:

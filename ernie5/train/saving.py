@@ -7,8 +7,6 @@ import time
 from pathlib import Path
 from typing import Protocol
 
-import torch
-
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.save import Contents, save_checkpoint
 from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
@@ -131,11 +129,11 @@ class CheckpointHook(Hook):
         if self._begun_step is None:
             return
         status = self._writer.status(wait=wait) if self._engine.is_main else SaveStatus.RUNNING
-        agreed = self._engine.sum_over_ranks(torch.tensor(float(status), device=self._engine.device))
-        if int(agreed) == SaveStatus.RUNNING:
+        agreed = int(self._engine.total(float(status)))
+        if agreed == SaveStatus.RUNNING:
             return
         step, self._begun_step = self._begun_step, None
-        if int(agreed) == SaveStatus.FAILED and not self._engine.is_main:
+        if agreed == SaveStatus.FAILED and not self._engine.is_main:
             raise EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
         self._saved_step = step
         if self._engine.is_main:

@@ -87,3 +87,24 @@ def test_two_ranks_train_and_a_signal_saves_once_and_ends_with_75(spawn, tmp_pat
     assert process.returncode == 75, said
     step = json.loads((run / "exit.json").read_text(encoding="utf-8"))["step"]
     assert [path.name for path in (run / "checkpoints").glob("step-*")] == [f"step-{step:08d}"]
+
+
+@pytest.mark.skipif(not sys.platform.startswith("linux"), reason="children are found in /proc")
+def test_tensor_parallel_ranks_agree_on_saves_in_flight_and_on_a_signal_to_one_of_them(spawn, tmp_path: Path) -> None:
+    """They see the same data, so a sum over data-parallel ranks tells none of them what another knows."""
+    run = tmp_path / "run"
+    process = spawn(
+        "2", "configs/pretrain/debug.yaml", "engine.kind=grid", "parallel.tp=2", "model.kv_heads=2",
+        "batch.micro_sequences=2", "train.steps=500", f"train.run_dir={run}", "checkpoint.every_steps=1",
+    )
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not list((run / "checkpoints").glob("step-*[3-9]")):
+        assert process.poll() is None, process.communicate()[1]
+        assert time.monotonic() < deadline
+        time.sleep(0.2)
+    children = Path(f"/proc/{process.pid}/task/{process.pid}/children").read_text(encoding="utf-8").split()
+    os.kill(int(children[1]), signal.SIGINT)
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 75, said
+    step = json.loads((run / "exit.json").read_text(encoding="utf-8"))["step"]
+    assert (run / "checkpoints" / "latest").read_text(encoding="utf-8").strip() == f"step-{step:08d}"

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import at_least, field, fraction, non_negative, positive
+from ernie5.config.field import REQUIRED, at_least, field, fraction, non_negative, positive
 
 
 @config
@@ -24,6 +24,17 @@ class MixtureConfig(Config):
         """Something must be left to train on."""
         if not any(vars(self)[name] for name in vars(self) if not name.startswith("_")):
             self.fail("text", "every share of the mixture is 0. Give at least one task a positive share")
+
+
+@config
+class RampStageConfig(Config):
+    """Some of the first steps of a run, smaller than the later ones."""
+
+    steps: int = field(REQUIRED, doc="length of the stage", unit="steps", check=positive, kind="numerics")
+    global_sequences: int = field(
+        REQUIRED, doc="rows that each of these steps sees, whatever the layout", unit="rows", check=positive,
+        kind="numerics",
+    )
 
 
 @config

@@ -1,9 +1,9 @@
 """Optimizer steps of batches, the same whatever the number of ranks and workers.
 
-`data.streams` logical streams each pack their own rows. A step takes global_sequences / streams rows of every stream,
-ordered by stream; rank r of dp owns streams r * streams / dp onwards, so the global batch of a step is a function of
-(seed, step) alone. Workers are threads that pack ahead, each for some of the rank's streams: they change when a row is
-made, never what is in it.
+`data.streams` logical streams each pack their own rows. A step takes rows / streams rows of every stream, ordered by
+stream, where its number of rows follows from its own number alone; rank r of dp owns streams r * streams / dp onwards,
+so the global batch of a step is a function of (seed, step) alone. Workers are threads that pack ahead, each for some of
+the rank's streams: they change when a row is made, never what is in it.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import queue
 import threading
 
 from ernie5.data.collate import Layout, Row, collate_rows
-from ernie5.data.config import DataConfig
+from ernie5.data.config import DataConfig, RampStageConfig
 from ernie5.data.examples import ExampleMaker
 from ernie5.data.pack import PackState
 from ernie5.data.shards import list_shards, open_corpus
@@ -27,11 +27,23 @@ WAKE_SECONDS = 0.2
 
 @dataclasses.dataclass(frozen=True)
 class StepShape:
-    """Rows of one optimizer step: global_sequences over all ranks, micro_sequences per forward pass; MTP modules."""
+    """Rows of one optimizer step: global_sequences over all ranks, micro_sequences per forward pass; MTP modules.
+
+    ramp: the first steps, which have fewer rows over all ranks.
+    """
 
     global_sequences: int
     micro_sequences: int
     mtp_depth: int = 1
+    ramp: tuple[RampStageConfig, ...] = ()
+
+    def rows(self, step: int) -> int:
+        """Rows over all ranks of the step that follows `step` others."""
+        for stage in self.ramp:
+            if step < stage.steps:
+                return stage.global_sequences
+            step -= stage.steps
+        return self.global_sequences
 
 
 def build_loader(
@@ -65,24 +77,27 @@ def build_loader(
 def check_streams(config: DataConfig, *, shape: StepShape, dp_size: int) -> None:
     """Raises LayoutError unless dp divides streams and streams divide the rows of a step; ConfigError likewise for
     micro-batches."""
-    rows, streams = shape.global_sequences, config.streams
+    streams = config.streams
     if streams % dp_size:
         fitting = [degree for degree in range(1, streams + 1) if streams % degree == 0]
         raise LayoutError(
             f"data.streams = {streams} is not a multiple of dp = {dp_size}. Each rank owns whole streams, so that the "
             f"data do not depend on the number of ranks. Degrees that work: {', '.join(map(str, fitting))}."
         )
-    if rows % streams:
-        fitting = [count for count in range(1, rows + 1) if rows % count == 0]
-        raise LayoutError(
-            f"batch.global_sequences = {rows} is not a multiple of data.streams = {streams}. Every step takes the same "
-            f"number of rows from every stream. Stream counts that work: {', '.join(map(str, fitting))}."
-        )
-    if rows // dp_size % shape.micro_sequences:
-        raise ConfigError(
-            f"batch.micro_sequences = {shape.micro_sequences} does not divide the {rows // dp_size} rows of a rank "
-            f"(batch.global_sequences = {rows}, dp = {dp_size}). Every micro-batch has the same number of rows."
-        )
+    sizes = [("batch.global_sequences", shape.global_sequences)]
+    sizes += [(f"batch.ramp[{i}].global_sequences", stage.global_sequences) for i, stage in enumerate(shape.ramp)]
+    for key, rows in sizes:
+        if rows % streams:
+            fitting = [count for count in range(1, rows + 1) if rows % count == 0]
+            raise LayoutError(
+                f"{key} = {rows} is not a multiple of data.streams = {streams}. Every step takes the same number of "
+                f"rows from every stream. Stream counts that work: {', '.join(map(str, fitting))}."
+            )
+        if rows // dp_size % shape.micro_sequences:
+            raise ConfigError(
+                f"batch.micro_sequences = {shape.micro_sequences} does not divide the {rows // dp_size} rows of a rank "
+                f"({key} = {rows}, dp = {dp_size}). Every micro-batch has the same number of rows."
+            )
 
 
 class Loader:
@@ -100,7 +115,6 @@ class Loader:
     ) -> None:
         self._streams, self._source, self._config = streams, source, config
         self._shape, self._layout, self._seed = shape, layout, seed
-        self._rows_per_stream = shape.global_sequences // config.streams
         self._states = {stream.number: stream.state() for stream in streams}
         self._prefetch: _Prefetch | None = None
         self._ran_ahead = False
@@ -132,11 +146,12 @@ class Loader:
             self._prefetch = _Prefetch(
                 self._streams,
                 workers=self._config.workers,
-                ahead=self._config.prefetch_steps * self._rows_per_stream,
+                ahead=self._config.prefetch_steps * self._shape.global_sequences // self._config.streams,
             )
         rows: list[Row] = []
+        rows_per_stream = self._shape.rows(self.step) // self._config.streams
         for stream in self._streams:
-            for _ in range(self._rows_per_stream):
+            for _ in range(rows_per_stream):
                 if self._prefetch is None:
                     row, state = stream.next_row(), None
                 else:

@@ -16,8 +16,8 @@ BUCKET_ELEMENTS = 50_000_000
 
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedPlan:
-    """Sizes that DeepSpeed wants to know: micro-batches per rank and step, rows in each, ranks, parameters of the
-    model and of its largest layer."""
+    """Sizes that DeepSpeed wants to know: micro-batches per rank of the largest step (the engine tells DeepSpeed which
+    one is the last of a step), rows in each, ranks, parameters of the model and of its largest layer."""
 
     micro_batches: int
     micro_sequences: int

@@ -110,8 +110,8 @@ class DeepSpeedEngine(Engine):
         counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         for index, batch in enumerate(batches):
-            if index > 0:
-                self._engine.step()
+            # DeepSpeed's own count of micro-batches is fixed at its start, that of a step is not (batch.ramp).
+            self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             share, terms, routing = self._engine(batch, counts, self.magnitudes)
             self._engine.backward(share * self._data_axis.size, scale_wrt_gas=False)
             builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)

@@ -244,11 +244,13 @@ def sample_hooks(
 
 
 def open_loader(config: RootConfig, *, tokenizers: TokenizerBundle, split: str, engine: Engine) -> Loader:
-    """The stream of this rank's micro-batches of one split."""
+    """The stream of this rank's micro-batches of one split; the ramp is of training alone."""
+    batch = config.batch
+    ramp = batch.ramp if split == "train" else ()
     return build_loader(
         config.data,
         tokenizers=tokenizers,
-        shape=StepShape(config.batch.global_sequences, config.batch.micro_sequences, config.model.mtp.depth),
+        shape=StepShape(batch.global_sequences, batch.micro_sequences, config.model.mtp.depth, ramp),
         seed=config.train.seed,
         split=split,
         dp_rank=engine.dp_rank,

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import math
+
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.config.base import Config, config
 from ernie5.config.field import REQUIRED, field, non_negative, positive
-from ernie5.data.config import DataConfig
+from ernie5.data.config import DataConfig, RampStageConfig
 from ernie5.engine.config import EngineConfig
 from ernie5.errors import LayoutError
 from ernie5.evaluate.config import EvaluateConfig
@@ -70,9 +72,24 @@ class BatchConfig(Config):
     global_sequences: int = field(
         8, doc="rows that one optimizer step sees, whatever the layout", unit="rows", check=positive, kind="numerics"
     )
+    ramp: tuple[RampStageConfig, ...] = field(
+        (), doc="stages of smaller steps before that size, [{steps: S, global_sequences: R}, ...] in order; counted in "
+        "steps of the data, which a return to a checkpoint does not repeat", kind="numerics",
+    )
     micro_sequences: int = field(
         1, doc="rows of one forward pass on one rank", unit="rows", check=positive, kind="performance"
     )
+
+    def validate(self) -> None:
+        """Every stage of the ramp is smaller than the one behind it."""
+        sizes = [stage.global_sequences for stage in self.ramp] + [self.global_sequences]
+        for stage, larger in zip(self.ramp, sizes[1:], strict=True):
+            if stage.global_sequences >= larger:
+                stage.fail(
+                    "global_sequences",
+                    f"the steps behind this stage have {larger} rows. A ramp grows from stage to stage up to "
+                    f"batch.global_sequences = {self.global_sequences}. Lower this value or leave the stage out",
+                )
 
 
 @config
@@ -164,6 +181,22 @@ class RootConfig(Config):
                 "number of ranks. Raise data.streams or change the number of processes",
                 error=LayoutError,
             )
+        self._check_ramp(dp)
+
+    def _check_ramp(self, dp: int) -> None:
+        """Refuse stages that do not divide as `batch.global_sequences` must."""
+        unit = math.lcm(self.data.streams, dp * self.batch.micro_sequences)
+        for stage in self.batch.ramp:
+            if stage.global_sequences % unit:
+                steps = max(1, round(stage.global_sequences / unit))
+                nearest = min(steps * unit, self.batch.global_sequences - unit)
+                way = f"Nearest that works: {nearest}" if nearest else "No smaller step works: leave out batch.ramp"
+                stage.fail(
+                    "global_sequences",
+                    f"is not a multiple of {unit}, the smallest number that data.streams = {self.data.streams} and "
+                    f"dp x batch.micro_sequences = {dp} x {self.batch.micro_sequences} both divide. {way}",
+                    error=LayoutError,
+                )
 
     def derive_dp(self, world_size: int) -> int:
         """Return the data-parallel degree of `world_size` processes; raises LayoutError where the layout is illegal."""

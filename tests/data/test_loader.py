@@ -10,7 +10,7 @@ import logging
 import pytest
 import torch
 
-from ernie5.data.config import VideoAttentionConfig
+from ernie5.data.config import RampStageConfig, VideoAttentionConfig
 from ernie5.data.loader import Loader, StepShape, build_loader, merge_states
 from ernie5.data.samples import Sample, SampleMeta
 from ernie5.data.shards import ShardWriter
@@ -18,12 +18,16 @@ from ernie5.errors import ConfigError, DataError, LayoutError
 from ernie5.records import TokenKind
 
 SHAPE = StepShape(global_sequences=8, micro_sequences=2)
+STAGES = (RampStageConfig(steps=2, global_sequences=4), RampStageConfig(steps=1, global_sequences=8))
+RAMP = StepShape(12, 1, ramp=STAGES)
 GOLDEN_STREAM = "0025da518e0d1c3c"
 
 
-def _open(tiny_data, tiny_tokenizers, *, rank: int = 0, size: int = 1, seed: int = 3, **changes) -> Loader:
+def _open(
+    tiny_data, tiny_tokenizers, *, rank: int = 0, size: int = 1, seed: int = 3, shape: StepShape = SHAPE, **changes
+) -> Loader:
     config = dataclasses.replace(tiny_data, **changes)
-    return build_loader(config, tokenizers=tiny_tokenizers, shape=SHAPE, seed=seed, dp_rank=rank, dp_size=size)
+    return build_loader(config, tokenizers=tiny_tokenizers, shape=shape, seed=seed, dp_rank=rank, dp_size=size)
 
 
 def _tensors(value: object) -> list[torch.Tensor]:
@@ -111,6 +115,38 @@ def test_a_run_that_goes_on_with_larger_steps_reads_on_where_it_stood(tiny_data,
     assert texts_per_stream(1, 2) == texts_per_stream(3)
 
 
+def test_a_ramp_takes_more_rows_from_the_same_streams_at_any_number_of_ranks_and_workers(
+    tiny_data, tiny_tokenizers
+) -> None:
+    whole = _open(tiny_data, tiny_tokenizers, shape=RAMP)
+    ranks = [_open(tiny_data, tiny_tokenizers, shape=RAMP, rank=0, size=2, workers=3),
+             _open(tiny_data, tiny_tokenizers, shape=RAMP, rank=1, size=2)]
+    streams: list[list] = [[] for _ in range(tiny_data.streams)]
+    for rows in (4, 4, 8, 12, 12):
+        batches = whole.next_step()
+        assert len(batches) == rows
+        assert _same(batches, [batch for rank in ranks for batch in rank.next_step()])
+        for place, batch in enumerate(batches):
+            streams[place * tiny_data.streams // rows].append(batch)
+    ranks[0].close()
+    even = _open(tiny_data, tiny_tokenizers, shape=StepShape(40, 1))
+    assert _same([batch for stream in streams for batch in stream], even.next_step())
+
+
+def test_resuming_inside_a_ramp_and_across_its_stages_repeats_and_skips_nothing(tiny_data, tiny_tokenizers) -> None:
+    straight = _open(tiny_data, tiny_tokenizers, shape=RAMP)
+    steps = [straight.next_step() for _ in range(5)]
+    ranks = [_open(tiny_data, tiny_tokenizers, shape=RAMP, rank=rank, size=2, workers=1) for rank in range(2)]
+    for expected in steps[1:]:
+        for rank in ranks:
+            rank.next_step()
+        resumed = _open(tiny_data, tiny_tokenizers, shape=RAMP)
+        resumed.load_state_dict(json.loads(json.dumps(merge_states([rank.state_dict() for rank in ranks]))))
+        assert _same(expected, resumed.next_step())
+    for rank in ranks:
+        rank.close()
+
+
 def test_another_seed_gives_other_batches_and_an_equal_seed_equal_ones(tiny_data, tiny_tokenizers) -> None:
     first = _open(tiny_data, tiny_tokenizers).next_step()
     assert _same(first, _open(tiny_data, tiny_tokenizers).next_step())
@@ -177,6 +213,9 @@ def test_rows_that_do_not_divide_are_refused_with_numbers_that_work(tiny_data, t
         _open(tiny_data, tiny_tokenizers, streams=3)
     with pytest.raises(ConfigError, match="micro_sequences = 3"):
         build_loader(tiny_data, tokenizers=tiny_tokenizers, shape=StepShape(8, 3), seed=0)
+    ramp = (RampStageConfig(steps=1, global_sequences=6),)
+    with pytest.raises(LayoutError, match=r"ramp\[0\].global_sequences = 6 is not a multiple of data.streams = 4"):
+        _open(tiny_data, tiny_tokenizers, shape=StepShape(8, 1, ramp=ramp))
 
 
 def test_a_cursor_of_another_run_is_refused(tiny_data, tiny_tokenizers) -> None:

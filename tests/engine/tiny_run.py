@@ -1,5 +1,5 @@
-"""Build a tiny engine on synthetic batches, take two steps, and write what happened: run by the tests, and by every
-rank of the multi-process tests as `python tiny_run.py JOB.json`.
+"""Build a tiny engine on synthetic batches, take two steps of different sizes, and write what happened: run by the
+tests, and by every rank of the multi-process tests as `python tiny_run.py JOB.json`.
 """
 
 from __future__ import annotations
@@ -102,10 +102,10 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
 
 
 def two_steps(engine: Engine, *, rank: int = 0, ranks: int = 1) -> dict[str, object]:
-    """Run two steps of four rows; return losses, norms, first gradients and final state (tensors)."""
+    """Run steps of four and six rows, as a batch ramp has; return losses, norms, first gradients and final state."""
     result: dict[str, object] = {"losses": [], "norms": [], "skipped": []}
-    for step in range(2):
-        batches = make_batches([1, 1, 1, 1], seed=step)[rank::ranks]
+    for step, rows in enumerate((4, 6)):
+        batches = make_batches([1] * rows, seed=step)[rank::ranks]
         sums = engine.accumulate(batches)
         if step == 0:
             result["gradients"] = engine.gradients()

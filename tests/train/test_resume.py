@@ -75,6 +75,19 @@ def test_a_start_from_an_earlier_checkpoint_that_dies_before_its_first_save_is_g
     assert sum(loads) == 2 * read_rows(run_dir)[-1]["tokens"]  # two experts per token
 
 
+def test_tokens_follow_the_batch_ramp_and_a_resume_inside_it_repeats_the_losses_bit_for_bit(
+    world: Path, tmp_path: Path, read_rows: Callable
+) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.steps=5", "batch.global_sequences=6",
+                 "batch.ramp=[{steps: 3, global_sequences: 2}, {steps: 1, global_sequences: 4}]", "checkpoint.keep=3"]
+    main(arguments)
+    straight = read_rows(run_dir)
+    assert [row["tokens"] for row in straight] == [96 * rows for rows in (2, 4, 6, 10, 16)]  # text fills every row
+    main([*arguments, "--resume", str(run_dir / "checkpoints" / "step-00000002")])
+    assert read_rows(run_dir) == straight
+
+
 @pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_saves_once_and_exits_75_with_the_checkpoint_named(
     number: signal.Signals, start_train: Callable[..., subprocess.Popen], tmp_path: Path

@@ -74,5 +74,5 @@ Open the report in a browser:   $root/$run_dir/report.html
 Look at the samples:            $run_dir/samples/final/
 Ask it for something:           .venv/bin/ernie5 generate $run_dir --prompt "a cat" --to image --out cat.png
 Watch the curves:               .venv/bin/tensorboard --logdir $run_dir/tensorboard
-Train longer:                   bash launch/quickstart.sh train.steps=1000
+Train longer:                   bash launch/quickstart.sh train.steps=2000
 END

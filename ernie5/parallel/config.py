@@ -107,7 +107,7 @@ class ParallelConfig(Config):
     def check_zero(self) -> None:
         """Refuse what DeepSpeed's ZeRO would run with other results than the grid engine, or not at all."""
         if self.pp > 1:
-            self._refuse("pp", "DeepSpeed's ZeRO runs without stages here. Set engine.kind: grid or parallel.pp: 1")
+            self._refuse("pp", "DeepSpeed's ZeRO runs without stages here. Set parallel.pp: 1")
         if self.tp > 1 and self.ep * self.etp > 1:
             self._refuse(
                 "tp",

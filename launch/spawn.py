@@ -19,6 +19,7 @@ from pathlib import Path
 GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
 TAIL_LINES = 5
+LOST_PEER = 5  # exit code of a rank that noticed another one's end
 
 
 def start(num_processes: int, *, arguments: list[str], logs: Path) -> list[subprocess.Popen]:
@@ -43,20 +44,24 @@ def start(num_processes: int, *, arguments: list[str], logs: Path) -> list[subpr
 
 def wait(ranks: list[subprocess.Popen], *, logs: Path) -> int:
     """Wait for all; once one has failed the others get a grace period. Returns the exit code of the run."""
-    deadline = None
+    deadline, stuck = None, []
     while any(rank.poll() is None for rank in ranks):
         if deadline is None and any(rank.poll() for rank in ranks):
             deadline = time.monotonic() + GRACE_SECONDS
         if deadline is not None and time.monotonic() > deadline:
-            for rank in ranks:
-                if rank.poll() is None:
-                    rank.kill()
+            stuck += [rank for rank in ranks if rank.poll() is None and rank not in stuck]
+            for rank in stuck:
+                rank.kill()
         time.sleep(POLL_SECONDS)
-    alone = [index for index, rank in enumerate(ranks[1:], start=1) if rank.returncode > 0]
-    if ranks[0].returncode < 0 or (alone and ranks[0].returncode == 0):
-        for index in alone:
-            lines = (logs / f"rank-{index}.log").read_text(encoding="utf-8", errors="replace").splitlines()
-            print("\n".join(f"rank {index}: {line}" for line in lines[-TAIL_LINES:]), file=sys.stderr)
+    for index, rank in enumerate(ranks):
+        if rank.returncode < 0 and rank not in stuck:
+            number = -rank.returncode
+            print(f"rank {index} was killed by signal {number} ({signal.strsignal(number)})", file=sys.stderr)
+    if ranks[0].returncode < 0 or ranks[0].returncode in (0, LOST_PEER):
+        for index, rank in enumerate(ranks[1:], start=1):
+            if rank.returncode > 0 and rank.returncode != LOST_PEER:
+                lines = (logs / f"rank-{index}.log").read_text(encoding="utf-8", errors="replace").splitlines()
+                print("\n".join(f"rank {index}: {line}" for line in lines[-TAIL_LINES:]), file=sys.stderr)
     codes = [rank.returncode for rank in ranks if rank.returncode > 0]
     killed = [128 - rank.returncode for rank in ranks if rank.returncode < 0]
     return next(iter(codes + killed), 0)

@@ -189,5 +189,8 @@ def _as_peer_error(error: BaseException) -> BaseException:
     matter."""
     from_store = any(kind.__name__ == "DistError" for kind in type(error).__mro__) and "EADDRINUSE" not in str(error)
     if isinstance(error, RuntimeError) and (from_store or any(sign in str(error) for sign in PEER_SIGNS)):
-        return PeerError("another process of this run is gone. Its own message is above; start the run again to resume")
+        return PeerError(
+            "another process of this run is gone. Its own message stands beside this one, unless it was "
+            "killed; start the run again to resume"
+        )
     return error

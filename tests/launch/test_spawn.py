@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import runpy
 import signal
 import subprocess
 import sys
@@ -47,6 +48,23 @@ def test_a_wrong_number_of_processes_is_named(spawn) -> None:
     process = spawn("two", "configs/pretrain/debug.yaml")
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2 and "'two configs/pretrain/debug.yaml'" in said
+
+
+@pytest.mark.parametrize(("end", "said"), [
+    ("os.kill(os.getpid(), 9)", "rank 1 was killed by signal 9 (Killed)"),
+    ("sys.exit('EnvironmentFault: disk full')", "rank 1: EnvironmentFault: disk full"),
+])
+def test_the_cause_is_said_where_rank_0_only_knows_that_a_peer_is_gone(
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture, end: str, said: str
+) -> None:
+    spawn = runpy.run_path(str(repository / "launch" / "spawn.py"))
+    with (tmp_path / "rank-1.log").open("wb") as log:
+        ranks = [
+            subprocess.Popen([sys.executable, "-c", "raise SystemExit(5)"]),
+            subprocess.Popen([sys.executable, "-c", f"import os, sys; {end}"], stderr=log),
+        ]
+        assert spawn["wait"](ranks, logs=tmp_path) == 5
+    assert capsys.readouterr().err.strip() == said
 
 
 def _wait_for_a_step(run: Path, process: subprocess.Popen) -> None:

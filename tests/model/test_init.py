@@ -54,10 +54,12 @@ def test_parameter_names_are_unique_and_each_matches_exactly_one_placement(wide)
     assert not unused
 
 
-def test_cut_dims_exist_and_split_evenly_into_their_fused_parts(wide) -> None:
+def test_cut_dims_exist_and_fused_parts_split_evenly(wide) -> None:
     for name, parameter in wide[1].named_parameters():
         (placement,) = placements_of(name)
         for dim in (placement.tp_dim, placement.ep_dim):
             assert dim is None or dim < parameter.ndim, name
         if placement.tp_dim is not None:
-            assert parameter.shape[placement.tp_dim] % (2 * placement.fused) == 0, name
+            # Codec heads have an odd number of classes: their ranks hold rows of unlike number.
+            pieces = 1 if name.startswith("audio_head.") else 2 * placement.fused
+            assert parameter.shape[placement.tp_dim] % pieces == 0, name

@@ -10,12 +10,29 @@ from pathlib import Path
 import pytest
 import torch
 import torch.distributed as dist
+from torch.distributed import distributed_c10d
 
 LONGEST_SECONDS = 120
 
 
+def _forget_inherited_groups() -> None:
+    """A forked rank must not believe in the groups of the tests that ran before it; their threads were not forked.
+
+    They are kept, not destroyed: a destructor would wait for those threads.
+    """
+    world = distributed_c10d._world
+    tables = (
+        world.pg_map, world.pg_names, world.pg_group_ranks, world.pg_backend_config, world.pg_to_tag, world.tags_to_pg,
+    )
+    multiprocessing.current_process().inherited_groups = [dict(table) for table in tables]
+    distributed_c10d._update_default_pg(None)
+    for table in tables:
+        table.clear()
+
+
 def _rank_main(function: Callable, rank: int, ranks: int, folder: str, arguments: tuple) -> None:
     torch.set_num_threads(1)
+    _forget_inherited_groups()
     store = dist.FileStore(f"{folder}/store", ranks)
     dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
     try:

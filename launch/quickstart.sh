@@ -55,7 +55,7 @@ train() {
     ernie5 train "$config" ${overrides[@]+"${overrides[@]}"}
   else
     RANK_LOGS="$run_dir/ranks" python launch/spawn.py "$processes" "$config" \
-      "batch.micro_sequences=$((4 / processes))" engine.cpu_threads=1 ${overrides[@]+"${overrides[@]}"}
+      "batch.micro_sequences=$((8 / processes))" engine.cpu_threads=1 ${overrides[@]+"${overrides[@]}"}
   fi
 }
 # Evaluation and samples side by side, one thread each: steps of generation are too small for more.
@@ -74,5 +74,5 @@ Open the report in a browser:   $root/$run_dir/report.html
 Look at the samples:            $run_dir/samples/final/
 Ask it for something:           .venv/bin/ernie5 generate $run_dir --prompt "a cat" --to image --out cat.png
 Watch the curves:               .venv/bin/tensorboard --logdir $run_dir/tensorboard
-Train longer:                   bash launch/quickstart.sh train.steps=2000
+Train longer:                   bash launch/quickstart.sh train.steps=1000
 END

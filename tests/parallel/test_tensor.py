@@ -90,7 +90,14 @@ def test_half_of_a_fused_matrix_is_half_of_each_of_its_parts(run_ranks: Callable
 
 
 def test_one_rank_changes_nothing() -> None:
-    install_tensor(torch.nn.Module(), axis=types.SimpleNamespace(size=1), install=None, is_sequence=True)
+    model = torch.nn.Linear(2, 2)
+    before, installed = dict(vars(model)), []
+
+    def install(*exchanged: object) -> None:
+        installed.append(exchanged)
+
+    install_tensor(model, axis=types.SimpleNamespace(size=1), install=install, is_sequence=True)
+    assert not installed and vars(model) == before
 
 
 def refused(config: Config, model: ModelConfig) -> str:

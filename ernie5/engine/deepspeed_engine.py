@@ -25,8 +25,6 @@ from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_tensor
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.model.moe.balance import update_balance
-from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
@@ -57,7 +55,7 @@ class DeepSpeedEngine(Engine):
         start_processes(device, log_path=log_path)
         import deepspeed
 
-        self.model, self.device, self._settings = model, device, settings
+        self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         parallel.check_zero()
         parallel.check_optimizer(optim.name)
@@ -127,12 +125,7 @@ class DeepSpeedEngine(Engine):
         skipped = not math.isfinite(norm)
         if not skipped:
             self._state.updates += 1
-            update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
-            self.magnitudes = update_magnitudes(
-                self.magnitudes,
-                means=mean_losses(sums.terms, counts=sums.counts),
-                decay=self._settings.objectives.ema_decay,
-            )
+            self.follow(sums)
         return StepReport(sums=sums, grad_norm=torch.tensor(norm), skipped=skipped)
 
     def poison(self) -> None:
@@ -213,7 +206,7 @@ class DeepSpeedEngine(Engine):
     def _step_whole(self) -> float:
         """Stage 0: clip by the norm that counts every expert once (DeepSpeed's own norm does not, its issue 8475)."""
         gradients = {name: p.grad for name, p in self.model.named_parameters() if p.grad is not None}
-        norm = float(clip_over_ranks(gradients, layout=self._layout, max_norm=self._settings.clip_norm))
+        norm = float(clip_over_ranks(gradients, layout=self._layout, max_norm=self.settings.clip_norm))
         if not math.isfinite(norm):
             for parameter in self.model.parameters():
                 parameter.grad = None

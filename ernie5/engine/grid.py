@@ -25,8 +25,6 @@ from ernie5.engine.local import (
     poison_gradients,
 )
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.model.moe.balance import update_balance
-from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -55,7 +53,7 @@ class GridEngine(Engine):
     ) -> None:
         parallel.check_optimizer(optim.name)
         join_processes(device)
-        self.model, self.device, self._settings = model, device, settings
+        self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.magnitudes = settings.magnitudes.to(device)
         self._parallel = build_state(parallel.derive_dims(self.world_size))
@@ -94,7 +92,7 @@ class GridEngine(Engine):
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip by the norm over all ranks, step, copy masters, move balance bias and magnitudes."""
         gradients = {name: master.grad for name, master in self._masters.items()}
-        norm = clip_over_ranks(gradients, layout=self._layout, max_norm=self._settings.clip_norm)
+        norm = clip_over_ranks(gradients, layout=self._layout, max_norm=self.settings.clip_norm)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
@@ -102,12 +100,7 @@ class GridEngine(Engine):
             self._optimizer.step()
             self._updates += 1
             copy_masters(self._masters, model=self.model)
-            update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
-            self.magnitudes = update_magnitudes(
-                self.magnitudes,
-                means=mean_losses(sums.terms, counts=sums.counts),
-                decay=self._settings.objectives.ema_decay,
-            )
+            self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
 

@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 from ernie5.errors import CheckpointError
+from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import mean_losses, update_magnitudes
 from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts, TensorRecord
 
 LISTED_PROBLEMS = 6
@@ -83,6 +85,7 @@ class Engine(abc.ABC):
     world_size: int
     dp_rank: int
     dp_size: int
+    settings: StepSettings
     magnitudes: torch.Tensor
 
     def train_step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
@@ -97,6 +100,18 @@ class Engine(abc.ABC):
     @abc.abstractmethod
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, move balance bias and magnitudes, clear gradients."""
+
+    def follow(self, sums: StepSums) -> None:
+        """Move what follows an optimizer step that was not skipped: the balance bias and the running magnitudes."""
+        settings = self.settings
+        update_balance(self.model.routers(), loads=sums.routing.loads, speed=settings.balance_speed)
+        floor = settings.objectives.magnitude_floor * settings.magnitudes.to(self.magnitudes.device)
+        self.magnitudes = update_magnitudes(
+            self.magnitudes,
+            means=mean_losses(sums.terms, counts=sums.counts),
+            decay=settings.objectives.ema_decay,
+            floor=floor,
+        )
 
     def discard(self, sums: StepSums) -> StepReport:
         """Drop the gradients in place, as if they were not finite: nothing of the state moves, on any rank."""

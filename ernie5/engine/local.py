@@ -10,8 +10,7 @@ import torch
 
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.model.moe.balance import orthogonality_step, update_balance
-from ernie5.objectives.mix import mean_losses, update_magnitudes
+from ernie5.model.moe.balance import orthogonality_step
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.clip import clip_gradients
@@ -34,7 +33,7 @@ class LocalEngine(Engine):
     ) -> None:
         self.model, self.device, self.rank, self.world_size = model, device, 0, 1
         self.dp_rank, self.dp_size = 0, 1
-        self._settings = settings
+        self.settings = settings
         self.magnitudes = settings.magnitudes.to(device)
         model.to(device)
         self._masters = make_masters(model, precision=precision)
@@ -65,7 +64,7 @@ class LocalEngine(Engine):
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, copy masters to the model, move balance bias and magnitudes."""
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        norm = clip_gradients(gradients, max_norm=self._settings.clip_norm)
+        norm = clip_gradients(gradients, max_norm=self.settings.clip_norm)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
@@ -74,12 +73,7 @@ class LocalEngine(Engine):
             self._updates += 1
             copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
-            update_balance(self.model.routers(), loads=sums.routing.loads, speed=self._settings.balance_speed)
-            self.magnitudes = update_magnitudes(
-                self.magnitudes,
-                means=mean_losses(sums.terms, counts=sums.counts),
-                decay=self._settings.objectives.ema_decay,
-            )
+            self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
 
@@ -149,7 +143,7 @@ class LocalEngine(Engine):
 
     def _orthogonalise(self, learning_rate: float) -> None:
         """The decoupled router step of ERNIE 4.5 (fp32 only: the model's weights are then the masters)."""
-        speed = learning_rate * self._settings.objectives.orthogonality_weight
+        speed = learning_rate * self.settings.objectives.orthogonality_weight
         if not speed:
             return
         for router in self.model.routers():

@@ -23,6 +23,12 @@ class ObjectivesConfig(Config):
         kind="numerics",
     )
     ema_decay: float = field(0.99, doc="decay of the running magnitude per optimizer step, in [0, 1)", kind="numerics")
+    magnitude_floor: float = field(
+        0.0,
+        doc="smallest running magnitude, as a part of the loss of even guesses, in [0, 1]: bounds the weight that a "
+        "modality gains by being learnt by heart",
+        kind="numerics",
+    )
     switch_weight: float = field(
         0.0, doc="weight of the switch load-balance loss (mean over MoE layers)", check=non_negative, kind="numerics"
     )
@@ -42,5 +48,7 @@ class ObjectivesConfig(Config):
         """Check the decay."""
         if not 0.0 <= self.ema_decay < 1.0:
             self.fail("ema_decay", "a decay lies in [0, 1); 0.99 averages about 100 steps")
+        if not 0.0 <= self.magnitude_floor <= 1.0:
+            self.fail("magnitude_floor", "a part of the loss of even guesses lies in [0, 1]; 0 sets no floor")
         if not any((self.text_weight, self.image_weight, self.video_weight, self.audio_weight)):
             self.fail("text_weight", "all four modality weights are 0, so nothing would be trained. Raise one of them")

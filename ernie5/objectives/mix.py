@@ -69,11 +69,16 @@ def uniform_magnitudes(*, vocab_size: int, audio_codes: int, device: torch.devic
     return torch.tensor(values, dtype=torch.float64, device=device)
 
 
-def update_magnitudes(magnitudes: torch.Tensor, *, means: LossTerms, decay: float) -> torch.Tensor:
-    """Magnitudes after a step, [4] fp64: EMA of the global mean losses; an absent modality keeps its value."""
+def update_magnitudes(
+    magnitudes: torch.Tensor, *, means: LossTerms, decay: float, floor: torch.Tensor
+) -> torch.Tensor:
+    """Magnitudes after a step, [4] fp64: EMA of the global mean losses, not below `floor` [4] fp64.
+
+    An absent modality keeps its value.
+    """
     current = torch.stack([getattr(means, m.name.lower()).detach().double() for m in Modality]).to(magnitudes.device)
     moved = decay * magnitudes + (1.0 - decay) * current
-    return torch.where(current.isfinite(), moved, magnitudes)
+    return torch.where(current.isfinite(), moved, magnitudes).maximum(floor)
 
 
 def combine(

@@ -23,7 +23,7 @@ def make_counts(*values: float) -> TargetCounts:
 def test_an_absent_modality_neither_moves_its_magnitude_nor_counts_in_the_loss() -> None:
     means = mean_losses(make_terms(20.0, 0.0, 0.0, 6.0, 9.0), counts=make_counts(10, 0, 0, 3, 3, 50))
     before = torch.tensor([4.0, 0.7, 0.6, 3.0], dtype=torch.float64)
-    after = update_magnitudes(before, means=means, decay=0.75)
+    after = update_magnitudes(before, means=means, decay=0.75, floor=torch.zeros(4))
     assert after.tolist() == pytest.approx([0.75 * 4 + 0.25 * 2, 0.7, 0.6, 0.75 * 3 + 0.25 * 2])
     config = ObjectivesConfig(audio_weight=0.5)
     assert float(weighted_loss(means, config=config)) == pytest.approx(2.0 + 0.5 * 2.0)
@@ -33,7 +33,14 @@ def test_an_absent_modality_neither_moves_its_magnitude_nor_counts_in_the_loss()
 def test_a_magnitude_ignores_a_loss_that_is_not_finite() -> None:
     means = mean_losses(make_terms(math.inf, 1.0, 1.0, 1.0, 1.0), counts=make_counts(1, 1, 1, 1, 1, 1))
     before = torch.ones(4, dtype=torch.float64)
-    assert torch.isfinite(update_magnitudes(before, means=means, decay=0.9)).all()
+    assert torch.isfinite(update_magnitudes(before, means=means, decay=0.9, floor=torch.zeros(4))).all()
+
+
+def test_a_magnitude_does_not_fall_below_its_floor() -> None:
+    means = mean_losses(make_terms(1.0, 0.5, 0.5, 0.1, 1.0), counts=make_counts(1, 1, 1, 1, 1, 1))
+    before = torch.tensor([4.0, 0.7, 0.7, 3.0], dtype=torch.float64)
+    after = update_magnitudes(before, means=means, decay=0.5, floor=torch.tensor([3.0, 0.1, 0.1, 3.0]).double())
+    assert after.tolist() == pytest.approx([3.0, 0.6, 0.6, 3.0])
 
 
 def test_the_objective_is_each_mean_over_its_magnitude_times_its_weight() -> None:

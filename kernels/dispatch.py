@@ -1,8 +1,9 @@
 """Which implementation of an op runs: the one asked for by name or an error, never a silent fallback.
 
 Names: `reference` is the plain truth, slow and memory-hungry; `torch` the production path in PyTorch on any device;
-`native` hand-written C++ for the CPU, fp32 and bf16; `triton` a hand-written kernel for NVIDIA GPUs; `auto` the first
-of an op's list that can run on the tensor's device.
+`native` hand-written C++ for the CPU, fp32 and bf16; `triton` a hand-written kernel for NVIDIA GPUs; `sdpa` and `flex`
+PyTorch's own attention, which only `attention` has; `auto` the first of an op's list that can run on the tensor's
+device.
 """
 
 from __future__ import annotations
@@ -16,7 +17,7 @@ from ernie5.errors import KernelError
 
 from .checks import TRITON_DTYPES
 
-BACKENDS = ("auto", "native", "torch", "reference", "triton")
+BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton")
 
 
 def choose_backend(

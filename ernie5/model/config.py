@@ -116,8 +116,10 @@ class ModelConfig(Config):
                              kind="architecture")
     modalities: tuple[str, ...] = field(MODALITIES, doc="modalities that get embeddings and heads",
                                         choices=MODALITIES, kind="architecture")
-    attention_backend: str = field("auto", doc="attention kernel", choices=("auto", "torch", "triton", "reference"),
-                                   kind="performance")
+    attention_backend: str = field(
+        "auto", doc="attention kernel; sdpa and flex are PyTorch's own, flex cannot train on a CPU",
+        choices=("auto", "native", "torch", "triton", "sdpa", "flex", "reference"), kind="performance",
+    )
     expert_backend: str = field("auto", doc="grouped matrix product kernel",
                                 choices=("auto", "torch", "triton", "reference"), kind="performance")
     moe: MoEConfig = field(MoEConfig(), doc="experts and router")

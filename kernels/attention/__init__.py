@@ -11,8 +11,9 @@ from .chunked import ChunkedAttention, attend, attend_backward
 from .native import NativeAttention
 from .plan import AttentionPlan, plan_attention, plan_piecewise
 from .reference import attention_reference, dense_mask
+from .sdpa import attention_sdpa
 
-OFFERED = ("triton", "native", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "sdpa", "flex", "reference")
 
 __all__ = [
     "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
@@ -54,6 +55,12 @@ def attention(
         )
     if chosen == "native":
         return NativeAttention.apply(query, key, value, plan, scale)
+    if chosen == "sdpa":
+        return attention_sdpa(query, key=key, value=value, plan=plan, scale=scale)
+    if chosen == "flex":
+        from .flex import attention_flex
+
+        return attention_flex(query, key=key, value=value, plan=plan, scale=scale)
     if chosen == "reference":
         if plan.intervals is None:
             mask = torch.ones(query.shape[0], query.shape[1], key.shape[1], dtype=torch.bool, device=query.device)

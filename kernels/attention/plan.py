@@ -7,8 +7,15 @@ squared and no more. Building a plan reads the intervals on the host: one synchr
 from __future__ import annotations
 
 import dataclasses
+import functools
+from typing import TYPE_CHECKING
 
 import torch
+
+from .reference import dense_mask
+
+if TYPE_CHECKING:
+    from torch.nn.attention.flex_attention import BlockMask
 
 CHUNK_ROWS = 256
 SMALLEST_CHUNK = 64
@@ -35,13 +42,42 @@ class Chunk:
 
 
 @dataclasses.dataclass(frozen=True)
+class DenseMask:
+    """visible [B, T, S] bool, True also where `blind` [B, T] marks a row that sees nothing (None: there is none)."""
+
+    visible: torch.Tensor
+    blind: torch.Tensor | None
+
+
+@dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """intervals [B, S, 4] on the device of the tensors (None: everything is visible), and the chunks."""
+    """intervals [B, S, 4] on the device of the tensors (None: everything is visible), and the chunks.
+
+    `dense` and `blocks` are the mask as PyTorch's own attention wants it, made on first use and kept for all layers.
+    """
 
     intervals: torch.Tensor | None
     query_start: int
     query_tokens: int
     chunks: tuple[Chunk, ...]
+
+    @functools.cached_property
+    def dense(self) -> DenseMask | None:
+        """The whole mask; None where everything is visible."""
+        if self.intervals is None:
+            return None
+        visible = dense_mask(self.intervals, query_start=self.query_start, query_tokens=self.query_tokens)
+        blind = ~visible.any(-1)
+        return DenseMask(visible | blind.unsqueeze(-1), blind) if bool(blind.any()) else DenseMask(visible, None)
+
+    @functools.cached_property
+    def blocks(self) -> BlockMask | None:
+        """The mask as flex_attention's blocks; None where everything is visible."""
+        if self.intervals is None:
+            return None
+        from .flex import block_mask  # only then PyTorch's flex_attention is loaded
+
+        return block_mask(self.intervals, query_start=self.query_start, query_tokens=self.query_tokens)
 
     def hidden_of(self, chunk: Chunk) -> torch.Tensor | None:
         """The mask [queries, keys] of a chunk, True where hidden; None where all is visible."""

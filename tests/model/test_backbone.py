@@ -167,12 +167,13 @@ def test_gradients_equal_those_of_the_reference_kernels(configs, batch) -> None:
     from ernie5.model.backbone import build_model
 
     gradients = []
-    for backend in ("torch", "reference"):
-        built = build_model(configs(attention_backend=backend, expert_backend=backend), seed=3).double()
+    for attention, experts in (("reference", "reference"), ("torch", "torch"), ("sdpa", "torch")):
+        built = build_model(configs(attention_backend=attention, expert_backend=experts), seed=3).double()
         total(built(batch)).backward()
         gradients.append({name: p.grad for name, p in built.named_parameters()})
-    for name, gradient in gradients[0].items():
-        assert torch.allclose(gradient, gradients[1][name], rtol=1e-9, atol=1e-11), name
+    for found in gradients[1:]:
+        for name, gradient in found.items():
+            assert torch.allclose(gradient, gradients[0][name], rtol=1e-9, atol=1e-11), name
 
 
 def test_padding_content_changes_nothing_that_counts(model, batch) -> None:

@@ -1,4 +1,4 @@
-"""Attention by `torch.nn.functional.scaled_dot_product_attention` under the whole mask, [B, T, S] booleans in memory."""
+"""Attention by PyTorch's `scaled_dot_product_attention` under the whole mask, [B, T, S] booleans in memory."""
 
 from __future__ import annotations
 

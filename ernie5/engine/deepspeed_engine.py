@@ -59,7 +59,7 @@ class DeepSpeedEngine(Engine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         parallel.check_zero()
         parallel.check_optimizer(optim.name)
-        parallel_state = build_state(parallel.derive_dims(self.world_size))
+        parallel_state = build_state(parallel.derive_dims(self.world_size), node_size=parallel.node_size)
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage = engine.zero_stage

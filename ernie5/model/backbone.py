@@ -14,7 +14,7 @@ from ernie5.model.interfaces import AttentionPlanner, KeyValueCache, LayerInputs
 from ernie5.model.linear import Linear
 from ernie5.model.moe.balance import LayerRouting
 from ernie5.model.moe.layer import MoELayer
-from ernie5.model.moe.router import Router
+from ernie5.model.moe.router import Router, check_subnetwork
 from ernie5.model.mtp import MTPModule
 from ernie5.model.norm import RMSNorm
 from ernie5.model.rope import rotation
@@ -101,6 +101,8 @@ class UnifiedModel(nn.Module):
         cached = 0 if cache is None else cache.length(first_layer)
         plan = self.plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=cached + tokens)
         active = None
+        if subnetwork is not None:
+            check_subnetwork(subnetwork, config=config.moe)
         if subnetwork is not None and subnetwork.experts is not None:
             active = torch.zeros(config.moe.num_experts, dtype=torch.bool)
             active[list(subnetwork.experts)] = True

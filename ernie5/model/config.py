@@ -43,6 +43,13 @@ class MoEConfig(Config):
     score: str = field(
         "sigmoid", doc="router score; softmax is ERNIE 4.5's", choices=("sigmoid", "softmax"), kind="architecture"
     )
+    num_groups: int = field(
+        1, doc="groups of consecutive experts for node-limited routing; 1: none", check=positive, kind="architecture"
+    )
+    top_groups: int = field(
+        1, doc="groups per token, the best by the sum of their highest top_k / top_groups scores", check=positive,
+        kind="architecture",
+    )
     scale: float = field(1.0, doc="factor on the renormalised combine weights", check=positive, kind="architecture")
     balance: BalanceConfig = field(BalanceConfig(), doc="how the load is kept even")
 
@@ -52,6 +59,42 @@ class MoEConfig(Config):
                 "top_k",
                 f"{self.top_k} exceeds num_experts = {self.num_experts}. Choices are distinct: choose at most "
                 f"{self.num_experts}, or raise num_experts",
+            )
+        self._check_groups()
+
+    @property
+    def is_group_limited(self) -> bool:
+        """Whether a token may not choose from all groups."""
+        return self.top_groups < self.num_groups
+
+    def _check_groups(self) -> None:
+        """Node-limited routing: whole groups, and an equal share of the choices in each of a token's groups."""
+        if self.num_experts % self.num_groups:
+            self.fail(
+                "num_groups",
+                f"{self.num_groups} does not divide num_experts = {self.num_experts}. Every group holds the same "
+                "number of experts: choose a divisor, or 1 for none",
+            )
+        if self.top_groups > self.num_groups:
+            self.fail(
+                "top_groups",
+                f"{self.top_groups} exceeds num_groups = {self.num_groups}. Groups are distinct: choose at most "
+                f"{self.num_groups}, where all may be chosen from",
+            )
+        if not self.is_group_limited:
+            return
+        if self.top_k % self.top_groups:
+            self.fail(
+                "top_groups",
+                f"{self.top_groups} does not divide top_k = {self.top_k}. A group is ranked by its highest top_k / "
+                "top_groups scores: choose a divisor of top_k",
+            )
+        offered = self.top_groups * (self.num_experts // self.num_groups)
+        if offered < self.top_k:
+            self.fail(
+                "top_groups",
+                f"{self.top_groups} groups hold {offered} experts, fewer than top_k = {self.top_k}. Raise top_groups, "
+                "or make fewer, larger groups",
             )
 
 

@@ -13,6 +13,9 @@ import torch
 
 from ernie5_kernels.attention import AttentionPlan
 
+NO_EXPERT = -1
+"""In place of an expert's number: a choice that concerns another place."""
+
 
 class AttentionOp(Protocol):
     """Softmax attention; `attention` of ernie5_kernels by default. It understands the plans of its own planner."""
@@ -53,11 +56,25 @@ class Routing:
 
 
 @dataclasses.dataclass(frozen=True)
-class DispatchedRows:
-    """Rows grouped by expert, ready for the experts of this rank, and what `combine` needs to bring them back.
+class Parcels:
+    """Tokens, each with those of its choices that concern the place where it is, or to which it travels.
 
-    rows [R, D]; row_weights [R]; offsets [e] int64 cumulative ends; sources [R] int64 the token of each row; places
-    [N, K] int64 the row of each token's choice.
+    rows [M, D]; ids [M, K] int64 expert or NO_EXPERT, counted from the first expert of that place once they are there;
+    weights [M, K] at least fp32, differentiable; num_experts that the place holds.
+    """
+
+    rows: torch.Tensor
+    ids: torch.Tensor
+    weights: torch.Tensor
+    num_experts: int
+
+
+@dataclasses.dataclass(frozen=True)
+class DispatchedRows:
+    """Rows grouped by expert, ready for the experts of this rank, and what `arrange_back` needs.
+
+    rows [R, D]; row_weights [R]; offsets [e] int64 cumulative ends; sources [R] int64 the parcel of each row; places
+    int64: the rows, ordered by parcel ([N, K] where every parcel has K rows, else [R]).
     """
 
     rows: torch.Tensor
@@ -68,13 +85,28 @@ class DispatchedRows:
 
 
 class TokenDispatcher(Protocol):
-    """Brings tokens to their experts and back; both ways differentiable, nothing dropped."""
+    """Brings tokens to their experts and back, in stages; all differentiable, nothing dropped.
 
-    def dispatch(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> DispatchedRows:
-        """hidden [N, D] -> rows grouped by expert."""
+    send (prepare and send) -> receive -> arrange -> the experts -> arrange_back -> combine (send back and combine).
+    Parcels may be under way between `send` and `receive`: what does not need them can be computed there. From `arrange`
+    to `arrange_back` nothing leaves the rank, so that it can be repeated by itself. The model only hands on what one
+    stage returns to the next.
+    """
 
-    def combine(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
-        """Weighted expert outputs rows [R, D] -> their sum per token [N, D]."""
+    def send(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> object:
+        """hidden [N, D] -> what is under way; num_experts over all ranks."""
+
+    def receive(self, sent: object) -> Parcels:
+        """The parcels that arrived here."""
+
+    def arrange(self, parcels: Parcels) -> DispatchedRows:
+        """One row per choice, grouped by expert."""
+
+    def arrange_back(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
+        """Weighted expert outputs rows [R, D] -> their sum per parcel [M, D]."""
+
+    def combine(self, outputs: torch.Tensor, *, parcels: Parcels) -> torch.Tensor:
+        """Sums per parcel [M, D] -> sums per token [N, D] where the tokens came from."""
 
 
 class ExpertCompute(Protocol):

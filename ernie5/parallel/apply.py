@@ -169,7 +169,10 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
     if state.ep.size * state.etp.size * state.tp.size == 1:
         return
     for layer in model.moe_layers():
-        made = make_dispatcher(parallel.dispatcher, state=state, is_replicated=not parallel.sequence)
+        made = make_dispatcher(
+            parallel.dispatcher, state=state, is_replicated=not parallel.sequence,
+            overlaps=parallel.overlap == "shared",
+        )
         layout.install(layer, "dispatcher", made)
 
 

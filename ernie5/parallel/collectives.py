@@ -8,7 +8,7 @@
 | gather | parts of all ranks | this rank's part | a cut tensor becomes whole; all ranks go on alike |
 | gather_for_work | parts of all ranks | sum over ranks, own part | what is cut enters work that differs by rank |
 | reduce_scatter | sum over ranks, this rank's part | parts of all ranks | partial results leave it; afterwards cut |
-| exchange | uneven all-to-all | the reverse all-to-all | rows travel |
+| exchange_rows | uneven all-to-all | the reverse all-to-all | rows travel (`exchange`: beside other work) |
 
 Parts may differ in length: `sizes` lists them in order of ranks. Sums of parts run in order of ranks, so that they are
 the same at every repetition.
@@ -40,11 +40,28 @@ def all_to_all(
     """x [sum(send), ...], send[i] rows for rank i -> [sum(receive), ...] in order of ranks; without gradient."""
     if axis.size == 1:
         return x
-    out = x.new_empty(sum(receive), *x.shape[1:])
-    dist.all_to_all_single(out, x.contiguous(), list(receive), list(send), group=axis.group)
-    away = sum(send) - send[axis.coordinate]
-    axis.traffic.add(what or axis.name, num_bytes=away * x.shape[1:].numel() * x.element_size())
+    out, work = start_all_to_all(x.contiguous(), axis=axis, send=send, receive=receive, what=what)
+    work.wait()
     return out
+
+
+def start_all_to_all(
+    x: torch.Tensor, *, axis: Axis, send: Sequence[int], receive: Sequence[int], what: str = ""
+) -> tuple[torch.Tensor, dist.Work]:
+    """As all_to_all of a contiguous x on several ranks, but still running: x must live, and the result may be read,
+    until and after the work has been waited for."""
+    out = x.new_empty(sum(receive), *x.shape[1:])
+    work = dist.all_to_all_single(out, x, list(receive), list(send), group=axis.group, async_op=True)
+    _count_sent(x, axis=axis, send=send, what=what or axis.name)
+    return out, work
+
+
+def _count_sent(x: torch.Tensor, *, axis: Axis, send: Sequence[int], what: str) -> None:
+    row_bytes = x.shape[1:].numel() * x.element_size()
+    away = sum(send) - send[axis.coordinate]
+    here = axis.nodes[axis.coordinate]
+    abroad = sum(rows for rows, node in zip(send, axis.nodes, strict=True) if node != here)
+    axis.traffic.add(what, num_bytes=away * row_bytes, to_nodes=abroad * row_bytes)
 
 
 def all_gather(x: torch.Tensor, *, axis: Axis, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
@@ -110,22 +127,10 @@ def reduce_scatter(x: torch.Tensor, *, axis: Axis, sizes: Sequence[int], dim: in
     return _ReduceScatter.apply(x, axis, tuple(sizes), dim) if axis.size > 1 else x
 
 
-def exchange(
-    rows: torch.Tensor, *, weights: torch.Tensor, axis: Axis, send: Sequence[int], receive: Sequence[int]
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Send rows [M, D] and weights [M, K] as all_to_all does, both differentiable.
-
-    One autograd node for both: backward then issues its two collectives in the same order on every rank.
-    """
-    if axis.size == 1:
-        return rows, weights
-    return _Exchange.apply(rows, weights, axis, tuple(send), tuple(receive))
-
-
 def exchange_rows(
     rows: torch.Tensor, *, axis: Axis, send: Sequence[int], receive: Sequence[int]
 ) -> torch.Tensor:
-    """`exchange` of rows [M, D] alone."""
+    """Send rows [M, D] as all_to_all does, differentiable."""
     return _ExchangeRows.apply(rows, axis, tuple(send), tuple(receive)) if axis.size > 1 else rows
 
 
@@ -192,25 +197,6 @@ class _ReduceScatter(torch.autograd.Function):
     @staticmethod
     def backward(ctx, grad):
         return all_gather(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
-
-
-class _Exchange(torch.autograd.Function):
-    @staticmethod
-    def forward(ctx, rows, weights, axis, send, receive):
-        ctx.axis, ctx.send, ctx.receive = axis, send, receive
-        return (
-            all_to_all(rows, axis=axis, send=send, receive=receive, what="hidden"),
-            all_to_all(weights, axis=axis, send=send, receive=receive, what="weights"),
-        )
-
-    @staticmethod
-    def backward(ctx, grad_rows, grad_weights):
-        back = {"axis": ctx.axis, "send": ctx.receive, "receive": ctx.send}
-        return (
-            all_to_all(grad_rows, what="hidden", **back),
-            all_to_all(grad_weights, what="weights", **back),
-            None, None, None,
-        )
 
 
 class _ExchangeRows(torch.autograd.Function):

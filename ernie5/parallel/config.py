@@ -13,7 +13,7 @@ from ernie5.parallel.dims import GridDims, nearest_divisors
 
 UNAVAILABLE_AXES = ("pp", "vpp")
 RUNNING_AXES = "dp, tp, cp, ep and etp"
-DISPATCHERS = ("auto", "alltoall", "allgather", "deepep", "megablocks")
+DISPATCHERS = ("auto", "alltoall", "hierarchical", "allgather", "deepep", "megablocks")
 UNAVAILABLE_DISPATCHERS = ("deepep", "megablocks")
 
 
@@ -40,7 +40,16 @@ class ParallelConfig(Config):
         kind="performance",
     )
     dispatcher: str = field(
-        "auto", doc="how tokens reach experts of other ranks; auto: alltoall", choices=DISPATCHERS, kind="performance"
+        "auto",
+        doc="how tokens reach experts of other ranks; auto: alltoall; hierarchical: once to each node, then within it",
+        choices=DISPATCHERS, kind="performance",
+    )
+    node_size: int | None = field(
+        None, doc="ranks per node; none: what the launcher says (LOCAL_WORLD_SIZE)", check=positive, kind="performance"
+    )
+    overlap: str = field(
+        "none", doc="what runs while tokens travel to their experts; shared: the shared experts",
+        choices=("none", "shared"), kind="performance",
     )
 
     def validate(self) -> None:
@@ -50,6 +59,10 @@ class ParallelConfig(Config):
                 self._refuse(
                     axis, f"this axis is not available in this version; it runs {RUNNING_AXES}. Set parallel.{axis}: 1"
                 )
+        if self.overlap != "none" and self.ep == 1:
+            self._refuse("overlap", "parallel.ep is 1, so no token travels. Set parallel.overlap: none")
+        if self.overlap != "none" and self.dispatcher == "allgather":
+            self._refuse("overlap", "allgather does not run beside other work. Set parallel.dispatcher: alltoall")
         if self.dispatcher in UNAVAILABLE_DISPATCHERS:
             self._refuse(
                 "dispatcher", "this version has no adapter for that library. Set parallel.dispatcher: alltoall"
@@ -133,6 +146,12 @@ class ParallelConfig(Config):
                 "ep",
                 f"does not divide model.moe.num_experts = {experts}. Each expert-parallel rank must hold the same "
                 f"number of experts. {_nearest(experts, wanted=self.ep)}",
+            )
+        if self.overlap == "shared" and not model.moe.shared_experts:
+            self._refuse(
+                "overlap",
+                "model.moe.shared_experts is 0, so there is no work to run beside the way of the tokens. Set "
+                "parallel.overlap: none",
             )
         if width % self.etp:
             self._refuse(

@@ -11,28 +11,36 @@ import torch.distributed as dist
 
 from ernie5.errors import LayoutError
 from ernie5.parallel.dims import AXES, GridDims
+from ernie5.parallel.nodes import find_nodes
 
 
 @dataclasses.dataclass
 class Traffic:
-    """Bytes that this rank sent to other ranks, by what they were; read by tests and by the observer."""
+    """Bytes that this rank sent to other ranks, by what they were; read by tests and by the observer.
+
+    node_bytes: those of them, of all-to-alls, that went to ranks of other nodes.
+    """
 
     sent_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
+    node_bytes: Counter[str] = dataclasses.field(default_factory=Counter)
 
-    def add(self, what: str, *, num_bytes: int) -> None:
-        """Count `num_bytes` that leave this rank."""
+    def add(self, what: str, *, num_bytes: int, to_nodes: int = 0) -> None:
+        """Count `num_bytes` that leave this rank, `to_nodes` of them its node."""
         self.sent_bytes[what] += num_bytes
+        self.node_bytes[what] += to_nodes
 
 
 @dataclasses.dataclass(frozen=True)
 class Axis:
-    """This rank's group along one axis. ranks: global ranks in order of coordinates; group: None for one rank."""
+    """This rank's group along one axis. ranks: global ranks in order of coordinates; group: None for one rank; nodes:
+    the node of each of them."""
 
     name: str
     ranks: tuple[int, ...]
     coordinate: int
     group: dist.ProcessGroup | None
     traffic: Traffic
+    nodes: tuple[int, ...]
 
     @property
     def size(self) -> int:
@@ -70,16 +78,17 @@ class ParallelState:
         return f"rank {self.rank} ({attention} | " + " ".join(places[name] for name in ("edp", "ep", "etp")) + ")"
 
 
-def build_state(dims: GridDims) -> ParallelState:
+def build_state(dims: GridDims, *, node_size: int | None = None) -> ParallelState:
     """Create every group of every axis, in one fixed order on all ranks (lazily created groups can deadlock).
 
     Groups of one rank are not created, groups of the same ranks only once. Needs torch.distributed to be initialised
-    unless the grid is one rank. Raises LayoutError where the grid is not that of the running processes.
+    unless the grid is one rank. node_size: ranks per node, None: as the launcher says (`find_nodes`). Raises
+    LayoutError where the grid is not that of the running processes.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if dims.world_size != world_size:
         raise LayoutError(f"the layout {dims.describe()} needs {dims.world_size} processes, and {world_size} run")
-    traffic = Traffic()
+    traffic, nodes = Traffic(), find_nodes(node_size)
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     if world_size > 1:
         made[tuple(range(world_size))] = dist.group.WORLD
@@ -89,9 +98,10 @@ def build_state(dims: GridDims) -> ParallelState:
             if len(ranks) > 1 and ranks not in made:
                 made[ranks] = dist.new_group(list(ranks))
             if rank in ranks:
-                axes[name] = Axis(name, ranks, ranks.index(rank), made.get(ranks), traffic)
+                around = tuple(nodes[other] for other in ranks)
+                axes[name] = Axis(name, ranks, ranks.index(rank), made.get(ranks), traffic, around)
     everyone = tuple(range(world_size))
-    world = Axis("world", everyone, rank, made.get(everyone), traffic)
+    world = Axis("world", everyone, rank, made.get(everyone), traffic, nodes)
     return ParallelState(dims=dims, rank=rank, world=world, traffic=traffic, **axes)
 
 

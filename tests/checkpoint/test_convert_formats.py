@@ -29,7 +29,8 @@ from ernie5.train.config import RootConfig
 TOLERANCE = 1e-4
 UNIFIED = ModelConfig(
     layers=3, width=24, query_heads=3, kv_heads=1, head_width=10, vocab_size=320, dense_layers=1, dense_width=20,
-    moe=MoEConfig(num_experts=5, top_k=2, expert_width=6, shared_experts=1, scale=1.5), mtp=MTPConfig(depth=2),
+    moe=MoEConfig(num_experts=6, top_k=2, expert_width=6, shared_experts=1, scale=1.5, num_groups=3),
+    mtp=MTPConfig(depth=2),
     visual=VisualModelConfig(bits=4, num_scales=2, patch_pixels=2, encoder_channels=4, vit_width=16, vit_heads=2),
     audio=AudioModelConfig(levels=2, codes=8),
 )
@@ -120,6 +121,7 @@ def test_a_model_that_ernie45_cannot_express_is_refused_by_setting_and_media_by_
     own = save(tmp_path / "unified", model=UNIFIED)
     code, _, err = verb("convert", own, tmp_path / "hub", "--to", "ernie45-hf", "--text-only")
     assert code == 2 and "qk_norm = true" in err and "score = sigmoid" in err and "scale = 1.5" in err
+    assert "top_groups = 1 of 3" in err
     media = dataclasses.replace(UNIFIED, qk_norm=False, moe=TEXT.moe, mtp=TEXT.mtp)
     own = save(tmp_path / "media", model=media)
     code, _, err = verb("convert", own, tmp_path / "hub", "--to", "ernie45-hf")

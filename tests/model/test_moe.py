@@ -7,12 +7,13 @@ import dataclasses
 import pytest
 import torch
 
+from ernie5.errors import ConfigError
 from ernie5.model.config import BalanceConfig, MoEConfig
 from ernie5.model.interfaces import Routing
 from ernie5.model.moe.balance import measure_routing, orthogonality_loss, orthogonality_step, update_balance
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.model.moe.experts import RoutedExperts
-from ernie5.model.moe.router import Router
+from ernie5.model.moe.router import Router, check_subnetwork
 from ernie5.records import SubNetwork
 from ernie5_kernels.testing import poisoned_memory
 
@@ -62,6 +63,57 @@ def test_inactive_experts_are_never_chosen_even_with_the_largest_bias() -> None:
     assert routing.weights.isfinite().all()
 
 
+GROUPED = dataclasses.replace(MOE, num_experts=12, top_k=4, num_groups=4, top_groups=2)
+
+
+def choose_by_hand(preference: list[float], *, config: MoEConfig) -> set[int]:
+    """Node-limited routing of one token as arXiv:2412.19437, section 2.1.2, words it."""
+    size, counted = config.num_experts // config.num_groups, config.top_k // config.top_groups
+    groups = [range(first, first + size) for first in range(0, config.num_experts, size)]
+    best = sorted(groups, key=lambda group: -sum(sorted((preference[e] for e in group), reverse=True)[:counted]))
+    allowed = [expert for group in best[: config.top_groups] for expert in group]
+    return set(sorted(allowed, key=lambda expert: -preference[expert])[: config.top_k])
+
+
+@pytest.mark.parametrize("score", ["sigmoid", "softmax"])
+def test_node_limited_routing_equals_the_paper_token_by_token(score: str) -> None:
+    router = make_router(dataclasses.replace(GROUPED, score=score)).double()
+    router.balance_bias += torch.linspace(-1.2, 0.3, 12)  # sums of groups are negative too
+    routing = router(hidden_states(200), top_k=4, active=None)
+    for choices, scores in zip(routing.choices, routing.scores, strict=True):
+        expected = choose_by_hand((scores + router.balance_bias).tolist(), config=GROUPED)
+        assert set(choices.tolist()) == expected
+    free = make_router(dataclasses.replace(GROUPED, score=score, num_groups=1, top_groups=1)).double()
+    free.balance_bias += router.balance_bias
+    unlimited = free(hidden_states(200), top_k=4, active=None)
+    assert (unlimited.choices.sort(1).values != routing.choices.sort(1).values).any()
+    chosen = routing.scores.gather(1, routing.choices)
+    assert torch.allclose(routing.weights, chosen / chosen.sum(1, keepdim=True))
+
+
+def test_groups_without_enough_active_experts_are_not_chosen_and_too_few_groups_are_refused() -> None:
+    router = make_router(GROUPED).double()
+    experts = (0, 3, 4, 6, 7, 8, 11)  # group 0 and group 3 have one active expert each, two are counted
+    active = torch.zeros(12, dtype=torch.bool)
+    active[list(experts)] = True
+    routing = router(hidden_states(100), top_k=4, active=active)
+    assert set(routing.choices.unique().tolist()) <= {3, 4, 6, 7, 8}
+    check_subnetwork(SubNetwork(experts=experts), config=GROUPED)
+    with pytest.raises(ConfigError, match="1 groups of at least 2 active experts, and model.moe.top_groups = 2 of 4"):
+        check_subnetwork(SubNetwork(experts=(0, 3, 4, 6, 9)), config=GROUPED)
+
+
+@pytest.mark.parametrize(
+    "groups, top, message",
+    [(5, 1, "num_groups.*5 does not divide num_experts = 12"), (4, 5, "top_groups.*5 exceeds num_groups = 4"),
+     (4, 3, "top_groups.*3 does not divide top_k = 4"), (4, 1, "top_groups.*1 groups hold 3 experts, fewer than top_k"),
+     (4, 0, "top_groups")],
+)
+def test_groups_that_cannot_be_are_refused(groups: int, top: int, message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        MoEConfig(num_experts=12, top_k=4, num_groups=groups, top_groups=top)
+
+
 def plain_moe(hidden: torch.Tensor, *, routing: Routing, experts: RoutedExperts) -> torch.Tensor:
     """Token by token, choice by choice."""
     out = []
@@ -94,9 +146,13 @@ def test_the_layer_matches_a_loop_over_tokens_with_every_gradient(tokens: int, f
         else:
             with poisoned_memory():
                 dispatcher = LocalDispatcher()
-                sent = dispatcher.dispatch(leaf, routing=routing, num_experts=6)
-                rows = experts(sent.rows, row_weights=sent.row_weights, offsets=sent.offsets)
-                out = dispatcher.combine(rows, dispatched=sent)
+                parcels = dispatcher.receive(dispatcher.send(leaf, routing=routing, num_experts=6))
+                sorted_rows = dispatcher.arrange(parcels)
+                rows = experts(
+                    sorted_rows.rows, row_weights=sorted_rows.row_weights, offsets=sorted_rows.offsets
+                )
+                outputs = dispatcher.arrange_back(rows, dispatched=sorted_rows)
+                out = dispatcher.combine(outputs, parcels=parcels)
         gradients = torch.autograd.grad(out.sin().sum(), parameters)
         results.append([out, *gradients])
     for one, other in zip(*results, strict=True):

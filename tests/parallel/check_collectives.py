@@ -9,6 +9,7 @@ from ernie5.errors import EnvironmentFault, LayoutError
 from ernie5.parallel import collectives as c
 from ernie5.parallel.apply import Layout, Shard
 from ernie5.parallel.dims import GridDims
+from ernie5.parallel.exchange import start_exchange
 from ernie5.parallel.state import Axis, build_state, join_processes
 from ernie5.parallel.verify import check_copies
 
@@ -62,14 +63,20 @@ def check_exchange(axis: Axis) -> None:
     rank = axis.coordinate
     send, receive = [rank + j for j in range(3)], [j + rank for j in range(3)]
     rows = torch.arange(sum(send), dtype=torch.float64).add(100 * rank).unsqueeze(1).repeat(1, 2)
-    out, grad = run(
-        lambda x: c.exchange(x, weights=x[:, :1], axis=axis, send=send, receive=receive)[0],
-        rows, cotangent=torch.full((sum(receive), 2), float(rank), dtype=torch.float64),
-    )
     starts = [100 * j + sum(j + k for k in range(rank)) for j in range(3)]
     expected = [start + i for start, count in zip(starts, receive, strict=True) for i in range(count)]
-    assert out[:, 0].tolist() == expected
-    assert grad[:, 0].tolist() == [float(j) for j, count in enumerate(send) for _ in range(count)]
+
+    def travel(x: torch.Tensor, *, is_async: bool) -> torch.Tensor:
+        travelling = start_exchange(x, weights=x[:, :1], axis=axis, send=send, receive=receive, is_async=is_async)
+        return travelling.wait()[0]
+
+    for is_async in (False, True):
+        out, grad = run(
+            lambda x, is_async=is_async: travel(x, is_async=is_async), rows,
+            cotangent=torch.full((sum(receive), 2), float(rank), dtype=torch.float64),
+        )
+        assert out[:, 0].tolist() == expected
+        assert grad[:, 0].tolist() == [float(j) for j, count in enumerate(send) for _ in range(count)]
     nothing = torch.empty(0, 2, requires_grad=True)
     c.exchange_rows(nothing, axis=axis, send=[0] * 3, receive=[0] * 3).sum().backward()
     assert nothing.grad.shape == (0, 2)

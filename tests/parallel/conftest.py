@@ -46,6 +46,16 @@ def _rank_main(function: Callable, rank: int, ranks: int, folder: str, arguments
 @pytest.fixture
 def run_ranks(tmp_path: Path) -> Callable[..., list]:
     """`run_ranks(function, ranks, *arguments)`: what the function returned on every rank of a gloo group."""
+    return _runner(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def run_ranks_once(tmp_path_factory: pytest.TempPathFactory) -> Callable[..., list]:
+    """`run_ranks` for a fixture whose results several tests look at."""
+    return _runner(tmp_path_factory.mktemp("ranks"))
+
+
+def _runner(tmp_path: Path) -> Callable[..., list]:
     calls: list[Path] = []
 
     def run(function: Callable, ranks: int, *arguments: object) -> list:

@@ -46,6 +46,19 @@ def test_dispatchers_that_cannot_run_are_refused_not_replaced(name: str) -> None
         ParallelConfig(ep=2, dispatcher=name)
 
 
+@pytest.mark.parametrize(
+    "degrees,message",
+    [
+        ({}, r"overlap = 'shared': parallel.ep is 1"),
+        ({"ep": 2, "dispatcher": "allgather"}, r"overlap = 'shared': allgather does not run beside other work"),
+        ({"ep": 2}, r"overlap = 'shared': model.moe.shared_experts is 0"),
+    ],
+)
+def test_an_overlap_without_anything_to_overlap_is_refused(degrees: dict, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(**degrees, overlap="shared").check_model(MODEL)
+
+
 def test_a_legal_layout_derives_dp_and_replicas() -> None:
     dims = ParallelConfig(ep=4, etp=2).derive_dims(16)
     assert (dims.dp, dims.edp, dims.ep, dims.etp) == (16, 2, 4, 2)

@@ -26,12 +26,13 @@ def make_routing(choices: torch.Tensor) -> Routing:
 
 def run(dispatcher: object, *, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Expert e multiplies by FACTORS[e]; gate weights are applied on the expert's side."""
-    dispatched = dispatcher.dispatch(hidden, routing=routing, num_experts=EXPERTS)
+    parcels = dispatcher.receive(dispatcher.send(hidden, routing=routing, num_experts=EXPERTS))
+    dispatched = dispatcher.arrange(parcels)
     ends = dispatched.offsets.tolist()
     lengths = torch.tensor([end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
     factors = FACTORS.repeat_interleave(lengths)
     rows = dispatched.rows * (dispatched.row_weights * factors).unsqueeze(1)
-    return dispatcher.combine(rows, dispatched=dispatched)
+    return dispatcher.combine(dispatcher.arrange_back(rows, dispatched=dispatched), parcels=parcels)
 
 
 def distinct_choices(tokens: int, *, top_k: int) -> torch.Tensor:
@@ -49,7 +50,7 @@ CASES = {
 }
 
 
-@pytest.mark.parametrize("name", ["alltoall", "allgather"])
+@pytest.mark.parametrize("name", ["alltoall", "hierarchical", "allgather"])
 @pytest.mark.parametrize("case", CASES)
 def test_one_rank_equals_the_local_dispatcher(name: str, case: str) -> None:
     choices = CASES[case]

@@ -236,6 +236,9 @@ def refuse_inexpressible(model: ModelConfig) -> None:
         found.append(f"model.moe.score = {moe.score} (ERNIE 4.5 routes by softmax)")
     if model.moe_layers and moe.scale != 1.0:
         found.append(f"model.moe.scale = {moe.scale} (ERNIE 4.5 has no factor on the combine weights)")
+    if model.moe_layers and moe.is_group_limited:
+        limit = f"model.moe.top_groups = {moe.top_groups} of {moe.num_groups}"
+        found.append(f"{limit} (ERNIE 4.5 chooses from all experts)")
     if found:
         raise CheckpointError(
             f"the model cannot be written as ERNIE 4.5: {'; '.join(found)}. Use --to ernie5-hf: it carries its own code"

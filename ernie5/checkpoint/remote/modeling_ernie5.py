@@ -107,12 +107,20 @@ class Ernie5Router(nn.Module):
         self.weight = nn.Parameter(torch.zeros(moe["num_experts"], model["width"]))
         self.balance_bias = nn.Parameter(torch.zeros(moe["num_experts"], dtype=torch.float32), requires_grad=False)
         self.top_k, self.scale, self.uses_sigmoid = moe["top_k"], moe["scale"], moe["score"] == "sigmoid"
+        self.num_groups, self.top_groups = moe.get("num_groups", 1), moe.get("top_groups", 1)
 
     def forward(self, x):
         """x [N, D] -> choices [N, K], weights [N, K] fp32."""
         logits = functional.linear(x.to(_wide(x.dtype)), self.weight.to(_wide(x.dtype)))
         scores = torch.sigmoid(logits) if self.uses_sigmoid else torch.softmax(logits, dim=-1)
-        choices = (scores + self.balance_bias).topk(self.top_k, dim=-1, sorted=False).indices
+        preference = scores + self.balance_bias
+        if self.top_groups < self.num_groups:  # node-limited routing: the best groups alone, arXiv:2412.19437 2.1.2
+            groups = preference.unflatten(1, (self.num_groups, -1))
+            score = groups.topk(self.top_k // self.top_groups, dim=-1).values.sum(-1)
+            best = score.topk(self.top_groups, dim=-1).indices
+            left = torch.ones(groups.shape[:2], dtype=torch.bool, device=x.device).scatter_(1, best, False)
+            preference = groups.masked_fill(left.unsqueeze(-1), float("-inf")).flatten(1)
+        choices = preference.topk(self.top_k, dim=-1, sorted=False).indices
         chosen = scores.gather(1, choices)
         return choices, chosen / chosen.sum(-1, keepdim=True).clamp_min(1e-12) * self.scale
 

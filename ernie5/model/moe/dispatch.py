@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import torch
 
-from ernie5.model.interfaces import DispatchedRows, Routing
+from ernie5.model.interfaces import DispatchedRows, Parcels, Routing
 from ernie5_kernels.token_rows import gather_rows, sum_places
 
 
@@ -39,26 +39,38 @@ class GatherRows(torch.autograd.Function):
 
 
 class LocalDispatcher:
-    """The TokenDispatcher of a process that holds every expert."""
+    """The TokenDispatcher of a process that holds every expert: nothing travels, a token is its own parcel."""
 
-    def dispatch(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> DispatchedRows:
+    def send(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> Parcels:
+        """The tokens as they are."""
+        return Parcels(hidden, routing.choices, routing.weights, num_experts)
+
+    def receive(self, sent: Parcels) -> Parcels:
+        """They are here."""
+        return sent
+
+    def arrange(self, parcels: Parcels) -> DispatchedRows:
         """Sort the N*K choices by expert (stable, so that the order of tokens within an expert is fixed)."""
-        num_tokens, top_k = routing.choices.shape
-        flat = routing.choices.flatten()
+        num_tokens, top_k = parcels.ids.shape
+        flat = parcels.ids.flatten()
         ordered, order = torch.sort(flat, stable=True)
         places = torch.empty_like(order)
         places[order] = torch.arange(order.numel(), device=order.device)
         sources = order // top_k
-        experts = torch.arange(num_experts, device=flat.device)
+        experts = torch.arange(parcels.num_experts, device=flat.device)
         offsets = torch.searchsorted(ordered, experts, right=True)
-        row_weights = SpreadWeights.apply(routing.weights.flatten(), order, places)
+        row_weights = SpreadWeights.apply(parcels.weights.flatten(), order, places)
         places = places.view(num_tokens, top_k)
-        rows = SpreadRows.apply(hidden, sources, places)
+        rows = SpreadRows.apply(parcels.rows, sources, places)
         return DispatchedRows(rows=rows, row_weights=row_weights, offsets=offsets, sources=sources, places=places)
 
-    def combine(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
+    def arrange_back(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
         """Sum each token's K rows."""
         return GatherRows.apply(rows, dispatched.sources, dispatched.places)
+
+    def combine(self, outputs: torch.Tensor, *, parcels: Parcels) -> torch.Tensor:
+        """The sums are where they belong."""
+        return outputs
 
 
 class SpreadWeights(torch.autograd.Function):

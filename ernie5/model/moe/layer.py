@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
-from ernie5.model.interfaces import LayerInputs, RoutingPool, TokenDispatcher
+from ernie5.model.interfaces import LayerInputs, Parcels, RoutingPool, TokenDispatcher
 from ernie5.model.mlp import SwiGLU
 from ernie5.model.moe.balance import OWN_TOKENS, LayerRouting, measure_routing
 from ernie5.model.moe.dispatch import LocalDispatcher
@@ -36,9 +36,16 @@ class MoELayer(nn.Module):
         """[B, T, D] -> [B, T, D] and the routing's statistics."""
         flat = hidden.flatten(0, 1)
         routing = self.router(flat, top_k=inputs.top_k, active=inputs.active_experts)
-        dispatched = self.dispatcher.dispatch(flat, routing=routing, num_experts=routing.scores.shape[1])
-        rows = self.experts(dispatched.rows, row_weights=dispatched.row_weights, offsets=dispatched.offsets)
-        out = self.dispatcher.combine(rows, dispatched=dispatched).view_as(hidden)
-        if self.shared is not None:
-            out = out + self.shared(hidden)
+        sent = self.dispatcher.send(flat, routing=routing, num_experts=routing.scores.shape[1])
+        beside = None if self.shared is None else self.shared(hidden)  # while the tokens may be on their way
+        parcels = self.dispatcher.receive(sent)
+        out = self.dispatcher.combine(self.run_experts(parcels), parcels=parcels).view_as(hidden)
+        if beside is not None:
+            out = out + beside
         return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance, pool=self.pool)
+
+    def run_experts(self, parcels: Parcels) -> torch.Tensor:
+        """The parcels of this rank -> weighted outputs of its experts, summed per parcel [M, D]; nothing travels."""
+        dispatched = self.dispatcher.arrange(parcels)
+        rows = self.experts(dispatched.rows, row_weights=dispatched.row_weights, offsets=dispatched.offsets)
+        return self.dispatcher.arrange_back(rows, dispatched=dispatched)

@@ -2,20 +2,24 @@
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Callable
 
 import torch
 from torch import nn
 
+from ernie5.errors import ConfigError
 from ernie5.model.config import MoEConfig
 from ernie5.model.interfaces import Routing
+from ernie5.records import SubNetwork
 from ernie5_kernels.linear import linear
 
 SMALLEST_SUM = 1e-12
 
 
 class Router(nn.Module):
-    """score = sigmoid or softmax of W x; choices = top-k(score + balance_bias); weights = score, renormalised.
+    """score = sigmoid or softmax of W x; choices = top-k(score + balance_bias), among all experts or among those of the
+    best `top_groups` groups; weights = score, renormalised.
 
     The bias is a buffer: it takes part in the choice alone, never in a weight and never in a gradient (DeepSeek-V3,
     arXiv:2412.19437). It stays fp32 when the module is cast, because its steps (1e-4) would vanish in bf16.
@@ -26,6 +30,7 @@ class Router(nn.Module):
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         self.register_buffer("balance_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.uses_sigmoid, self.scale = config.score == "sigmoid", config.scale
+        self.num_groups, self.top_groups = config.num_groups, config.top_groups
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         exact = self.balance_bias
@@ -44,9 +49,44 @@ class Router(nn.Module):
         preference = scores.detach() + self.balance_bias
         if active is not None:
             preference = preference.masked_fill(~active, float("-inf"))
+        if self.top_groups < self.num_groups:
+            preference = limit_groups(
+                preference, num_groups=self.num_groups, top_groups=self.top_groups, top_k=top_k
+            )
         choices = preference.topk(top_k, dim=-1, sorted=False).indices
         chosen = scores.gather(1, choices)
         weights = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
         if self.scale != 1.0:
             weights = weights * self.scale
         return Routing(choices=choices, weights=weights, scores=scores, logits=logits)
+
+
+def check_subnetwork(subnetwork: SubNetwork, *, config: MoEConfig) -> None:
+    """Raise ConfigError where a sub-network leaves a token fewer groups to choose from than it must choose."""
+    if not config.is_group_limited or (subnetwork.experts is None and subnetwork.top_k is None):
+        return
+    size = config.num_experts // config.num_groups
+    counted = -(-(subnetwork.top_k or config.top_k) // config.top_groups)
+    active = Counter(expert // size for expert in subnetwork.experts or range(config.num_experts))
+    usable = sum(number >= counted for number in active.values())
+    if usable < config.top_groups:
+        raise ConfigError(
+            f"a sub-network has {usable} groups of at least {counted} active experts, and model.moe.top_groups = "
+            f"{config.top_groups} of {config.num_groups} are chosen per token. Keep experts in more groups, or train "
+            "sub-networks with model.moe.num_groups: 1"
+        )
+
+
+def limit_groups(preference: torch.Tensor, *, num_groups: int, top_groups: int, top_k: int) -> torch.Tensor:
+    """preference [N, E] with -inf outside each token's best `top_groups` groups of consecutive experts.
+
+    Node-limited routing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): a group's score is the sum of its highest
+    K / M preferences, bias included (rounded up where a sub-network's K is no multiple of M). A group with fewer
+    experts than that (the others being -inf) is not chosen.
+    """
+    groups = preference.unflatten(1, (num_groups, -1))
+    counted = -(-top_k // top_groups)
+    group_score = groups.topk(counted, dim=-1).values.sum(-1)
+    kept = torch.zeros_like(group_score, dtype=torch.bool)
+    kept.scatter_(1, group_score.topk(top_groups, dim=-1, sorted=False).indices, True)
+    return groups.masked_fill(~kept.unsqueeze(-1), float("-inf")).flatten(1)

@@ -13,7 +13,7 @@ from pathlib import Path
 
 import yaml
 
-from ernie5.config.base import Config, Place
+from ernie5.config.base import Config, Place, hints_of
 from ernie5.config.build import build_config
 from ernie5.config.node import Entry, Node, merge_nodes, plain_node, scalar_value, set_at_path
 from ernie5.errors import ConfigError
@@ -28,6 +28,23 @@ def load_config(path: str | Path, *, schema: type[C], overrides: Sequence[str] =
     Raises ConfigError naming key, value, rule and file:line.
     """
     root = read_tree(path)
+    for text in overrides:
+        keys, value = parse_override(text)
+        root = set_at_path(root, keys, value)
+    return build_config(root, schema=schema)
+
+
+def load_sections(path: str | Path | None, *, schema: type[C], overrides: Sequence[str] = ()) -> C:
+    """Like `load_config`, for a command that needs a few sections of a larger file: keys at the top that `schema` does
+    not know are left alone. None: defaults and overrides only.
+    """
+    root = plain_node({}, source="defaults") if path is None else read_tree(path)
+    wanted = hints_of(schema)
+    if path is not None and not any(root.get(name) for name in wanted):
+        raise ConfigError(f"{path} has none of the sections {', '.join(wanted)}. Give the config of a training run.")
+    for entry in root.entries():
+        if entry.key not in wanted:
+            root = root.without(entry.key)
     for text in overrides:
         keys, value = parse_override(text)
         root = set_at_path(root, keys, value)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import collections
 import dataclasses
+import functools
 import hashlib
 import itertools
 import json
@@ -12,12 +13,15 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ernie5.data.config import BuildSections
 from ernie5.data.decode import MediaInfo, probe_audio, probe_image, probe_video
+from ernie5.data.lengths import SampleRuler
 from ernie5.data.samples import Sample, split_of
 from ernie5.data.shards import ShardWriter
 from ernie5.data.sources import Scan, SourceFile, load_source, scan_folder
 from ernie5.errors import DataError
 from ernie5.observe.progress import Progress
+from ernie5.tokenizers.bundle import load_tokenizers
 
 MANIFEST = "manifest.json"
 FORMAT = 1
@@ -28,7 +32,8 @@ PROBLEMS_SHOWN = 8
 class BuildOptions:
     """What to build. compression: none, gzip, xz or packed.
 
-    max_audio_seconds and max_video_frames are what a training row must hold at most."""
+    max_audio_seconds and max_video_frames: longest media. sections: the rows of training, which a sample with media
+    must fit whole, and the tokenizers that say how much it takes."""
 
     source: Path
     out: Path
@@ -40,6 +45,7 @@ class BuildOptions:
     force: bool = False
     skip_bad: bool = False
     progress: bool = True
+    sections: BuildSections = dataclasses.field(default_factory=BuildSections)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -83,7 +89,7 @@ def _remove(path: Path) -> None:
 
 
 def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildReport:
-    tally = _Tally()
+    tally, gauge = _Tally(), _Gauge(options)
     problems: list[str] = []
     shards: list[Path] = []
     max_bytes = int(options.shard_mebibytes * 2**20)
@@ -94,7 +100,7 @@ def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildRe
             writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=compression)
             with writer:
                 for source in files:
-                    for sample in _checked(source, options=options, problems=problems):
+                    for sample in _checked(source, gauge=gauge, problems=problems):
                         writer.write(sample)
                         tally.add(sample)
                     progress.advance()
@@ -117,37 +123,66 @@ def _compression_of(task: str, *, chosen: str) -> str:
     return "xz" if task in ("text", "page") else "gzip"
 
 
-def _checked(source: SourceFile, *, options: BuildOptions, problems: list[str]) -> Iterator[Sample]:
+def _checked(source: SourceFile, *, gauge: _Gauge, problems: list[str]) -> Iterator[Sample]:
     """The samples of one file that fit; what does not is added to `problems`."""
     try:
-        for sample in load_source(source, language=options.language):
-            yield _measure(sample, source=source, options=options)
+        for sample in load_source(source, language=gauge.options.language):
+            yield gauge.measure(sample, name=str(source.path))
     except (DataError, OSError) as error:
         problems.append(str(error))
 
 
-def _measure(sample: Sample, *, source: SourceFile, options: BuildOptions) -> Sample:
-    info, name = MediaInfo(), str(source.path)
-    for media in sample.media:
-        if sample.meta.task == "audio":
-            info = probe_audio(media.data, name=name)
-        elif sample.meta.task == "video":
-            info = probe_video(media.data, name=name, max_frames=options.max_video_frames)
-        else:
-            probe_image(media.data, name=name)
-    if sample.meta.task == "audio" and info.seconds > options.max_audio_seconds:
-        raise DataError(
-            f"{name} lasts {info.seconds:.1f} s; a sample may last {options.max_audio_seconds:g} s at most. "
-            f"Cut it, or raise --max-audio-seconds (and data.sequence_tokens with it)."
-        )
-    if sample.meta.task == "video" and info.frames > options.max_video_frames:
-        raise DataError(
-            f"{name} has more than {options.max_video_frames} frames. Cut it into clips and lower its rate, for "
-            f"instance `ffmpeg -i IN -vf fps=8 -frames:v {options.max_video_frames} OUT.mp4`, or raise "
-            f"--max-video-frames."
-        )
-    seconds = None if info.seconds is None else round(info.seconds, 3)
-    return dataclasses.replace(sample, meta=dataclasses.replace(sample.meta, seconds=seconds, frames=info.frames))
+class _Gauge:
+    """Decodes every medium once, and refuses what cannot be read or cannot fit a row. Tokenizers are loaded when the
+    first medium comes."""
+
+    def __init__(self, options: BuildOptions) -> None:
+        self.options = options
+
+    @functools.cached_property
+    def _ruler(self) -> SampleRuler:
+        sections = self.options.sections
+        return SampleRuler(sections.data, tokenizers=load_tokenizers(sections.tokenizers))
+
+    def measure(self, sample: Sample, *, name: str) -> Sample:
+        """The sample with the length of its media; DataError naming the file `name`."""
+        info = MediaInfo()
+        for media in sample.media:
+            if sample.meta.task == "audio":
+                info = probe_audio(media.data, name=name)
+            elif sample.meta.task == "video":
+                info = probe_video(media.data, name=name, max_frames=self.options.max_video_frames)
+            else:
+                probe_image(media.data, name=name)
+        self._check_limits(sample, info=info, name=name)
+        if sample.media:
+            self._check_row(sample, info=info, name=name)
+        seconds = None if info.seconds is None else round(info.seconds, 3)
+        return dataclasses.replace(sample, meta=dataclasses.replace(sample.meta, seconds=seconds, frames=info.frames))
+
+    def _check_limits(self, sample: Sample, *, info: MediaInfo, name: str) -> None:
+        most_seconds, most_frames = self.options.max_audio_seconds, self.options.max_video_frames
+        if sample.meta.task == "audio" and info.seconds > most_seconds:
+            raise DataError(
+                f"{name} lasts {info.seconds:.1f} s; a sample may last {most_seconds:g} s at most. Cut it, or raise "
+                f"--max-audio-seconds (and --sequence-tokens with it)."
+            )
+        if sample.meta.task == "video" and info.frames > most_frames:
+            raise DataError(
+                f"{name} has more than {most_frames} frames. Cut it into clips and lower its rate, for instance "
+                f"`ffmpeg -i IN -vf fps=8 -frames:v {most_frames} OUT.mp4`, or raise --max-video-frames."
+            )
+
+    def _check_row(self, sample: Sample, *, info: MediaInfo, name: str) -> None:
+        row = self.options.sections.data.sequence_tokens
+        need = self._ruler.longest(sample.meta, seconds=info.seconds)
+        if need is not None and need.positions > row:
+            subject = f"{name}: a picture" if need.task == "page" else name
+            raise DataError(
+                f"{subject} takes {need.positions} positions as {need.task} ({need.words} of its words), but a row has "
+                f"{row}, and media are never split. Cut it or shorten its words, or build with --sequence-tokens "
+                f"{need.positions} and train with data.sequence_tokens at least as long."
+            )
 
 
 class _Tally:

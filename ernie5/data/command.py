@@ -17,6 +17,7 @@ what becomes a sample (folders are searched; hidden files and folders are left o
   a.mp4|webm|mkv|mov + a.txt clip with its caption (a.json as above, also "motion")
   a.wav|flac|ogg|opus|mp3 + a.txt  speech with its transcript; or a.json: {"transcript": "...", "language": "en"}
   folder/page.json           one page: {"segments": [{"text": "..."}, {"image": "figure.png"}]}
+a sample with media must fit a training row whole; text may be of any length, rows continue it.
 5 % of the samples, chosen by their key, are validation; "split" in a json overrides it.
 """
 
@@ -42,6 +43,15 @@ def _make_parser() -> argparse.ArgumentParser:
     build.add_argument("--language", default="en", help="language of files that do not say theirs (default: en)")
     build.add_argument("--max-audio-seconds", type=float, default=20.0, help="longer sound is an error (default: 20)")
     build.add_argument("--max-video-frames", type=int, default=17, help="longer clips are an error (default: 17)")
+    build.add_argument(
+        "--sequence-tokens", metavar="N",
+        help="positions of a training row; a sample with media that needs more is an error (default: "
+        "data.sequence_tokens of --config, else 512)",
+    )
+    build.add_argument(
+        "--config", type=Path, metavar="CONFIG",
+        help="training config whose data.* (rows, sizes of media, shares of tasks) and tokenizers.* say what fits",
+    )
     build.add_argument("--shard-mebibytes", type=float, default=64.0, help="size of a shard, unpacked (default: 64)")
     build.add_argument(
         "--compress",
@@ -63,8 +73,12 @@ def _make_parser() -> argparse.ArgumentParser:
 
 
 def _run_build(arguments: argparse.Namespace) -> int:
+    from ernie5.config.load import load_sections
     from ernie5.data.build import BuildOptions, build_corpus  # loads torch and the media libraries
+    from ernie5.data.config import BuildSections
 
+    rows = () if arguments.sequence_tokens is None else (f"data.sequence_tokens={arguments.sequence_tokens}",)
+    sections = load_sections(arguments.config, schema=BuildSections, overrides=rows)
     report = build_corpus(
         BuildOptions(
             source=arguments.source,
@@ -77,6 +91,7 @@ def _run_build(arguments: argparse.Namespace) -> int:
             force=arguments.force,
             skip_bad=arguments.skip_bad,
             progress=not arguments.quiet,
+            sections=sections,
         )
     )
     counts = ", ".join(f"{count} {task}" for task, count in sorted(report.samples.items()))

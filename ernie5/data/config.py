@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from ernie5.config.base import Config, config
 from ernie5.config.field import REQUIRED, at_least, field, fraction, non_negative, positive
+from ernie5.tokenizers.config import TokenizersConfig
 
 
 @config
@@ -139,3 +140,11 @@ class DataConfig(Config):
             self.fail("shards", "no shard is named. Give paths or globs, or [sample] for the embedded corpus")
         if self.video_frames % 4 != 1:
             self.fail("video_frames", "clips have 1+4n frames: one first frame, then groups of four. Try 17")
+
+
+@config
+class BuildSections(Config):
+    """The sections of a training config that `ernie5 data build` measures samples by."""
+
+    data: DataConfig = field(DataConfig, doc="rows, sizes of media, languages, shares of the tasks")
+    tokenizers: TokenizersConfig = field(TokenizersConfig, doc="what media and words take")

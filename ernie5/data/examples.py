@@ -32,7 +32,15 @@ from ernie5.data.features import (
     open_store,
     patches_of,
 )
-from ernie5.data.samples import AUDIO_SUFFIXES, IMAGE_SUFFIXES, VIDEO_SUFFIXES, Caption, Media, Sample
+from ernie5.data.samples import (
+    AUDIO_SUFFIXES,
+    IMAGE_SUFFIXES,
+    VIDEO_SUFFIXES,
+    Caption,
+    Media,
+    Sample,
+    fitting_captions,
+)
 from ernie5.errors import DataError
 from ernie5.tokenizers.bundle import TokenizerBundle
 from ernie5.tokenizers.visual.scales import scale_schedule
@@ -210,8 +218,7 @@ class ExampleMaker:
     def _caption(self, draft: _Draft) -> Caption:
         """The first language's caption, or in training with chance 1 - first_language_share one of the others."""
         captions, languages = draft.sample.meta.captions, self._config.caption_languages
-        fitting = [caption for caption in captions if caption.language in languages] if languages else list(captions)
-        fitting = fitting or list(captions)
+        fitting = fitting_captions(captions, languages=languages)
         first = languages[0] if languages else fitting[0].language
         preferred = [caption for caption in fitting if caption.language == first]
         others = [caption for caption in fitting if caption.language != first]

@@ -97,6 +97,11 @@ class Sample:
         raise DataError(f"sample {self.key} has no media member {name} (it has: {held}). Build the shard again.")
 
 
+def fitting_captions(captions: tuple[Caption, ...], *, languages: tuple[str, ...]) -> tuple[Caption, ...]:
+    """Those that may be drawn: of `languages` (empty: of any); all of them where none is."""
+    return tuple(caption for caption in captions if caption.language in languages) or captions
+
+
 def split_of(key: str) -> str:
     """`train` or `validation` (5 %) from the sample id alone: the first 8 bytes of its sha256, modulo 100."""
     number = int.from_bytes(hashlib.sha256(key.encode("utf-8")).digest()[:8], "big")

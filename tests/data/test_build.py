@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from pathlib import Path
 
 import pytest
 
+from ernie5.config.load import config_from_dict
 from ernie5.data.build import BuildOptions, build_corpus
+from ernie5.data.command import main
+from ernie5.data.config import BuildSections
 from ernie5.data.shards import Corpus, list_shards, open_corpus
-from ernie5.errors import DataError
+from ernie5.errors import ConfigError, DataError
 
 
 def build(source: Path, out: Path, **changes: object) -> Corpus:
@@ -144,3 +148,62 @@ def test_file_names_of_any_script_get_distinct_keys(tmp_path: Path) -> None:
     assert sorted(corpus.read(ref).meta.text for ref in corpus.samples("text")) == sorted(
         ("猫.txt", "犬.txt", "a b.txt", "a_b.txt", "v1.2.txt")
     )
+
+
+def sections(**data: object) -> BuildSections:
+    return config_from_dict({"data": data}, schema=BuildSections)
+
+
+def test_media_that_cannot_fit_a_row_are_refused_by_name_with_their_positions_and_the_way_out(
+    user_folder: Path, tmp_path: Path
+) -> None:
+    (user_folder / "dog.txt").write_text("a dog that barks " * 60, "utf-8")
+    with pytest.raises(DataError) as caught:
+        build(user_folder, tmp_path / "out", sections=sections(sequence_tokens=230))
+    message = str(caught.value)
+    assert message.startswith("2 of 10 files cannot be used")
+    positions = re.search(r"dog.png takes (\d+) positions as text_to_image \((\d+) of its words\), .* 230", message)
+    assert int(positions[1]) - int(positions[2]) == 5 + 130 - 1 + 64  # BOS SEP BOI EOI EOS, scales 2 to 6, finished
+    clip = re.search(r"fade.mp4 takes (\d+) positions as text_to_video \((\d+) of its words\)", message)
+    assert int(clip[1]) - int(clip[2]) == 5 + 5 * (30 - 1 + 16)
+    assert f"--sequence-tokens {positions[1]}" in message
+    rows = sections(sequence_tokens=int(positions[1]))
+    assert keys(build(user_folder, tmp_path / "out", sections=rows), "image") == ["cat", "dog"]
+
+
+def test_sound_and_pictures_of_pages_that_cannot_fit_are_refused(user_folder: Path, tmp_path: Path) -> None:
+    with pytest.raises(DataError) as caught:
+        build(user_folder, tmp_path / "out", sections=sections(sequence_tokens=14))
+    found = re.search(r"hello.wav takes (\d+) positions as text_to_audio \((\d+) of its words\)", str(caught.value))
+    assert int(found[1]) - int(found[2]) == 6 + 7  # BOS SEP SPK BOA EOA EOS, half a second at 12.5 frames a second
+    assert "story.md: a picture takes 19 positions as page" in str(caught.value)  # 16 merged patches, BOI EOI, EOS
+
+
+def test_tasks_without_a_share_need_no_room(user_folder: Path, tmp_path: Path) -> None:
+    rows = sections(sequence_tokens=60, mixture={"text_to_image": 0.0, "text_to_video": 0.0})
+    assert keys(build(user_folder, tmp_path / "out", sections=rows), "video") == ["fade"]
+
+
+@pytest.mark.parametrize("option", [["--sequence-tokens", "100"], ["--config", "mine.yaml"]])
+def test_the_command_takes_the_row_from_an_option_or_a_training_config(
+    user_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("mine.yaml").write_text("data: {sequence_tokens: 100}\ntrain: {steps: 3, run_dir: runs/x}\n", "utf-8")
+    with pytest.raises(DataError, match="cat.webp takes .* but a row has 100,"):
+        main(["build", str(user_folder), "--out", "out", "--quiet", *option])
+    assert main(["build", str(user_folder), "--out", "out", "--quiet", *option, "--sequence-tokens", "512"]) == 0
+
+
+@pytest.mark.parametrize(
+    ("option", "complaint"),
+    [(["--sequence-tokens", "many"], "data.sequence_tokens"), (["--sequence-tokens", "1"], "data.sequence_tokens = 1"),
+     (["--config", "gone.yaml"], "no config file"), (["--config", "other.yaml"], "none of the sections")],
+)
+def test_a_bad_row_or_config_is_one_line(
+    user_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, option: list[str], complaint: str
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    Path("other.yaml").write_text("tokenizer: {kind: text}\n", "utf-8")
+    with pytest.raises(ConfigError, match=complaint):
+        main(["build", str(user_folder), "--out", "out", "--quiet", *option])

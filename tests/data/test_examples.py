@@ -8,9 +8,10 @@ import pytest
 import torch
 
 from ernie5.data.collate import Layout, collate_rows
+from ernie5.data.decode import SAMPLE_RATE, decode_audio
 from ernie5.data.document import Document
-from ernie5.data.examples import ExampleMaker, PromptPart
-from ernie5.data.lengths import shortest_documents
+from ernie5.data.examples import POOLS, ExampleMaker, PromptPart
+from ernie5.data.lengths import SampleRuler, shortest_documents
 from ernie5.data.positions import next_position
 from ernie5.data.samples import Caption, Sample, SampleMeta
 from ernie5.data.shards import list_shards, open_corpus
@@ -235,6 +236,19 @@ def test_lengths_known_before_any_sample_are_those_of_its_document(
     document = maker.build_documents(sample_of(key), task=task)[0]
     words = sum(tiny_tokenizers.vocab.describe(token).space == "text" for token in document.token_ids.tolist())
     assert document.length - words == needed + (task == "page")  # a page also has BOS
+
+
+@pytest.mark.parametrize("key", ["image-0", "video-1", "audio-0", "audio-5"])
+def test_the_ruler_measures_the_longest_document_that_training_would_build(
+    tiny_data, tiny_tokenizers, sample_of, key: str
+) -> None:
+    sample = sample_of(key)
+    maker = ExampleMaker(tiny_data, tokenizers=tiny_tokenizers, seed=1, training=False)
+    tasks = [task for task, pool in POOLS.items() if pool == sample.meta.task]
+    seconds = len(decode_audio(sample.media[0].data)) / SAMPLE_RATE if sample.meta.task == "audio" else None
+    need = SampleRuler(tiny_data, tokenizers=tiny_tokenizers).longest(sample.meta, seconds=seconds)
+    assert need.positions == max(maker.build_document(sample, task=task).length for task in tasks)
+    assert need.positions == maker.build_document(sample, task=need.task).length
 
 
 def test_features_are_computed_once_and_the_cache_forgets_the_oldest(

@@ -25,6 +25,7 @@ from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_tensor
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.engine.peers import find_peers
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
@@ -85,7 +86,7 @@ class DeepSpeedEngine(Engine):
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
         )
-        optimizer = build_optimizer(groups, config=optim)
+        optimizer = build_optimizer(groups, config=optim, peers=find_peers(parallel_state))
         placement.mark_groups(optimizer)
         wrapped = self._prepare(step)
         placement.announce(wrapped)

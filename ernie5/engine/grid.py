@@ -25,6 +25,7 @@ from ernie5.engine.local import (
     poison_gradients,
 )
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.engine.peers import find_peers
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -68,7 +69,7 @@ class GridEngine(Engine):
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
             for group in groups
         ]
-        self._optimizer = build_optimizer(groups, config=optim)
+        self._optimizer = build_optimizer(groups, config=optim, peers=find_peers(self._parallel))
         if optim.name == "adamw":
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)

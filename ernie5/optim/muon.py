@@ -3,10 +3,14 @@
 Source: K. Jordan et al., "Muon: an optimizer for hidden layers in neural networks" (2024); scale after
 arXiv:2502.16982, equation 4: 0.2 * sqrt(max(rows, columns)), which gives updates the root mean square of AdamW's, so
 that learning rate and weight decay carry over. Everything that is not a hidden matrix is stepped by AdamW.
+
+The iterations are most of its cost and the same on every rank that holds the same gradients, so such peers share them:
+each does an even part of the matrices and gathers the others' results, in the type the iterations run in (no rounding).
 """
 
 from __future__ import annotations
 
+import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
@@ -19,11 +23,23 @@ from ernie5.optim.groups import ParameterGroup
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
 
+@dataclasses.dataclass(frozen=True)
+class Peers:
+    """Ranks that hold equal gradients and parameters. gather: flat parts and their sizes in order of ranks -> whole."""
+
+    rank: int
+    size: int
+    gather: Callable[[torch.Tensor, Sequence[int]], torch.Tensor]
+
+
+ALONE = Peers(rank=0, size=1, gather=lambda part, sizes: part)
+
+
 def orthogonalise(matrix: torch.Tensor, *, steps: int) -> torch.Tensor:
     """Nearest semi-orthogonal matrix to `matrix` [.., M, N], roughly: singular values land in about [0.7, 1.2].
 
     Quintic Newton-Schulz iteration X <- aX + (bA + cA^2) X with A = X X^T, in bf16 where the processor multiplies it
-    natively (two and a half times as fast on AVX-512), else in fp32.
+    natively (two and a half times as fast on AVX-512), else in fp32: the type of the result.
     """
     a, b, c = COEFFICIENTS
     work = matrix.flatten(0, -3) if matrix.dim() > 2 else matrix[None]
@@ -35,7 +51,7 @@ def orthogonalise(matrix: torch.Tensor, *, steps: int) -> torch.Tensor:
         gram = work @ work.mT
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         work = torch.baddbmm(work, inner, work, beta=a)
-    return (work.mT if tall else work).to(matrix.dtype).reshape(matrix.shape)
+    return (work.mT if tall else work).reshape(matrix.shape)
 
 
 def _work_dtype(device: torch.device) -> torch.dtype:
@@ -47,7 +63,7 @@ def _work_dtype(device: torch.device) -> torch.dtype:
 class Muon(torch.optim.Optimizer):
     """Muon for groups of hidden matrices, AdamW inside for all others; one `step`, one `param_groups` list."""
 
-    def __init__(self, groups: Sequence[ParameterGroup], *, config: OptimConfig) -> None:
+    def __init__(self, groups: Sequence[ParameterGroup], *, config: OptimConfig, peers: Peers = ALONE) -> None:
         super().__init__(
             [
                 {
@@ -59,6 +75,7 @@ class Muon(torch.optim.Optimizer):
             {"lr": config.learning_rate},
         )
         self._config = config
+        self._peers = peers
         others = [group for group in groups if not group.is_matrix]
         self._adamw = build_adamw(others, config=config) if others else None
         if self._adamw is not None:
@@ -80,23 +97,63 @@ class Muon(torch.optim.Optimizer):
         """Apply one update to every parameter that has a gradient."""
         if closure is not None:
             raise TypeError("Muon takes no closure")
-        for group in self.param_groups:
-            if group["is_matrix"]:
-                self._step_matrices(group)
+        self._step_matrices()
         if self._adamw is not None:
             rates = [group["lr"] for group in self.param_groups if not group["is_matrix"]]
             for group, rate in zip(self._adamw.param_groups, rates, strict=True):
                 group["lr"] = rate
             self._adamw.step()
 
-    def _step_matrices(self, group: dict) -> None:
-        for parameter, fused in zip(group["params"], group["fused"], strict=True):
-            if parameter.grad is None:
-                continue
-            state = self.state[parameter]
-            state["momentum"].lerp_(parameter.grad, 1.0 - self._config.muon_momentum)
-            nesterov = parameter.grad.lerp(state["momentum"], self._config.muon_momentum)
-            matrices = nesterov.unflatten(-2, (fused, -1))  # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
-            update = orthogonalise(matrices, steps=self._config.muon_steps).flatten(-3, -2)
-            parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-            parameter.add_(update, alpha=-group["lr"] * 0.2 * math.sqrt(max(matrices.shape[-2:])))
+    def _step_matrices(self) -> None:
+        stacks = [
+            (parameter, fused, group)
+            for group in self.param_groups
+            if group["is_matrix"]
+            for parameter, fused in zip(group["params"], group["fused"], strict=True)
+        ]
+        # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
+        shapes = [parameter.unflatten(-2, (fused, -1)).shape for parameter, fused, _ in stacks]
+        directions = self._directions([parameter for parameter, _, _ in stacks], shapes=shapes)
+        for (parameter, _, group), shape, direction in zip(stacks, shapes, directions, strict=True):
+            if parameter.grad is not None:
+                parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
+                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape[-2:])))
+
+    def _directions(
+        self, parameters: Sequence[torch.nn.Parameter], *, shapes: Sequence[torch.Size]
+    ) -> tuple[torch.Tensor, ...]:
+        """Orthogonalised momentum of every parameter, flat: this rank's share of the matrices and its peers'."""
+        cuts = share_matrices(shapes, num_ranks=self._peers.size)
+        rank = self._peers.rank
+        own = []
+        for parameter, shape, cut in zip(parameters, shapes, cuts, strict=True):
+            momentum = self._momentum(parameter).view(-1, *shape[-2:])[cut[rank] : cut[rank + 1]]
+            own.append(orthogonalise(momentum, steps=self._config.muon_steps).flatten())
+        sizes = [
+            sum((cut[rank + 1] - cut[rank]) * shape[-2:].numel() for cut, shape in zip(cuts, shapes, strict=True))
+            for rank in range(self._peers.size)
+        ]
+        return self._peers.gather(torch.cat(own), sizes).split([shape.numel() for shape in shapes])
+
+    def _momentum(self, parameter: torch.nn.Parameter) -> torch.Tensor:
+        """Moves the momentum; Nesterov's look ahead from it. Zeros for a parameter without a gradient."""
+        if parameter.grad is None:
+            return torch.zeros_like(parameter)
+        momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1.0 - self._config.muon_momentum)
+        return parameter.grad.lerp(momentum, self._config.muon_momentum)
+
+
+def share_matrices(shapes: Sequence[torch.Size], *, num_ranks: int) -> list[list[int]]:
+    """Which matrices of stacks `shapes` [.., M, N] each rank iterates: rank r those from cuts[stack][r] to [r + 1].
+
+    Parts cost about as much, and follow each other: part after part in order of ranks is stack after stack.
+    """
+    costs = [shape[-2:].numel() * min(shape[-2:]) for shape in shapes]
+    counts = [shape[:-2].numel() for shape in shapes]
+    total = sum(cost * count for cost, count in zip(costs, counts, strict=True))
+    cuts, before = [], 0
+    for cost, count in zip(costs, counts, strict=True):
+        bounds = [-(-(total * rank - before * num_ranks) // (cost * num_ranks)) for rank in range(num_ranks + 1)]
+        cuts.append([min(max(bound, 0), count) for bound in bounds])
+        before += cost * count
+    return cuts

@@ -25,13 +25,19 @@ def row(name: str, *, tied: bool = False, engine: str = "grid", case: str = "usu
             "yardstick": f"{'tied' if tied else 'full'}-{case}", **variant, **rest}
 
 
-LOCAL = [row("full-usual", engine="local"), row("tied-usual", engine="local", tied=True)]
+# Muon raises every singular value of a gradient to one, those that are only rounding too: measured 6 % of the movement
+# for a matrix whose gradient is nearly of rank one. Losses, norm and gradients keep the tight tolerances.
+MUON_TOLERANCE = 0.1
+
+LOCAL = [row("full-usual", engine="local"), row("tied-usual", engine="local", tied=True),
+         row("muon", engine="local", tied=True, optimizer="muon")]
 LOCAL_SLOW = [row("full-one_rank", engine="local", case="one_rank")]
 TWO_RANKS = [
     row("tp2", tp=2),
     row("tp2-etp2-sequence", tp=2, etp=2, sequence=True),
     row("cp2-ep2", cp=2, ep=2),
     row("cp2-ulysses-tied", cp=2, context="ulysses", tied=True),
+    row("cp2-muon", cp=2, tied=True, optimizer="muon", yardstick="muon"),
     row("cp2-zero1", cp=2, engine="deepspeed", stage=1),
     row("tp2-zero1", tp=2, engine="deepspeed", stage=1),
 ]
@@ -40,6 +46,7 @@ FOUR_RANKS = [
 ]
 SLOW_RANKS = {
     2: [
+        row("dp2-zero0-muon", tied=True, optimizer="muon", yardstick="muon", engine="deepspeed"),
         row("tp2-tied", tp=2, tied=True),
         row("tp2-sequence", tp=2, sequence=True),
         row("tp2-ep2-one-rank", tp=2, ep=2, case="one_rank"),
@@ -104,7 +111,8 @@ def slow_ranks(run_rows: Callable) -> dict[str, dict]:
 def test_two_ranks_train_the_model_of_one_process(
     made: dict, two_ranks: dict, local: dict, check_row: Callable
 ) -> None:
-    check_row(two_ranks[made["name"]], expected=local[made["yardstick"]])
+    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    check_row(two_ranks[made["name"]], expected=local[made["yardstick"]], **tolerance)
 
 
 @pytest.mark.parametrize("made", FOUR_RANKS, ids=lambda made: made["name"])
@@ -119,4 +127,5 @@ def test_four_ranks_train_the_model_of_one_process(
 def test_more_layouts_train_the_model_of_one_process(
     ranks: int, made: dict, slow_ranks: dict, all_local: dict, check_row: Callable
 ) -> None:
-    check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]])
+    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]], **tolerance)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import pytest
 import torch
 
 from ernie5.model.backbone import build_model
@@ -9,7 +10,7 @@ from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, Visual
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import NOT_HIDDEN, build_groups
-from ernie5.optim.muon import orthogonalise
+from ernie5.optim.muon import Peers, orthogonalise, share_matrices
 
 CONFIG = ModelConfig(
     layers=3, width=16, query_heads=2, kv_heads=1, head_width=8, vocab_size=64, dense_layers=1, dense_width=16,
@@ -46,4 +47,62 @@ def test_gate_and_up_are_orthogonalised_apart() -> None:
     model["experts"].gate_up.grad = gradient.clone()
     optimizer.step()
     halves = [orthogonalise(half, steps=5) for half in gradient.split(4, dim=1)]
-    torch.testing.assert_close(model["experts"].gate_up.data, -0.2 * 6**0.5 * torch.cat(halves, dim=1))
+    torch.testing.assert_close(model["experts"].gate_up.data, -0.2 * 6**0.5 * torch.cat(halves, dim=1).float())
+
+
+SHAPES = [torch.Size(shape) for shape in ((3, 2, 4, 6), (1, 1, 2, 9), (5, 1, 3, 3), (1, 7, 8), (1, 1, 5, 4))]
+
+
+@pytest.mark.parametrize("num_ranks", [1, 2, 3, 7, 40])
+def test_every_matrix_is_iterated_by_one_rank_and_the_shares_cost_about_as_much(num_ranks: int) -> None:
+    cuts = share_matrices(SHAPES, num_ranks=num_ranks)
+    costs = [shape[-2:].numel() * min(shape[-2:]) for shape in SHAPES]
+    owners = []
+    for cut, shape in zip(cuts, SHAPES, strict=True):
+        assert cut[0] == 0 and cut[-1] == shape[:-2].numel() and cut == sorted(cut)
+        owners += [rank for rank in range(num_ranks) for _ in range(cut[rank + 1] - cut[rank])]
+    assert owners == sorted(owners)  # parts in order of ranks are stacks in order
+    shares = [
+        sum((cut[rank + 1] - cut[rank]) * cost for cut, cost in zip(cuts, costs, strict=True))
+        for rank in range(num_ranks)
+    ]
+    assert max(shares) <= sum(shares) / num_ranks + max(costs)
+
+
+@pytest.mark.parametrize("size", [2, 3, 9])
+def test_peers_that_share_the_iterations_step_as_one_rank_does(size: int) -> None:
+    def fresh() -> torch.nn.Module:
+        torch.manual_seed(0)
+        model = torch.nn.Sequential(*(torch.nn.Linear(8, 6, bias=False) for _ in range(3)))
+        model.append(torch.nn.Linear(6, 6))
+        for parameter in model.parameters():
+            parameter.grad = torch.randn_like(parameter)
+        model[1].weight.grad = None  # no gradient, no step, on any rank
+        return model
+
+    def step(peers: Peers) -> torch.nn.Module:
+        model = fresh()
+        groups = build_groups(model, weight_decay=0.1, split_matrices=True)
+        build_optimizer(groups, config=OptimConfig(name="muon", learning_rate=0.1), peers=peers).step()
+        return model
+
+    parts: dict[int, tuple[torch.Tensor, list[int]]] = {}
+
+    def keep(rank: int) -> Peers:
+        def gather(part: torch.Tensor, sizes: list[int]) -> torch.Tensor:
+            parts[rank] = (part, list(sizes))
+            return part.new_zeros(sum(sizes))
+
+        return Peers(rank=rank, size=size, gather=gather)
+
+    for rank in range(size):
+        step(keep(rank))
+        assert parts[rank][0].numel() == parts[rank][1][rank]
+    whole = torch.cat([parts[rank][0] for rank in range(size)])
+    found = step(Peers(rank=size - 1, size=size, gather=lambda part, sizes: whole))
+    alone = build_groups(expected := fresh(), weight_decay=0.1, split_matrices=True)
+    build_optimizer(alone, config=OptimConfig(name="muon", learning_rate=0.1)).step()
+    assert torch.equal(found[1].weight, fresh()[1].weight)
+    for parameter, wanted in zip(found.parameters(), expected.parameters(), strict=True):
+        torch.testing.assert_close(parameter, wanted)
+

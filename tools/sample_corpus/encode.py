@@ -29,7 +29,8 @@ def encode_image(image: Image.Image, *, colours: int | None) -> bytes:
 def encode_clip(frames: list[np.ndarray], *, frames_per_second: int, crf: int) -> bytes:
     """H.264 4:4:4 MP4 of [H, W, 3] uint8 frames; 4:2:0 would blur the coloured edges of 64-pixel pictures."""
     out = io.BytesIO()
-    options = {"crf": str(crf), "preset": "slow", "x264-params": "threads=1:log=none", "tune": "animation"}
+    x264 = "threads=1:cpu-independent=1:log=none"  # without the second the same frames give different bytes
+    options = {"crf": str(crf), "preset": "slow", "x264-params": x264, "tune": "animation"}
     with av.open(out, "w", format="mp4", options={"fflags": "+bitexact"}) as container:
         stream = container.add_stream("libx264", rate=frames_per_second, options=options)
         stream.height, stream.width = frames[0].shape[:2]

@@ -11,10 +11,10 @@ import torch
 from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.model.moe.balance import orthogonality_step
-from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
-from ernie5.optim.clip import clip_gradients
+from ernie5.optim.clip import global_norm
 from ernie5.optim.config import OptimConfig
+from ernie5.optim.fused import step_clipped
 from ernie5.optim.groups import build_groups
 from ernie5.records import Batch
 
@@ -42,9 +42,9 @@ class LocalEngine(Engine):
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
             for group in groups
         ]
-        self._optimizer = build_optimizer(groups, config=optim)
-        if optim.name == "adamw":
-            materialise_state(self._optimizer)
+        copies = {self._masters[name]: weight for name, weight in model.named_parameters() if name in self._masters}
+        copies = copies if precision == "bf16" else {}
+        self._optimizer = build_optimizer(groups, config=optim, copies=copies)
         self._step = MicroStep(model, config=settings.objectives)
         self._updates = 0
 
@@ -64,12 +64,12 @@ class LocalEngine(Engine):
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, copy masters to the model, move balance bias and magnitudes."""
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
-        norm = clip_gradients(gradients, max_norm=self.settings.clip_norm)
+        norm = global_norm(gradients)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-            self._optimizer.step()
+            step_clipped(self._optimizer, gradients=gradients, norm=norm, max_norm=self.settings.clip_norm)
             self._updates += 1
             copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
@@ -83,7 +83,11 @@ class LocalEngine(Engine):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Copies of the accumulated fp32 gradients."""
-        return {name: master.grad.clone() for name, master in self._masters.items() if master.grad is not None}
+        return {
+            name: master.grad.to(torch.float32, copy=True)
+            for name, master in self._masters.items()
+            if master.grad is not None
+        }
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch) -> StepSums:
@@ -151,13 +155,18 @@ class LocalEngine(Engine):
 
 
 def move_gradients(model: torch.nn.Module, *, masters: dict[str, torch.nn.Parameter]) -> None:
-    """Add the gradients of bf16 parameters to those of their fp32 masters, and clear them."""
+    """Add the gradients of bf16 parameters to those of their fp32 masters, and clear them.
+
+    A master that takes any dtype keeps the first one as it is; sums are fp32.
+    """
     for name, parameter in model.named_parameters():
         master = masters.get(name)
         if master is None or master is parameter or parameter.grad is None:
             continue
-        gradient = parameter.grad.float()
-        master.grad = gradient if master.grad is None else master.grad.add_(gradient)
+        if master.grad is None:
+            master.grad = parameter.grad if master.grad_dtype is None else parameter.grad.float()
+        else:
+            master.grad = master.grad.float().add_(parameter.grad)
         parameter.grad = None
 
 

@@ -6,6 +6,8 @@ from collections.abc import Callable, Iterable
 
 import torch
 
+from ernie5_kernels.sum_squares import sum_squares
+
 Reduce = Callable[[torch.Tensor], torch.Tensor]
 EPSILON = 1e-6
 
@@ -16,8 +18,7 @@ def global_norm(gradients: Iterable[torch.Tensor], *, reduce: Reduce | None = No
     reduce: maps this rank's sum of squares to the sum over the ranks that hold different parameters (the caller
     counts replicated parameters once); None where one process holds everything.
     """
-    norms = torch._foreach_norm([gradient.float() for gradient in gradients])
-    squares = torch.stack(norms).square().sum()
+    squares = sum_squares(list(gradients))
     return (squares if reduce is None else reduce(squares)).sqrt()
 
 
@@ -37,4 +38,9 @@ def clip_gradients(
 def scale_gradients(gradients: list[torch.Tensor], *, norm: torch.Tensor, max_norm: float) -> None:
     """The second half of `clip_gradients`, for a norm over more than these gradients."""
     if max_norm > 0:
-        torch._foreach_mul_(gradients, (max_norm / (norm + EPSILON)).clamp(max=1.0))
+        torch._foreach_mul_(gradients, clip_factor(norm, max_norm=max_norm))
+
+
+def clip_factor(norm: torch.Tensor, *, max_norm: float) -> torch.Tensor:
+    """min(1, max_norm / (norm + 1e-6)), 0-d fp32."""
+    return (max_norm / (norm + EPSILON)).clamp(max=1.0)

@@ -38,6 +38,7 @@ from ernie5.train.rollback import AlarmHook, Rollback
 from ernie5.train.samples import SamplesHook
 from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords, Snapshot
 from ernie5.train.state import Progression
+from ernie5_kernels.native.memory import keep_freed_memory
 
 ROUTING_FILE = "routing.jsonl"
 
@@ -64,6 +65,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dp = config.derive_dp(world_size)
     device = choose_device(config.engine.device)
+    keep_freed_memory()
     refuse_unavailable(config, world_size=world_size)
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)

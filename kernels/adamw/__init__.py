@@ -8,9 +8,11 @@ import torch
 
 from ..checks import require, require_beside
 from ..dispatch import choose_backend
+from ..native.library import native_library
+from .native import adamw_native
 from .reference import AdamWStep, AdamWTensors, adamw_reference
 
-OFFERED = ("triton", "reference")
+OFFERED = ("triton", "native", "reference")
 
 __all__ = ["AdamWStep", "AdamWTensors", "adamw"]
 
@@ -38,10 +40,14 @@ def adamw(
         rule = "it must be one number of float32"
         require(holds, op="adamw", name="gradient_scale", tensor=gradient_scale, rule=rule)
         require_beside(gradient_scale, first=first, op="adamw", name="gradient_scale")
-    if choose_backend(backend, op="adamw", offered=OFFERED, device=first.device) == "triton":
+    native = first.device.type == "cpu" and native_library() is not None
+    chosen = choose_backend(backend, op="adamw", offered=OFFERED, device=first.device, native=native)
+    if chosen == "triton":
         from .kernel import adamw_triton
 
         adamw_triton(tensors, step=step, gradient_scale=gradient_scale)
+    elif chosen == "native":
+        adamw_native(tensors, step=step, gradient_scale=gradient_scale)
     else:
         adamw_reference(tensors, step=step, gradient_scale=gradient_scale)
 

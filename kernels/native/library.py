@@ -18,11 +18,14 @@ import subprocess
 import sys
 import tempfile
 import warnings
+from collections.abc import Iterable
 from pathlib import Path
 
 import torch
 
-SOURCES = ("gemm.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp")
+SOURCES = (
+    "gemm.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp", "optimizer.cpp",
+)
 HEADERS = ("vector.h", "gemm.h", "swiglu.h")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
@@ -38,7 +41,9 @@ def native_library() -> ctypes.CDLL | None:
     if os.environ.get("ERNIE5_NATIVE") == "0":
         return None
     try:
-        return ctypes.CDLL(str(_built(_compiler())))
+        library = ctypes.CDLL(str(_built(_compiler())))
+        library.ernie5_sum_squares.restype = ctypes.c_double
+        return library
     except subprocess.CalledProcessError as error:
         return _without(error.stderr.strip() or str(error))
     except (OSError, subprocess.SubprocessError) as error:
@@ -88,6 +93,18 @@ def sizes(*counts: int) -> list[ctypes.c_int64]:
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
     """Address of a contiguous tensor (null for None), which the caller must keep alive in a variable."""
     return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+
+
+def int64s(numbers: Iterable[int]) -> ctypes.Array:
+    """Numbers as an array of the library's."""
+    numbers = list(numbers)
+    return (ctypes.c_int64 * len(numbers))(*numbers)
+
+
+def addresses(tensors: Iterable[torch.Tensor | None]) -> ctypes.Array:
+    """Addresses of contiguous tensors (null for None), which the caller must keep alive."""
+    found = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    return (ctypes.c_void_p * len(found))(*found)
 
 
 def threads() -> ctypes.c_int:

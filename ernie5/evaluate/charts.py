@@ -7,6 +7,7 @@ import html
 import math
 from collections.abc import Sequence
 
+TOP = 20  # above it stands the unit
 PALETTE = ("var(--c1)", "var(--c2)", "var(--c3)", "var(--c4)", "var(--c5)", "var(--c6)")
 
 
@@ -38,7 +39,7 @@ class Frame:
         """Data -> SVG units."""
         across = (x - self.low_x) / max(self.high_x - self.low_x, 1e-12)
         upward = (y - self.low_y) / max(self.high_y - self.low_y, 1e-12)
-        y = (self.height - self.bottom) * (1 - upward) + 10 * upward
+        y = (self.height - self.bottom) * (1 - upward) + TOP * upward
         return self.left + across * (self.width - self.left - 12), y
 
 
@@ -90,7 +91,7 @@ def line_chart(series: Sequence[Series], *, width: int = 420, height: int = 220,
         parts.append(_tick(x, height - 8, text=short_number(tick)))
     parts.extend(_draw_line(line, frame=frame) for line in series)
     if unit:
-        parts.append(f'<text class="tick" x="{frame.left + 4}" y="12">{html.escape(unit)}</text>')
+        parts.append(f'<text class="tick" x="2" y="10">{html.escape(unit)}</text>')
     return "".join(parts) + "</svg>"
 
 
@@ -163,7 +164,7 @@ def column_chart(values: Sequence[float], *, labels: Sequence[str], unit: str, c
     """A few labelled columns, each with its value on top."""
     if not values:
         return '<p class="empty">no figures yet</p>'
-    width, height, top = 420.0, 182.0, max(max(values), 1e-12)
+    width, height, top = 320.0, 182.0, max(max(values), 1e-12)
     step = (width - 16) / len(values)
     parts = [f'<svg class="chart" viewBox="0 0 {width:.0f} {height:.0f}" role="img">']
     for index, (value, label) in enumerate(zip(values, labels)):

@@ -25,7 +25,7 @@ def figure_card(figure: Figure) -> str:
     chip = f'<span class="chip {colour}">{verdict}</span>'
     top = max(figure.value, figure.baseline, 1e-9)
     goal = "" if figure.goal is None else f" · goal {format_value(figure.goal, figure.unit)}"
-    counted = "bytes" if "byte" in figure.unit else "cases"
+    counted = {"bits per byte": "bytes", "x mean": "layers"}.get(figure.unit, "cases")
     better = "lower is better" if figure.lower_is_better else "higher is better"
     return (
         f'<div class="card"><div class="top"><h3>{html.escape(figure.title)}</h3>{chip}</div>'

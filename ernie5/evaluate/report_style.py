@@ -41,7 +41,7 @@ min-width:0}
 .chip.good{color:var(--good);background:var(--goodbg)}.chip.bad{color:var(--bad);background:var(--badbg)}
 .big{font-size:27px;font-weight:670;letter-spacing:-.025em;font-variant-numeric:tabular-nums;line-height:1.25}
 .big small{font-size:13px;color:var(--soft);font-weight:500;letter-spacing:0}
-.versus{display:grid;grid-template-columns:auto 1fr auto;gap:6px 10px;align-items:center;font-size:12.5px;
+.versus{display:grid;grid-template-columns:fit-content(44%) minmax(80px,1fr) auto;gap:6px 10px;align-items:center;font-size:12.5px;
 color:var(--soft);margin-top:8px}
 .versus i{display:block;height:8px;border-radius:5px;background:var(--c1);min-width:3px}
 .versus .base i{background:var(--c6)}.versus div{background:color-mix(in srgb,var(--line) 55%,transparent);
@@ -49,7 +49,7 @@ border-radius:5px}.versus em{font-style:normal;font-variant-numeric:tabular-nums
 .note{font-size:12px;color:var(--soft);margin:9px 0 0}
 svg{display:block;width:100%;height:auto}svg .grid{stroke:var(--line);stroke-width:1}
 svg .tick{fill:var(--soft);font-size:10.5px;font-family:inherit}
-svg .value{fill:var(--ink);font-size:12px;font-weight:600;font-family:inherit}
+svg .value{fill:var(--ink);font-size:11.5px;font-weight:600;font-family:inherit}
 svg .line{fill:none;stroke-width:1.9;stroke-linejoin:round;stroke-linecap:round}
 svg .raw{fill:none;stroke-width:1;opacity:.22}
 .legend{display:flex;flex-wrap:wrap;gap:4px 16px;font-size:12.5px;color:var(--soft);margin-top:10px}

@@ -9,6 +9,7 @@ The one home of HF `tokenizers`: it trains merges, splits text, and reads `token
 
 from __future__ import annotations
 
+import codecs
 import hashlib
 import json
 import random
@@ -30,6 +31,7 @@ PATTERN = (
     rf"[{HAN}]+| ?(?:(?![{HAN}])[\p{{L}}\p{{M}}])+| ?\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+|\s+(?!\S)|\s+"
 )
 SURROGATES = re.compile("[\ud800-\udfff]+")
+HALF_PAIR = re.compile(r"[\ud800-\udbff]\Z")
 # One printable character per byte value: what HF's trainer sees in place of bytes.
 STAND_INS = [chr(0x100 + value) for value in range(256)]
 CACHE_PIECES = 1 << 17
@@ -74,16 +76,16 @@ class TextTokenizer:
     def decode(self, ids: Sequence[int], *, exact: bool = True) -> str:
         """Text of `ids`, the inverse of `encode` for every str. Bytes that are no text become U+FFFD.
 
-        exact=False also replaces lone surrogates, which no output encoding accepts: use it for what is shown.
-        Raises TokenizerError for an id that is no text id.
+        exact=False is for what is shown: it replaces lone surrogates, which no output encoding accepts, and leaves out
+        half a character at the end, where a limit on tokens may cut. Raises TokenizerError for an id that is no text id.
         """
         content = self.decode_bytes(ids)
         if self.alphabet == "utf-16-be":
             text = content[: len(content) // 2 * 2].decode("utf-16-be", "surrogatepass")
-            text += "\ufffd" if len(content) % 2 else ""
+            text += "\ufffd" if exact and len(content) % 2 else ""
         else:
-            text = _decode_utf8(content)
-        return text if exact else SURROGATES.sub("\ufffd", text)
+            text = _decode_utf8(content) if exact else codecs.getincrementaldecoder("utf-8")("replace").decode(content)
+        return text if exact else SURROGATES.sub("\ufffd", HALF_PAIR.sub("", text))
 
     def decode_bytes(self, ids: Sequence[int]) -> bytes:
         """Bytes of `ids` in the vocabulary's alphabet, the inverse of `encode` for bytes."""

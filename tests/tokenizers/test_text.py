@@ -190,3 +190,10 @@ def test_any_ids_of_the_embedded_vocabulary_decode_to_text_that_can_be_shown() -
             embedded.decode(ids, exact=False).encode("utf-8")
     for token in range(embedded.size):
         embedded.decode([token], exact=False).encode("utf-8")
+
+
+@pytest.mark.parametrize("end", [b"\x00", b"\xd8\x3d", b"\xd8\x3d\xde"])
+def test_half_a_character_at_the_end_is_left_out_of_what_is_shown(small: TextTokenizer, end: bytes) -> None:
+    ids = small.encode("ab 猫".encode("utf-16-be") + end)
+    assert small.decode(ids, exact=False) == "ab 猫"
+    assert small.decode(ids) != "ab 猫"

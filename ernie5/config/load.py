@@ -7,6 +7,7 @@ Scalars follow YAML 1.2 (`1e-4` is a number, `no` is a text), duplicate keys are
 from __future__ import annotations
 
 import os
+import re
 import typing
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,6 +20,7 @@ from ernie5.config.node import Entry, Node, merge_nodes, plain_node, scalar_valu
 from ernie5.errors import ConfigError
 
 C = typing.TypeVar("C", bound=Config)
+WHOLE = re.compile(r"^(train|tokenizer):", re.MULTILINE)  # what tells a run's configuration from a fragment
 LOADER = yaml.CSafeLoader if yaml.__with_libyaml__ else yaml.SafeLoader
 
 
@@ -89,7 +91,7 @@ def parse_file(path: Path) -> Node:
     try:
         text = path.read_text(encoding="utf-8")
     except FileNotFoundError:
-        raise ConfigError(f"there is no config file {path}.{_neighbours(path)}") from None
+        raise ConfigError(f"there is no config file {path}.{_namesakes(path)}{_neighbours(path)}") from None
     except IsADirectoryError:
         raise ConfigError(f"{path} is a folder, not a YAML file.{_neighbours(path / 'x')}") from None
     except UnicodeDecodeError as problem:
@@ -171,6 +173,16 @@ def _read_base(item: Node, path: Path) -> Node:
             f"list all the files here. ({item.place})"
         )
     return tree
+
+
+def _namesakes(path: Path) -> str:
+    """Whole configurations of that name in configs/, here or beside the package, for those who wrote no path."""
+    places = [Path("configs"), Path(__file__).resolve().parents[2] / "configs"]
+    for folder in places:
+        found = sorted(found for found in folder.rglob(f"{path.stem}.yaml") if WHOLE.search(found.read_text("utf-8")))
+        if found:
+            return f" Did you mean {' or '.join(map(str, found))}?"
+    return ""
 
 
 def _neighbours(path: Path) -> str:

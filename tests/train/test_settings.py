@@ -1,0 +1,41 @@
+"""Settings that would be ignored are refused, and a name without a path is answered with the file that it may mean."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from ernie5.config.load import load_config
+from ernie5.errors import ConfigError
+from ernie5.train.config import RootConfig
+
+
+@pytest.fixture
+def debug(repository: Path) -> Path:
+    """The smallest configuration."""
+    return repository / "configs" / "pretrain" / "debug.yaml"
+
+
+@pytest.mark.parametrize("kind", ["local", "grid"])
+def test_zero_stages_are_refused_where_the_engine_has_none(debug: Path, kind: str) -> None:
+    for stage in (0, 1):  # 1 is the default, which a resolved config.yaml writes down for every engine
+        load_config(debug, schema=RootConfig, overrides=(f"engine.kind={kind}", f"engine.zero_stage={stage}"))
+    with pytest.raises(ConfigError, match=f"engine.zero_stage = 2: the {kind} engine .* would ignore it"):
+        load_config(debug, schema=RootConfig, overrides=(f"engine.kind={kind}", "engine.zero_stage=2"))
+
+
+def test_a_name_without_a_path_is_answered_with_the_whole_configurations_of_that_name(
+    repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError) as caught:
+        load_config("debug", schema=RootConfig)
+    assert f"Did you mean {repository}/configs/pretrain/debug.yaml?" in str(caught.value)
+    assert "configs/model/debug.yaml" not in str(caught.value)
+    monkeypatch.chdir(repository)
+    with pytest.raises(ConfigError, match="Did you mean configs/pretrain/debug.yaml?"):
+        load_config("debug.yaml", schema=RootConfig)
+    with pytest.raises(ConfigError) as caught:
+        load_config("no_such_name", schema=RootConfig)
+    assert "Did you mean" not in str(caught.value)

@@ -41,8 +41,8 @@ min-width:0}
 .chip.good{color:var(--good);background:var(--goodbg)}.chip.bad{color:var(--bad);background:var(--badbg)}
 .big{font-size:27px;font-weight:670;letter-spacing:-.025em;font-variant-numeric:tabular-nums;line-height:1.25}
 .big small{font-size:13px;color:var(--soft);font-weight:500;letter-spacing:0}
-.versus{display:grid;grid-template-columns:fit-content(44%) minmax(80px,1fr) auto;gap:6px 10px;align-items:center;font-size:12.5px;
-color:var(--soft);margin-top:8px}
+.versus{display:grid;grid-template-columns:fit-content(44%) minmax(80px,1fr) auto;gap:6px 10px;align-items:center;
+font-size:12.5px;color:var(--soft);margin-top:8px}
 .versus i{display:block;height:8px;border-radius:5px;background:var(--c1);min-width:3px}
 .versus .base i{background:var(--c6)}.versus div{background:color-mix(in srgb,var(--line) 55%,transparent);
 border-radius:5px}.versus em{font-style:normal;font-variant-numeric:tabular-nums;color:var(--ink);text-align:right}

@@ -77,7 +77,8 @@ class TextTokenizer:
         """Text of `ids`, the inverse of `encode` for every str. Bytes that are no text become U+FFFD.
 
         exact=False is for what is shown: it replaces lone surrogates, which no output encoding accepts, and leaves out
-        half a character at the end, where a limit on tokens may cut. Raises TokenizerError for an id that is no text id.
+        half a character at the end, where a limit on tokens may cut. Raises TokenizerError for an id that is no text
+        id.
         """
         content = self.decode_bytes(ids)
         if self.alphabet == "utf-16-be":

@@ -6,7 +6,7 @@ import json
 from pathlib import Path
 
 from ernie5.checkpoint.manifest import Manifest, read_manifest
-from ernie5.checkpoint.names import CONFIG_FILE, OPTIMIZER_FILE, find_checkpoint
+from ernie5.checkpoint.names import CONFIG_FILE, find_checkpoint, is_optimizer_file
 from ernie5.config.arguments import CommandParser
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_dict, load_config
@@ -40,11 +40,12 @@ def describe(directory: Path, *, manifest: Manifest, with_optimizer: bool) -> st
         *(f"file {name}: {_size(file.num_bytes)}, sha256 {file.sha256[:16]}" for name, file in manifest.files.items()),
         *(f"tokenizer {name}: {identity[:16]}" for name, identity in manifest.tokenizers.items()),
     ]
-    shown = {k: v for k, v in manifest.tensors.items() if with_optimizer or v.file != OPTIMIZER_FILE}
+    shown = {k: v for k, v in manifest.tensors.items() if with_optimizer or not any(map(is_optimizer_file, v.files))}
     width = max((len(name) for name in shown), default=0)
     for name, entry in shown.items():
         shape = "x".join(map(str, entry.shape)) or "scalar"
-        lines.append(f"  {name:<{width}}  {entry.dtype:<5} {shape:<20} {_size(entry.num_bytes)}")
+        slices = f"  in {len(entry.slices)} slices" if len(entry.slices) > 1 else ""
+        lines.append(f"  {name:<{width}}  {entry.dtype:<5} {shape:<20} {_size(entry.num_bytes)}{slices}")
     total = sum(entry.num_bytes for entry in shown.values())
     lines.append(f"{len(shown)} tensors, {_size(total)}")
     return "\n".join(lines)

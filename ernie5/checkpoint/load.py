@@ -4,41 +4,38 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Collection
 from pathlib import Path
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file
 
 from ernie5.checkpoint.manifest import Manifest, RunState, read_manifest
 from ernie5.checkpoint.names import (
     CONFIG_FILE,
     MASTER_PREFIX,
-    MODEL_FILE,
-    OPTIMIZER_FILE,
     STATE_FILE,
     find_checkpoint,
+    is_optimizer_file,
     list_checkpoints,
 )
-from ernie5.checkpoint.tensor_file import describe_tensor, file_hash
+from ernie5.checkpoint.stored import StoredTensors
+from ernie5.checkpoint.verify import find_damage, find_missing, is_whole
 from ernie5.config.base import Config
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
-from ernie5.engine.interface import EngineState, check_names
+from ernie5.engine.interface import BUFFER, MOMENT, PARAMETER, Engine, check_names
 from ernie5.errors import CheckpointError, TokenizerError
 from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.parallel.boxes import Box
 from ernie5.tokenizers.kept import KEPT_FOLDER
-
-RUN_FILES = (MODEL_FILE, OPTIMIZER_FILE, STATE_FILE, CONFIG_FILE)
-
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
-    """A checkpoint's whole content; `directory` is where it was found."""
+    """What resuming needs of a checkpoint, found in `directory`; the tensors of `engine` are still on disk."""
 
     directory: Path
     manifest: Manifest
-    engine: EngineState
+    engine: SavedState
     run: RunState
 
 
@@ -53,29 +50,97 @@ class LoadedModel:
     directory: Path
 
 
+class SavedState:
+    """The state of an engine in a checkpoint, as a StateSource: an engine reads the boxes that it holds."""
+
+    def __init__(self, tensors: StoredTensors, *, precision: str, updates: int, magnitudes: torch.Tensor) -> None:
+        self._tensors, self._prefix = tensors, MASTER_PREFIX if precision == "bf16" else ""
+        self.updates, self.magnitudes = updates, magnitudes
+        shapes = {key: entry.shape for key, entry in tensors.entries.items()}
+        trained = {key.split("/", 1)[1] for key in shapes if "/" in key}
+        self._shapes = {
+            PARAMETER: {key: shapes[self._prefix + key] for key in sorted(trained) if self._prefix + key in shapes},
+            BUFFER: {key: shape for key, shape in shapes.items() if "/" not in key and key not in trained},
+            MOMENT: {k: shape for k, shape in shapes.items() if "/" in k and not k.startswith(MASTER_PREFIX)},
+        }
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """As StateSource."""
+        return self._shapes[kind]
+
+    def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
+        """As StateSource. Raises CheckpointError where a file is not what the manifest says."""
+        prefix = self._prefix if key in self._shapes[PARAMETER] else ""
+        self._tensors.read(prefix + key, box=box, into=into)
+
+
+class SavedWeights:
+    """The weights and buffers of a checkpoint, as a StateSource for a run that starts from them alone: fp32 masters
+    where there are some, else the weights as stored. buffers: the names of the model's buffers."""
+
+    def __init__(self, tensors: StoredTensors, *, buffers: Collection[str]) -> None:
+        self._tensors, self.updates, self.magnitudes = tensors, 0, torch.zeros(0)
+        stored = {key: entry.shape for key, entry in tensors.entries.items() if "/" not in key}
+        self._shapes = {
+            PARAMETER: {key: shape for key, shape in stored.items() if key not in buffers},
+            BUFFER: {key: shape for key, shape in stored.items() if key in buffers},
+        }
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """As StateSource."""
+        return self._shapes[kind]
+
+    def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
+        """As StateSource."""
+        master = MASTER_PREFIX + key
+        self._tensors.read(master if master in self._tensors.entries else key, box=box, into=into)
+
+
 def load_run(path: Path | str) -> LoadedRun:
-    """Read everything that resuming needs, after checking the checksums of all files.
+    """Open everything that resuming needs, after checking the checksums of all files.
 
     Raises CheckpointError naming the damaged file and tensor.
     """
+    loaded = open_run(path)
+    _refuse_damage(find_damage(loaded.directory, manifest=loaded.manifest), directory=loaded.directory)
+    return loaded
+
+
+def open_run(path: Path | str) -> LoadedRun:
+    """Open a checkpoint to resume from, after checking that its files are there in full; `check_together` looks at
+    their bytes once the ranks know each other. Raises CheckpointError."""
     directory = find_checkpoint(path)
-    manifest = _read_verified(directory, names=RUN_FILES)
-    weights = _read_tensors(directory, file=MODEL_FILE)
-    optimizer = _read_tensors(directory, file=OPTIMIZER_FILE)
+    manifest = _read_manifest(directory)
+    _refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
+    if not any(is_optimizer_file(name) for name in manifest.files):
+        raise CheckpointError(
+            f"{directory} has no optimizer state, so no run goes on from it. Start a new run from its weights: "
+            f"train.init_from={directory}"
+        )
     run, updates, magnitudes = _read_state(directory)
-    trained = {key.split("/", 1)[1] for key in optimizer}
-    buffers = {name: value for name, value in weights.items() if name not in trained}
-    if manifest.precision == "bf16":
-        parameters = {
-            key.removeprefix(MASTER_PREFIX): value for key, value in optimizer.items() if key.startswith(MASTER_PREFIX)
-        }
-    else:
-        parameters = {name: value for name, value in weights.items() if name in trained}
-    moments = {key: value for key, value in optimizer.items() if not key.startswith(MASTER_PREFIX)}
-    engine = EngineState(
-        parameters=parameters, buffers=buffers, moments=moments, updates=updates, magnitudes=magnitudes
-    )
+    tensors = StoredTensors(directory, manifest=manifest)
+    engine = SavedState(tensors, precision=manifest.precision, updates=updates, magnitudes=magnitudes)
     return LoadedRun(directory=directory, manifest=manifest, engine=engine, run=run)
+
+
+def check_together(directory: Path, *, manifest: Manifest, engine: Engine) -> None:
+    """Compare all files with their checksums, each rank a share of them; collective.
+
+    Raises the same CheckpointError on every rank, naming what is damaged and the way out.
+    """
+    own = find_damage(directory, manifest=manifest, share=(engine.rank, engine.world_size))
+    damage = [line for found in engine.gather({"damage": own}) for line in found["damage"]]
+    if damage:
+        way = engine.gather({"way": _way_out(directory) if engine.is_main else ""})[0]["way"]
+        raise CheckpointError(f"{'; '.join(damage)}. {way}")
+
+
+def open_weights(path: Path | str, *, buffers: Collection[str]) -> tuple[SavedWeights, Path, Manifest]:
+    """The weights of a checkpoint for a new run, where they lie, and the manifest. Raises CheckpointError."""
+    directory = find_checkpoint(path)
+    manifest = _read_manifest(directory)
+    _refuse_damage(find_missing(directory, manifest=manifest, needed=(CONFIG_FILE,)), directory=directory)
+    return SavedWeights(StoredTensors(directory, manifest=manifest), buffers=buffers), directory, manifest
 
 
 def load_model(
@@ -86,39 +151,24 @@ def load_model(
     dtype: of the parameters, by default as stored; buffers stay fp32. Raises CheckpointError.
     """
     directory = find_checkpoint(path)
-    manifest = _read_verified(directory, names=(MODEL_FILE, CONFIG_FILE))
+    manifest = _read_manifest(directory)
+    _refuse_damage(find_damage(directory, manifest=manifest, with_optimizer=False), directory=directory)
     config = load_config(directory / CONFIG_FILE, schema=resolve("root", name="train"))
     model = build_model(config.model, seed=0)
-    weights = _read_tensors(directory, file=MODEL_FILE)
+    tensors = StoredTensors(directory, manifest=manifest)
     parameters = dict(model.named_parameters())
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in parameters}
     own.update({name: value for name, value in model.named_buffers() if name in model.state_dict()})
-    check_names(weights, expected=own, what="tensors")
+    found = {key: entry.shape for key, entry in tensors.entries.items() if "/" not in key}
+    check_names(found, expected={name: tuple(value.shape) for name, value in own.items()}, what="tensors")
     with torch.no_grad():
         for name, tensor in own.items():
+            values = tensors.read_whole(name)
             if name in parameters:
-                parameters[name].data = weights[name].to(dtype or weights[name].dtype)
+                parameters[name].data = values.to(dtype or values.dtype)
             else:
-                tensor.copy_(weights[name])
+                tensor.copy_(values)
     return LoadedModel(model=model.to(device).eval(), config=config, manifest=manifest, directory=directory)
-
-
-def verify_files(directory: Path, *, manifest: Manifest, names: tuple[str, ...]) -> None:
-    """Compare sizes and SHA-256 of the named files; raises CheckpointError naming the file and, if any, the tensor."""
-    for name in names:
-        path, entry = directory / name, manifest.files.get(name)
-        if entry is None or not path.is_file():
-            raise CheckpointError(f"{path} is missing")
-        size = path.stat().st_size
-        if size != entry.num_bytes:
-            raise CheckpointError(
-                f"{path} has {size} bytes, the manifest says {entry.num_bytes}: the file is damaged"
-            )
-        if file_hash(path) != entry.sha256:
-            raise CheckpointError(
-                f"{path} does not match its checksum{_damaged_tensors(directory, file=name, manifest=manifest)}: "
-                "the file is damaged"
-            )
 
 
 def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
@@ -138,14 +188,16 @@ def kept_folders(directory: Path) -> tuple[Path, ...]:
     return (directory.absolute().parent.parent / KEPT_FOLDER,)
 
 
-def _read_verified(directory: Path, *, names: tuple[str, ...]) -> Manifest:
-    """The manifest, once the named files agree with it; else a CheckpointError that names the way out."""
+def _read_manifest(directory: Path) -> Manifest:
     try:
-        manifest = read_manifest(directory)
-        verify_files(directory, manifest=manifest, names=names)
+        return read_manifest(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_way_out(directory)}") from error
-    return manifest
+
+
+def _refuse_damage(damage: list[str], *, directory: Path) -> None:
+    if damage:
+        raise CheckpointError(f"{'; '.join(damage)}. {_way_out(directory)}")
 
 
 def _way_out(directory: Path) -> str:
@@ -154,34 +206,12 @@ def _way_out(directory: Path) -> str:
     for other in reversed(list_checkpoints(directory.parent)):
         if other.name == directory.name:
             continue
-        try:
-            verify_files(other, manifest=read_manifest(other), names=RUN_FILES)
-        except CheckpointError:
+        if not is_whole(other):
             continue
         config = directory.parent.parent / CONFIG_FILE
         command = f"ernie5 train {config if config.is_file() else 'CONFIG'} --resume {other}"
         return f"The newest other checkpoint that is whole is {other}. Resume from it: {command}"
     return f"No other checkpoint of {directory.parent} is whole: bring one back, or start over with --fresh"
-
-
-def _damaged_tensors(directory: Path, *, file: str, manifest: Manifest) -> str:
-    try:
-        tensors = load_file(directory / file)
-    except (SafetensorError, OSError, ValueError):
-        return ""
-    damaged = [
-        key
-        for key, value in tensors.items()
-        if key in manifest.tensors and describe_tensor(value, file=file).crc32 != manifest.tensors[key].crc32
-    ]
-    return f" (damaged: {', '.join(damaged[:5])})" if damaged else ""
-
-
-def _read_tensors(directory: Path, *, file: str) -> dict[str, torch.Tensor]:
-    try:
-        return load_file(directory / file)
-    except (SafetensorError, OSError) as error:
-        raise CheckpointError(f"{directory / file} cannot be read: {error}. Use another checkpoint") from error
 
 
 def _read_state(directory: Path) -> tuple[RunState, int, torch.Tensor]:

@@ -11,20 +11,51 @@ from pathlib import Path
 
 from ernie5.checkpoint.names import MANIFEST_FILE
 from ernie5.errors import CheckpointError
+from ernie5.parallel.boxes import Box, covers, whole_box
 
 FORMAT = "ernie5-checkpoint"
-VERSION = 1
+VERSION = 2
+OLDEST_VERSION = 1
+
+
+@dataclasses.dataclass(frozen=True)
+class SliceEntry:
+    """One slice of a tensor: the file that holds it, its box in the whole tensor, and the CRC-32 of its bytes."""
+
+    file: str
+    start: tuple[int, ...]
+    shape: tuple[int, ...]
+    crc32: int
+
+    @property
+    def box(self) -> Box:
+        """Its box in the whole tensor."""
+        return Box(self.start, self.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorEntry:
-    """One tensor: its file, shape, dtype as safetensors names it, bytes, and the CRC-32 of its bytes."""
+    """One tensor: whole shape, dtype as safetensors names it, bytes, and the slices that it is stored in."""
 
-    file: str
     shape: tuple[int, ...]
     dtype: str
     num_bytes: int
-    crc32: int
+    slices: tuple[SliceEntry, ...]
+
+    @property
+    def files(self) -> set[str]:
+        """The files that hold parts of it."""
+        return {part.file for part in self.slices}
+
+
+def name_in_file(key: str, *, entry: TensorEntry, part: SliceEntry) -> str:
+    """How a slice is called in its safetensors file: as the tensor where it is whole, else `NAME[0:4,8:16]`."""
+    return slice_name(key, box=part.box, shape=entry.shape)
+
+
+def slice_name(key: str, *, box: Box, shape: tuple[int, ...]) -> str:
+    """The name in a file of the slice `box` of the tensor `key` of `shape`."""
+    return key if box == whole_box(shape) else f"{key}{box.describe()}"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,8 +78,11 @@ class Manifest:
     tensors: dict[str, TensorEntry]
 
     def to_json(self) -> str:
-        """Readable JSON, keys in a fixed order."""
-        return json.dumps({"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}, indent=1) + "\n"
+        """Readable JSON, keys in a fixed order, one line per tensor."""
+        values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in values.pop("tensors").items()]
+        tensors = ",\n".join(lines)
+        return json.dumps(values, indent=1).removesuffix("\n}") + f',\n "tensors": {{\n{tensors}\n }}\n}}\n'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,9 +113,11 @@ def read_manifest(directory: Path) -> Manifest:
         raise CheckpointError(f"{path} is damaged ({error}). Use another checkpoint") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this program (format is not {FORMAT!r})")
-    if values.get("version") != VERSION:
+    version = values.get("version")
+    if version not in range(OLDEST_VERSION, VERSION + 1):
         raise CheckpointError(
-            f"{path} has version {values.get('version')}, this program reads {VERSION}. Use the version that wrote it"
+            f"{path} has version {version}, this program reads {OLDEST_VERSION} to {VERSION}. Use the version that "
+            "wrote it"
         )
     try:
         return Manifest(
@@ -90,10 +126,24 @@ def read_manifest(directory: Path) -> Manifest:
             precision=str(values["precision"]),
             tokenizers=dict(values["tokenizers"]),
             files={name: FileEntry(**entry) for name, entry in values["files"].items()},
-            tensors={
-                name: TensorEntry(**{**entry, "shape": tuple(entry["shape"])})
-                for name, entry in values["tensors"].items()
-            },
+            tensors={name: read_entry(name, entry) for name, entry in values["tensors"].items()},
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Use another checkpoint") from None
+
+
+def read_entry(name: str, values: dict, /, *, is_part: bool = False) -> TensorEntry:
+    """The entry of a tensor out of JSON values; those of version 1 are one whole slice. Raises ValueError where the
+    slices are not the tensor (of one rank's part they need not be), and KeyError or TypeError for other damage."""
+    shape = tuple(int(size) for size in values["shape"])
+    found = values.get("slices") or [
+        {"file": values["file"], "start": [0] * len(shape), "shape": shape, "crc32": values["crc32"]}
+    ]
+    slices = tuple(
+        SliceEntry(str(v["file"]), tuple(map(int, v["start"])), tuple(map(int, v["shape"])), int(v["crc32"]))
+        for v in found
+    )
+    if not is_part and not covers(shape, boxes=[part.box for part in slices]):
+        boxes = ", ".join(part.box.describe() for part in slices)
+        raise ValueError(f"the slices {boxes} do not make up {name} of shape {list(shape)}")
+    return TensorEntry(shape, str(values["dtype"]), int(values["num_bytes"]), slices)

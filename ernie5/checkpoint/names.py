@@ -1,4 +1,4 @@
-"""Names on disk: directories of steps, files in them, keys of tensors. Everything is global; no rank occurs."""
+"""Names on disk: directories of steps, files in them, keys of tensors. Keys are global; files may be one per rank."""
 
 from __future__ import annotations
 
@@ -15,6 +15,16 @@ MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
 MASTER_PREFIX = "master/"
 STEP_PATTERN = re.compile(r"step-(\d{8,})")
+
+
+def rank_file(name: str, *, rank: int, ranks: int) -> str:
+    """The file of one of `ranks` writers: `model.safetensors` of a single one, else `model-00003.safetensors`."""
+    return name if ranks == 1 else name.replace(".", f"-{rank:05d}.")
+
+
+def is_optimizer_file(name: str) -> bool:
+    """Whether a file of tensors holds optimizer state."""
+    return name.startswith(OPTIMIZER_FILE.removesuffix(".safetensors"))
 
 
 def step_name(step: int) -> str:

@@ -1,21 +1,24 @@
 """Writing a checkpoint so that a kill at any instant leaves either the old state or the new one, never a mixture.
 
-Order: all files into a temporary directory beside the target, each flushed to disk; rename the directory; then replace
-`latest`. A failure removes the temporary directory and leaves the previous checkpoint untouched.
+Order: all files of all ranks into a temporary directory beside the target, each flushed to disk; the manifest; rename the
+directory; then replace `latest`. A failure removes the temporary directory and leaves the previous checkpoint untouched.
 """
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
+import math
 import os
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.manifest import FileEntry, Manifest, RunState, TensorEntry
+from ernie5.checkpoint.manifest import FileEntry, Manifest, RunState, SliceEntry, TensorEntry, slice_name
 from ernie5.checkpoint.names import (
     CONFIG_FILE,
     LATEST_FILE,
@@ -25,52 +28,122 @@ from ernie5.checkpoint.names import (
     OPTIMIZER_FILE,
     STATE_FILE,
     latest_checkpoint,
+    rank_file,
     step_name,
 )
+from ernie5.checkpoint.parts import Part, join_records, sync_directory, sync_file, write_record
 from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
-from ernie5.checkpoint.tensor_file import file_hash, write_tensor_file
-from ernie5.engine.interface import EngineState
+from ernie5.checkpoint.tensor_file import LazyTensor, dtype_name, file_hash, write_tensor_file
+from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.errors import EnvironmentFault
+
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """Everything that goes into a checkpoint. config_yaml: the resolved configuration; tokenizers: identities."""
+    """What one rank of `ranks` puts into a checkpoint: the slices that it writes, and what all ranks know.
 
-    engine: EngineState
+    updates, magnitudes: of the engine; config_yaml: the resolved configuration; tokenizers: identities.
+    """
+
+    slices: tuple[StateSlice, ...]
+    updates: int
+    magnitudes: torch.Tensor
     run: RunState
     config_yaml: str
     precision: str
     tokenizers: dict[str, str]
+    rank: int = 0
+    ranks: int = 1
 
 
 def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfig) -> Path:
-    """Write `contents` as `folder`/step-N, point `latest` to it, apply retention, and return its path.
+    """Write the `contents` of a single rank as `folder`/step-N, point `latest` to it, apply retention, and return its
+    path; `saver` does it for many ranks.
 
     Raises EnvironmentFault (disk full, no permission); the previous checkpoint then still stands and is named.
     """
-    target = folder / step_name(contents.run.step)
-    temporary = folder / f"{TEMPORARY_PREFIX}{target.name}-{os.getpid()}"
+    temporary = temporary_folder(folder, step=contents.run.step, token=str(os.getpid()))
+    with failures_explained(folder, temporary=temporary):
+        prepare(temporary)
+        write_part(temporary, contents=contents)
+        return publish(temporary, contents=contents, config=config)
+
+
+def temporary_folder(folder: Path, *, step: int, token: str) -> Path:
+    """Where the checkpoint of a step grows; `token` keeps out the ranks of a killed run that are still writing."""
+    return folder / f"{TEMPORARY_PREFIX}{step_name(step)}-{token}"
+
+
+def prepare(temporary: Path) -> None:
+    """Make the directory that all ranks write into, and remove what killed saves left. Raises OSError."""
+    temporary.parent.mkdir(parents=True, exist_ok=True)
+    remove_leftovers(temporary.parent)
+    temporary.mkdir()
+
+
+def write_part(temporary: Path, *, contents: Contents) -> None:
+    """Write one rank's files, one slice in memory at a time, and last what they hold. Raises OSError."""
+    files: dict[str, FileEntry] = {}
+    entries: dict[str, TensorEntry] = {}
+    for name, slices in zip((MODEL_FILE, OPTIMIZER_FILE), split_slices(contents), strict=True):
+        if slices or contents.ranks == 1:
+            file = rank_file(name, rank=contents.rank, ranks=contents.ranks)
+            files[file] = _write_slices(temporary / file, slices=slices, entries=entries)
+    write_record(temporary, part=Part(files, entries), rank=contents.rank)
+
+
+def publish(temporary: Path, *, contents: Contents, config: CheckpointConfig) -> Path:
+    """Make a checkpoint of what all ranks have written: state, configuration, manifest, and only then its name, `latest`
+    and retention. Raises OSError, and CheckpointError where a rank's part is missing or does not fit the others."""
+    folder, step = temporary.parent, contents.run.step
+    part = join_records(temporary, ranks=contents.ranks)
+    files = part.files
+    run = dataclasses.asdict(contents.run)
+    engine = {"updates": contents.updates, "magnitudes": contents.magnitudes.tolist()}
+    (temporary / STATE_FILE).write_text(json.dumps({"run": run, "engine": engine}, indent=1), encoding="utf-8")
+    (temporary / CONFIG_FILE).write_text(contents.config_yaml, encoding="utf-8")
+    for name in (STATE_FILE, CONFIG_FILE):
+        sync_file(temporary / name)
+        files[name] = FileEntry(num_bytes=(temporary / name).stat().st_size, sha256=file_hash(temporary / name))
+    manifest = Manifest(
+        step=step,
+        tokens=contents.run.tokens,
+        precision=contents.precision,
+        tokenizers=contents.tokenizers,
+        files=files,
+        tensors=part.tensors,
+    )
+    (temporary / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
+    sync_file(temporary / MANIFEST_FILE)
+    sync_directory(temporary)
+    target = folder / step_name(step)
+    _rename(temporary, target=target)
+    point_latest(folder, target=target)
+    apply_retention(folder, newest=step, config=config)
+    return target
+
+
+def _rename(temporary: Path, *, target: Path) -> None:
+    doomed = target.with_name(f"{REPLACED_PREFIX}{target.name}")
+    if target.exists():
+        target.rename(doomed)
+    temporary.rename(target)
+    shutil.rmtree(doomed, ignore_errors=True)
+    sync_directory(target.parent)
+
+
+@contextlib.contextmanager
+def failures_explained(folder: Path, *, temporary: Path | None) -> Iterator[None]:
+    """Turn what the disk says into an EnvironmentFault that names the checkpoint that stands; `temporary` goes, so that
+    nothing half stays (None: it is another rank's to remove)."""
     try:
-        folder.mkdir(parents=True, exist_ok=True)
-        remove_leftovers(folder)
-        temporary.mkdir()
-        _write_files(temporary, contents=contents)
-        if target.exists():
-            doomed = folder / f"{REPLACED_PREFIX}{target.name}"
-            target.rename(doomed)
-            temporary.rename(target)
-            shutil.rmtree(doomed, ignore_errors=True)
-        else:
-            temporary.rename(target)
-        _sync_directory(folder)
-        point_latest(folder, target=target)
-        apply_retention(folder, newest=contents.run.step, config=config)
+        yield
     except Exception as error:
-        shutil.rmtree(temporary, ignore_errors=True)
+        if temporary is not None:
+            shutil.rmtree(temporary, ignore_errors=True)
         if isinstance(error, OSError) or "No space left" in str(error) or "os error 28" in str(error):
             raise EnvironmentFault(_failure_text(folder, error=error)) from error
         raise
-    return target
 
 
 def point_latest(folder: Path, *, target: Path) -> None:
@@ -86,61 +159,50 @@ def _failure_text(folder: Path, *, error: Exception) -> str:
     return f"saving to {folder} failed: {error}. {stands}. Free disk space or repair permissions and run again"
 
 
-def _write_files(directory: Path, *, contents: Contents) -> None:
-    weights, optimizer = split_tensors(contents.engine, precision=contents.precision)
-    files: dict[str, FileEntry] = {}
-    entries: dict[str, TensorEntry] = {}
-    for name, tensors in ((MODEL_FILE, weights), (OPTIMIZER_FILE, optimizer)):
-        written = write_tensor_file(directory / name, tensors=tensors)
-        files[name] = written.file
-        entries.update(written.tensors)
-    run = dataclasses.asdict(contents.run)
-    engine = {"updates": contents.engine.updates, "magnitudes": contents.engine.magnitudes.tolist()}
-    (directory / STATE_FILE).write_text(json.dumps({"run": run, "engine": engine}, indent=1), encoding="utf-8")
-    (directory / CONFIG_FILE).write_text(contents.config_yaml, encoding="utf-8")
-    for name in (STATE_FILE, CONFIG_FILE):
-        _sync_file(directory / name)
-        files[name] = FileEntry(num_bytes=(directory / name).stat().st_size, sha256=file_hash(directory / name))
-    manifest = Manifest(
-        step=contents.run.step,
-        tokens=contents.run.tokens,
-        precision=contents.precision,
-        tokenizers=contents.tokenizers,
-        files=files,
-        tensors=entries,
-    )
-    (directory / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
-    _sync_file(directory / MANIFEST_FILE)
-    _sync_directory(directory)
-
-
-def split_tensors(
-    state: EngineState, *, precision: str
-) -> tuple[dict[str, torch.Tensor], dict[str, torch.Tensor]]:
-    """Tensors of model.safetensors (weights in training precision, buffers) and of optimizer.safetensors.
+def split_slices(contents: Contents) -> tuple[dict[str, SavedSlice], dict[str, SavedSlice]]:
+    """What goes into model.safetensors (weights in training precision, buffers) and into optimizer.safetensors, by name
+    in the file.
 
     With bf16 the fp32 masters go to the optimizer file; with fp32 the weights are the masters and are stored once.
     """
-    dtype = torch.bfloat16 if precision == "bf16" else torch.float32
-    weights = {name: value.to(dtype).contiguous() for name, value in state.parameters.items()}
-    weights.update({name: value.contiguous() for name, value in state.buffers.items()})
-    optimizer = {name: value.contiguous() for name, value in state.moments.items()}
-    if precision == "bf16":
-        optimizer.update({f"{MASTER_PREFIX}{name}": value.contiguous() for name, value in state.parameters.items()})
+    is_bf16 = contents.precision == "bf16"
+    weights: dict[str, SavedSlice] = {}
+    optimizer: dict[str, SavedSlice] = {}
+    for part in contents.slices:
+        target = optimizer if part.kind == MOMENT else weights
+        dtype = torch.bfloat16 if part.kind == PARAMETER and is_bf16 else part.values.dtype
+        target[slice_name(part.key, box=part.box, shape=part.shape)] = SavedSlice(part.key, part, dtype)
+        if part.kind == PARAMETER and is_bf16:
+            key = MASTER_PREFIX + part.key
+            optimizer[slice_name(key, box=part.box, shape=part.shape)] = SavedSlice(key, part, part.values.dtype)
     return weights, optimizer
 
 
-def _sync_file(path: Path) -> None:
-    with path.open("rb") as file:
-        os.fsync(file.fileno())
+@dataclasses.dataclass(frozen=True)
+class SavedSlice:
+    """A slice of the engine under the key and in the dtype in which it is saved."""
+
+    key: str
+    part: StateSlice
+    dtype: torch.dtype
+
+    def lazy(self) -> LazyTensor:
+        """For the writer of files."""
+        return LazyTensor(self.dtype, self.part.box.shape, lambda: self.part.values.detach().cpu())
 
 
-def _sync_directory(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+def _write_slices(path: Path, *, slices: dict[str, SavedSlice], entries: dict[str, TensorEntry]) -> FileEntry:
+    written = write_tensor_file(path, tensors={name: saved.lazy() for name, saved in slices.items()})
+    for name, saved in slices.items():
+        shape, box = saved.part.shape, saved.part.box
+        held = entries[saved.key].slices if saved.key in entries else ()
+        entries[saved.key] = TensorEntry(
+            shape=shape,
+            dtype=dtype_name(saved.dtype),
+            num_bytes=math.prod(shape) * saved.dtype.itemsize,
+            slices=(*held, SliceEntry(path.name, box.start, box.shape, written.crcs[name])),
+        )
+    return written.file
 
 
 def _replace_text(path: Path, *, text: str) -> None:
@@ -150,4 +212,4 @@ def _replace_text(path: Path, *, text: str) -> None:
         file.flush()
         os.fsync(file.fileno())
     temporary.replace(path)
-    _sync_directory(path.parent)
+    sync_directory(path.parent)

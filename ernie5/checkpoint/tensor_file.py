@@ -10,43 +10,58 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import zlib
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.manifest import FileEntry, TensorEntry
+from ernie5.checkpoint.manifest import FileEntry
 
 PIECE_BYTES = 1 << 24
 DTYPE_NAMES = ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"))
 
 
 @dataclasses.dataclass(frozen=True)
+class LazyTensor:
+    """A tensor that exists only while it is written: `load` returns it on the CPU."""
+
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+    load: Callable[[], torch.Tensor]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes in the file."""
+        return math.prod(self.shape) * self.dtype.itemsize
+
+
+@dataclasses.dataclass(frozen=True)
 class WrittenFile:
-    """What a manifest says of a file that was just written and synchronised."""
+    """What a manifest says of a file that was just written and synchronised: crcs: CRC-32 by tensor."""
 
     file: FileEntry
-    tensors: dict[str, TensorEntry]
+    crcs: dict[str, int]
 
 
-def write_tensor_file(path: Path, *, tensors: dict[str, torch.Tensor]) -> WrittenFile:
-    """Write CPU tensors to the new file `path`, flush it to disk, and return size and checksums. Raises OSError."""
-    order = sorted(tensors, key=lambda name: (-tensors[name].element_size(), name))
-    digest, entries, size = hashlib.sha256(), {}, 0
+def write_tensor_file(path: Path, *, tensors: Mapping[str, LazyTensor]) -> WrittenFile:
+    """Write tensors, one in memory at a time, to the new file `path`, flush it to disk, and return size and checksums.
+
+    Raises OSError.
+    """
+    order = sorted(tensors, key=lambda name: (-tensors[name].dtype.itemsize, name))
+    digest, crcs, size = hashlib.sha256(), {}, 0
     with path.open("wb", buffering=0) as file:
         size += _write_all(file.fileno(), memoryview(_header(tensors, order=order)), digest=digest)
         for name in order:
-            raw = raw_bytes(tensors[name])
+            raw = raw_bytes(tensors[name].load().to(tensors[name].dtype).contiguous())
             size += _write_all(file.fileno(), raw, digest=digest)
-            entries[name] = _entry(tensors[name], file=path.name, raw=raw)
+            crcs[name] = checksum(raw)
+            del raw
         os.fsync(file.fileno())
-    return WrittenFile(FileEntry(num_bytes=size, sha256=digest.hexdigest()), {name: entries[name] for name in tensors})
-
-
-def describe_tensor(tensor: torch.Tensor, *, file: str) -> TensorEntry:
-    """Shape, dtype and checksum of a tensor as it is stored."""
-    return _entry(tensor, file=file, raw=raw_bytes(tensor))
+    return WrittenFile(FileEntry(num_bytes=size, sha256=digest.hexdigest()), {name: crcs[name] for name in tensors})
 
 
 def raw_bytes(tensor: torch.Tensor) -> memoryview:
@@ -60,29 +75,29 @@ def file_hash(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def _header(tensors: dict[str, torch.Tensor], *, order: list[str]) -> bytes:
+def checksum(raw: memoryview) -> int:
+    """CRC-32, piece by piece, so that other threads run meanwhile."""
+    value = 0
+    for start in range(0, raw.nbytes, PIECE_BYTES):
+        value = zlib.crc32(raw[start : start + PIECE_BYTES], value)
+    return value
+
+
+def dtype_name(dtype: torch.dtype) -> str:
+    """A dtype as safetensors names it."""
+    return dict(DTYPE_NAMES).get(dtype, str(dtype).removeprefix("torch."))
+
+
+def _header(tensors: Mapping[str, LazyTensor], *, order: list[str]) -> bytes:
     header, offset = {}, 0
     for name in order:
         tensor = tensors[name]
-        end = offset + tensor.numel() * tensor.element_size()
-        header[name] = {"dtype": _dtype_name(tensor), "shape": list(tensor.shape), "data_offsets": [offset, end]}
+        end = offset + tensor.num_bytes
+        header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [offset, end]}
         offset = end
     text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
     text += b" " * (-len(text) % 8)
     return len(text).to_bytes(8, "little") + text
-
-
-def _entry(tensor: torch.Tensor, *, file: str, raw: memoryview) -> TensorEntry:
-    checksum = 0
-    for start in range(0, raw.nbytes, PIECE_BYTES):
-        checksum = zlib.crc32(raw[start : start + PIECE_BYTES], checksum)
-    return TensorEntry(
-        file=file, shape=tuple(tensor.shape), dtype=_dtype_name(tensor), num_bytes=raw.nbytes, crc32=checksum
-    )
-
-
-def _dtype_name(tensor: torch.Tensor) -> str:
-    return dict(DTYPE_NAMES).get(tensor.dtype, str(tensor.dtype).removeprefix("torch."))
 
 
 def _write_all(descriptor: int, raw: memoryview, *, digest: hashlib._Hash) -> int:

@@ -19,6 +19,7 @@ import torch
 
 from ernie5.checkpoint.tensor_file import raw_bytes
 from ernie5.errors import CheckpointError
+from ernie5.parallel.boxes import Box, flat_boxes, whole_box
 
 DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
     {"F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64}
@@ -27,22 +28,37 @@ ITEM_BYTES: Mapping[str, int] = types.MappingProxyType({name: dtype.itemsize for
 # Real headers of 300 B models have a few megabytes; a damaged length must not become an allocation.
 LARGEST_HEADER = 100 * 2**20
 METADATA_KEY = "__metadata__"
+BLOCK_BYTES = 1 << 24
 
 
 @dataclasses.dataclass(frozen=True)
 class TensorPlace:
-    """Where a tensor lies: its file, dtype as safetensors names it, shape, and bytes [start, stop) of the file."""
+    """Where a tensor lies: its file, dtype as safetensors names it, shape, and bytes [start, stop) of the file.
+
+    parts: of a tensor that is stored in several slices, each with its box; path, start and stop then mean the first.
+    """
 
     path: Path
     dtype: str
     shape: tuple[int, ...]
     start: int
     stop: int
+    parts: tuple[tuple[Box, TensorPlace], ...] = ()
+
+    @property
+    def paths(self) -> set[Path]:
+        """Every file that holds some of it."""
+        return {part.path for _, part in self.parts} or {self.path}
+
+    @property
+    def torch_dtype(self) -> torch.dtype:
+        """Its dtype as torch knows it."""
+        return DTYPES[self.dtype]
 
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
-        return self.stop - self.start
+        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -110,6 +126,13 @@ def read_span(place: TensorPlace, *, first: int, shape: tuple[int, ...]) -> torc
     Raises CheckpointError when the file ends early.
     """
     item = ITEM_BYTES[place.dtype]
+    if place.parts:
+        flat = torch.empty(math.prod(shape), dtype=DTYPES[place.dtype])
+        done = 0
+        for box in flat_boxes(place.shape, first=first, stop=first + flat.numel()):
+            read_box(place, box=box, into=flat[done : done + box.numel].view(box.shape))
+            done += box.numel
+        return flat.view(shape)
     buffer = torch.empty(math.prod(shape) * item, dtype=torch.uint8)
     with place.path.open("rb", buffering=0) as file:
         _fill(file.fileno(), place=place, view=memoryview(buffer.numpy()), offset=place.start + first * item)
@@ -121,6 +144,10 @@ def read_columns(place: TensorPlace, *, start: int, stop: int) -> torch.Tensor:
     rows, columns = place.shape
     if (start, stop) == (0, columns):
         return read_span(place, first=0, shape=place.shape)
+    if place.parts:
+        values = torch.empty(rows, stop - start, dtype=DTYPES[place.dtype])
+        read_box(place, box=Box((0, start), (rows, stop - start)), into=values)
+        return values
     item = ITEM_BYTES[place.dtype]
     buffer = torch.empty(rows, (stop - start) * item, dtype=torch.uint8)
     with place.path.open("rb", buffering=0) as file:
@@ -128,6 +155,66 @@ def read_columns(place: TensorPlace, *, start: int, stop: int) -> torch.Tensor:
             offset = place.start + (row * columns + start) * item
             _fill(file.fileno(), place=place, view=memoryview(target), offset=offset)
     return buffer.view(DTYPES[place.dtype])
+
+
+def read_box(place: TensorPlace, *, box: Box, into: torch.Tensor) -> None:
+    """Write the values of `box` of the tensor at `place` into the view `into`, which has the box's shape, any dtype and
+    any device; beside it there is one block of memory, none where `into` can take the bytes as they are.
+
+    Raises CheckpointError when a file ends early.
+    """
+    if into.numel() == 0:
+        return
+    for held, part in place.parts or ((whole_box(place.shape), place),):
+        common = held.overlap(box)
+        if common is None:
+            continue
+        target = into
+        for dim, (start, size) in enumerate(zip(common.seen_from(box).start, common.shape, strict=True)):
+            target = target.narrow(dim, start, size)
+        with part.path.open("rb", buffering=0) as file:
+            _read_part(file.fileno(), place=part, box=common.seen_from(held), into=target)
+
+
+def _read_part(descriptor: int, *, place: TensorPlace, box: Box, into: torch.Tensor, first: int = 0) -> None:
+    """`box` of the tensor of place.shape[-dims of box:] whose first element is number `first` of the file's tensor."""
+    dims = len(box.shape)
+    shape = place.shape[len(place.shape) - dims :]
+    if dims == 0 or box.shape[1:] == shape[1:]:  # whole rows: contiguous in the file
+        begin = first + (box.start[0] * math.prod(shape[1:]) if dims else 0)
+        _read_rows(descriptor, place=place, first=begin, into=into)
+        return
+    row = math.prod(shape[1:])
+    rows = max(1, BLOCK_BYTES // (row * ITEM_BYTES[place.dtype]))
+    if rows == 1:
+        for index in range(box.shape[0]):
+            inner = Box(box.start[1:], box.shape[1:])
+            begin = first + (box.start[0] + index) * row
+            _read_part(descriptor, place=place, box=inner, into=into[index], first=begin)
+        return
+    for start in range(0, box.shape[0], rows):
+        count = min(rows, box.shape[0] - start)
+        block = torch.empty(count, *shape[1:], dtype=DTYPES[place.dtype])
+        _read_rows(descriptor, place=place, first=first + (box.start[0] + start) * row, into=block)
+        for dim, (begin, size) in enumerate(zip(box.start[1:], box.shape[1:], strict=True), start=1):
+            block = block.narrow(dim, begin, size)
+        into[start : start + count].copy_(block)
+
+
+def _read_rows(descriptor: int, *, place: TensorPlace, first: int, into: torch.Tensor) -> None:
+    """The elements from number `first` on, in row-major order, into `into`."""
+    item = ITEM_BYTES[place.dtype]
+    offset = place.start + first * item
+    if into.device.type == "cpu" and into.is_contiguous() and into.dtype == DTYPES[place.dtype]:
+        _fill(descriptor, place=place, view=raw_bytes(into), offset=offset)
+        return
+    rows, row = (into.shape[0], math.prod(into.shape[1:])) if into.dim() else (1, 1)
+    at_once = max(1, BLOCK_BYTES // (row * item))
+    for start in range(0, rows, at_once):
+        target = into[start : start + at_once] if into.dim() else into
+        block = torch.empty(target.shape, dtype=DTYPES[place.dtype])
+        _fill(descriptor, place=place, view=raw_bytes(block), offset=offset + start * row * item)
+        target.copy_(block)
 
 
 def _fill(descriptor: int, *, place: TensorPlace, view: memoryview, offset: int) -> None:

@@ -7,12 +7,22 @@ headers, index and config are compared instead, which finds what is cut off, mis
 
 from __future__ import annotations
 
+import dataclasses
 import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
-from ernie5.checkpoint.manifest import Manifest, read_manifest
-from ernie5.checkpoint.names import MANIFEST_FILE, OPTIMIZER_FILE, find_checkpoint, list_checkpoints
+from ernie5.checkpoint.manifest import Manifest, SliceEntry, name_in_file, read_manifest
+from ernie5.checkpoint.names import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    STATE_FILE,
+    find_checkpoint,
+    is_optimizer_file,
+    latest_checkpoint,
+    list_checkpoints,
+    step_of,
+)
 from ernie5.checkpoint.tensor_file import file_hash
 from ernie5.checkpoint.tensor_slices import TensorPlace, read_header
 from ernie5.config.arguments import CommandParser
@@ -23,19 +33,21 @@ LISTED_TENSORS = 8
 
 
 def main(argv: Sequence[str]) -> int:
-    """Run the verb: exit code 0 where everything is whole; raises CheckpointError (exit code 2) naming all damage."""
-    parser = CommandParser(prog="ernie5 verify", description="Compare a checkpoint's files with their checksums.")
+    """Run the verb: exit code 0 where everything is whole; raises CheckpointError (exit code 2) naming all damage, and
+    the newest checkpoint that is whole."""
+    parser = CommandParser(
+        prog="ernie5 verify",
+        description="Compare checkpoints with their checksums: the one that is given, or all of a run.",
+    )
     parser.add_argument("checkpoint", type=Path, help="checkpoint, folder of checkpoints, run or model directory")
-    parser.add_argument("--all", action="store_true", help="every checkpoint of the folder or run")
+    parser.add_argument("--all", action="store_true", help="every checkpoint of the folder or run (the default for them)")
+    parser.add_argument("--latest", action="store_true", help="of a folder or run, only the checkpoint that `latest` names")
     options = parser.parse_args(argv)
     if _is_foreign(options.checkpoint):
         print(_verify_foreign(options.checkpoint))
         return EXIT_DONE
-    newest = find_checkpoint(options.checkpoint)
-    chosen = [newest]
-    if options.all and newest != options.checkpoint:
-        chosen = list_checkpoints(newest.parent)
-    damage = []
+    chosen = [find_checkpoint(options.checkpoint)] if options.latest else _chosen(options.checkpoint)
+    damage, whole = [], []
     for directory in chosen:
         try:
             manifest = read_manifest(directory)
@@ -47,17 +59,40 @@ def main(argv: Sequence[str]) -> int:
         if not found:
             total = sum(entry.num_bytes for entry in manifest.files.values())
             print(f"{directory}: whole. {len(manifest.files)} files, {len(manifest.tensors)} tensors, {total:,} bytes")
+            whole.append(directory)
     if damage:
-        raise CheckpointError("; ".join(damage))
+        good = f". The newest that is whole is {whole[-1]}" if whole else ". None is whole" if len(chosen) > 1 else ""
+        raise CheckpointError("; ".join(damage) + good)
     return EXIT_DONE
 
 
-def find_damage(directory: Path, *, manifest: Manifest, with_optimizer: bool = True) -> list[str]:
-    """One sentence per file that does not match the manifest, naming damaged tensors; empty where all is whole."""
+def _chosen(path: Path) -> list[Path]:
+    """A checkpoint itself, or all of a folder or run, also those without a manifest and whatever `latest` says."""
+    if step_of(path.resolve().name) is not None or (path / MANIFEST_FILE).is_file():
+        return [path]
+    for folder in (path, path / "checkpoints"):
+        found = list_checkpoints(folder)
+        elsewhere = latest_checkpoint(folder)
+        if found or elsewhere:
+            return found if elsewhere is None or elsewhere in found else [*found, elsewhere]
+    return [find_checkpoint(path)]
+
+
+def is_whole(directory: Path) -> bool:
+    """Whether every byte of a checkpoint is as its manifest says, and a run can go on from it."""
+    try:
+        manifest = read_manifest(directory)
+    except CheckpointError:
+        return False
+    needed = (STATE_FILE, CONFIG_FILE)
+    return not find_missing(directory, manifest=manifest, needed=needed) and not find_damage(directory, manifest=manifest)
+
+
+def find_missing(directory: Path, *, manifest: Manifest, needed: Sequence[str] = ()) -> list[str]:
+    """One sentence per file that is absent, of another size than the manifest says, or not in it although `needed` or
+    said to hold tensors; reads sizes alone."""
     damage = []
     for name, entry in manifest.files.items():
-        if name == OPTIMIZER_FILE and not with_optimizer:
-            continue
         path = directory / name
         if not path.is_file():
             damage.append(f"{path} is missing")
@@ -66,15 +101,44 @@ def find_damage(directory: Path, *, manifest: Manifest, with_optimizer: bool = T
                 f"{path} has {path.stat().st_size} bytes, the manifest says {entry.num_bytes}: it is cut off or was "
                 f"replaced{_lost(path, file=name, manifest=manifest)}"
             )
-        elif file_hash(path) != entry.sha256:
-            damage.append(f"{path} does not match its checksum{_damaged(path, file=name, manifest=manifest)}")
-    held = {entry.file for entry in manifest.tensors.values()}
+    damage += [f"{directory / name} is missing" for name in needed if name not in manifest.files]
+    held = {name for entry in manifest.tensors.values() for name in entry.files}
     damage += [f"{directory / name} holds tensors but has no checksum" for name in sorted(held - set(manifest.files))]
     return damage
 
 
+def find_damage(
+    directory: Path, *, manifest: Manifest, with_optimizer: bool = True, share: tuple[int, int] = (0, 1)
+) -> list[str]:
+    """One sentence per file that does not match the manifest, naming damaged tensors; empty where all is whole.
+
+    share (r, n): look at every n-th file from number r on; the others are some other rank's.
+    """
+    wanted = {k: v for k, v in manifest.files.items() if with_optimizer or not is_optimizer_file(k)}
+    own = dict(list(wanted.items())[share[0] :: share[1]])
+    part = dataclasses.replace(manifest, files=own)
+    damage = [line for line in find_missing(directory, manifest=part) if "has no checksum" not in line]
+    if share[0] == 0:
+        damage += [line for line in find_missing(directory, manifest=manifest) if "has no checksum" in line]
+    for name, entry in own.items():
+        path = directory / name
+        if path.is_file() and path.stat().st_size == entry.num_bytes and file_hash(path) != entry.sha256:
+            damage.append(f"{path} does not match its checksum{_damaged(path, file=name, manifest=manifest)}")
+    return damage
+
+
+def _slices_in(file: str, *, manifest: Manifest) -> dict[str, SliceEntry]:
+    """The slices that a file holds, by their names in it."""
+    return {
+        name_in_file(key, entry=entry, part=part): part
+        for key, entry in manifest.tensors.items()
+        for part in entry.slices
+        if part.file == file
+    }
+
+
 def _damaged(path: Path, *, file: str, manifest: Manifest) -> str:
-    wanted = {name: entry for name, entry in manifest.tensors.items() if entry.file == file}
+    wanted = _slices_in(file, manifest=manifest)
     if not wanted:
         return ""
     try:
@@ -88,7 +152,7 @@ def _damaged(path: Path, *, file: str, manifest: Manifest) -> str:
 
 def _lost(path: Path, *, file: str, manifest: Manifest) -> str:
     """The tensors that a file of the wrong size no longer holds in full."""
-    if not any(entry.file == file for entry in manifest.tensors.values()):
+    if not _slices_in(file, manifest=manifest):
         return ""
     size = path.stat().st_size
     try:

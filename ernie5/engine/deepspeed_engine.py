@@ -23,7 +23,7 @@ from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_order import OrderedStep
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_tensor
-from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums
+from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
 from ernie5.optim.build import build_optimizer
@@ -63,7 +63,7 @@ class DeepSpeedEngine(Engine):
         parallel_state = build_state(parallel.derive_dims(self.world_size), node_size=parallel.node_size)
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
-        self._stage = engine.zero_stage
+        self._stage, self.updates = engine.zero_stage, 0
         self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
         self._data_axis = parallel_state.dp_cp
         model.to(device)
@@ -85,6 +85,7 @@ class DeepSpeedEngine(Engine):
             dp=self._data_axis.size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
+            pin_memory=device.type == "cuda",
         )
         optimizer = build_optimizer(groups, config=optim, peers=find_peers(parallel_state))
         placement.mark_groups(optimizer)
@@ -125,7 +126,7 @@ class DeepSpeedEngine(Engine):
         norm = self._step_whole() if self._stage == 0 else self._step_sharded()
         skipped = not math.isfinite(norm)
         if not skipped:
-            self._state.updates += 1
+            self.updates += 1
             self.follow(sums)
         return StepReport(sums=sums, grad_norm=torch.tensor(norm), skipped=skipped)
 
@@ -149,14 +150,14 @@ class DeepSpeedEngine(Engine):
         builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
         return builder.finish(reduce=self.sum_over_ranks)
 
-    def state(self) -> EngineState:
-        """Full state on the CPU of every rank; collective."""
-        return self._state.collect(magnitudes=self.magnitudes)
+    def slices(self) -> Iterator[StateSlice]:
+        """What DeepSpeed keeps on this rank."""
+        return self._state.slices()
 
-    def load_state(self, state: EngineState) -> None:
-        """Continue from `state`; collective."""
-        self._state.load(state)
-        self.magnitudes = state.magnitudes.to(self.device)
+    def adopt(self, *, updates: int, magnitudes: torch.Tensor) -> None:
+        """Go on from the values in `slices()`; collective."""
+        self._state.adopt(updates=updates)
+        self.updates, self.magnitudes = updates, magnitudes.to(self.device)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""

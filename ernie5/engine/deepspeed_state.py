@@ -1,27 +1,30 @@
-"""Full fp32 state and gradients of a DeepSpeed engine by parameter name, whatever the ZeRO stage.
+"""The fp32 state and the gradients of a DeepSpeed engine by parameter name, whatever the ZeRO stage.
 
-DeepSpeed keeps masters and moments as flat pieces; its `safe_*` functions assemble one parameter at a time. Moments
-exist only after the first step, so loading creates them first. The attribute names below are of DeepSpeed 0.19.8,
+DeepSpeed keeps masters and moments as flat pieces: `slices` says which boxes of which tensors they are, `safe_*`
+functions of DeepSpeed assemble one parameter at a time for comparisons. Moments exist only after the first step, so
+they are created at the start. The attribute names below are of DeepSpeed 0.19.8,
 which setup.py pins; the equality tests guard them.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+
 import torch
 import torch.distributed as dist
 
-from ernie5.engine.interface import EngineState, check_names
-from ernie5.engine.local import load_buffers, persistent_buffers
+from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
+from ernie5.engine.slices import buffer_slices, part_slices
 from ernie5.optim.adamw import MOMENTS, create_state
 from ernie5.parallel.apply import Layout
+from ernie5.parallel.held import held_parts, written_names
 
 
 class DeepSpeedState:
-    """Reads and writes the state behind a DeepSpeed engine; every method is collective."""
+    """Reads and writes the state behind a DeepSpeed engine; all methods but `slices` are collective."""
 
     def __init__(self, engine: object, *, model: torch.nn.Module, stage: int, layout: Layout) -> None:
         self._engine, self._model, self._stage, self._layout = engine, model, stage, layout
-        self.updates = 0
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         for master in self._masters():
             create_state(self._inner(), parameter=master)
@@ -47,41 +50,36 @@ class DeepSpeedState:
         shape = parameter.ds_shape if self._stage == 3 else parameter.shape
         safe_set_full_grad(parameter, torch.full(shape, torch.nan, device=parameter.device))
 
-    def collect(self, *, magnitudes: torch.Tensor) -> EngineState:
-        """Everything on the CPU."""
-        parameters, moments = {}, {}
+    def slices(self) -> Iterator[StateSlice]:
+        """This rank's masters and moments where DeepSpeed keeps them, and the buffers; no collective."""
+        parts = held_parts(self._layout)
+        partition = ("dp_cp", "edp") if self._stage else ()
+        written = written_names(self._layout, parts=parts, partition_axes=partition)
         for name, parameter in self._names.items():
             for key in (None, *self._keys(parameter)):
-                whole = self._layout.gather(self._read(parameter, key=key), name=name)
-                target, label = (parameters, name) if key is None else (moments, f"{key}/{name}")
-                target[label] = whole.to("cpu", torch.float32, copy=True)
-        return EngineState(
-            parameters=parameters,
-            buffers=persistent_buffers(self._model),
-            moments=moments,
-            updates=self.updates,
-            magnitudes=magnitudes.cpu().clone(),
-        )
+                flat, first = self._own_elements(parameter, key=key)
+                yield from part_slices(
+                    flat,
+                    kind=PARAMETER if key is None else MOMENT,
+                    key=name if key is None else f"{key}/{name}",
+                    held=parts[name],
+                    is_written=name in written,
+                    first=first,
+                )
+        yield from buffer_slices(self._model, is_written=self._layout.state.stage.coordinate == 0)
 
     @torch.no_grad()
-    def load(self, state: EngineState) -> None:
-        """Write `state` into masters, moments, counters, parameters and buffers after checking names and shapes."""
-        own = self.collect(magnitudes=state.magnitudes)
-        check_names(state.parameters, expected=own.parameters, what="parameters")
-        check_names(state.moments, expected=own.moments, what="optimizer tensors")
-        load_buffers(self._model, buffers=state.buffers)
-        for name, parameter in self._names.items():
-            self._write(parameter, value=self._layout.cut(state.parameters[name], name=name), key=None)
-            for key in self._keys(parameter):
-                self._write(parameter, value=self._layout.cut(state.moments[f"{key}/{name}"], name=name), key=key)
+    def adopt(self, *, updates: int) -> None:
+        """Parameters follow the masters, counters are set."""
+        if self._stage in (1, 2):
+            self._optimizer().update_lp_params()
         if self._stage == 3:
             for group in range(len(self._optimizer().fp16_groups)):
                 self._optimizer()._reassign_or_swap_out_partitioned_parameters(group)
         for master in self._masters():
             entry = self._inner().state[master]
             if "step" in entry:
-                entry["step"].fill_(state.updates)
-        self.updates = state.updates
+                entry["step"].fill_(updates)
 
     def _keys(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
         if self._stage == 0:
@@ -97,31 +95,24 @@ class DeepSpeedState:
             return safe_get_full_fp32_param(parameter).detach()
         return safe_get_full_optimizer_state(parameter, key)
 
-    def _write(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
-        from deepspeed.utils import safe_set_full_fp32_param, safe_set_full_optimizer_state
-
-        value = value.to(parameter.device)
+    def _own_elements(self, parameter: torch.nn.Parameter, *, key: str | None) -> tuple[torch.Tensor, int]:
+        """The elements of a parameter's master (or of its moment `key`) that this rank keeps, as a flat view, and the
+        place of the first of them in the flat parameter."""
         if self._stage == 0:
-            (parameter if key is None else self._inner().state[parameter][key]).copy_(value)
-        elif self._stage == 3:
-            self._write_piece(parameter, value=value, key=key)
-        elif key is not None:
-            safe_set_full_optimizer_state(parameter, value, key)
-        else:
-            safe_set_full_fp32_param(parameter, value)
-            parameter.data.copy_(value)
+            return (parameter if key is None else self._inner().state[parameter][key]).detach().view(-1), 0
+        if self._stage == 3:
+            flat, _ = self._optimizer()._get_fp32_opt_state_partition(parameter, True, key)
+            first = dist.get_rank(parameter.ds_process_group) * flat.numel()
+            return flat.detach()[: max(0, parameter.ds_numel - first)], first  # the last pieces are padded
+        fragment = parameter._hp_mapping
+        if fragment is None:
+            return torch.empty(0), 0
+        return fragment.get_hp_fragment(key).detach().view(-1), fragment.lp_fragment_address.start
 
     def _gradient(self, parameter: torch.nn.Parameter) -> torch.Tensor:
         if self._stage == 3:
             return self._optimizer().get_fp32_grad_for_param(parameter)
         return parameter.grad if self._stage == 0 else parameter.get_full_hp_grad()
-
-    def _write_piece(self, parameter: torch.nn.Parameter, *, value: torch.Tensor, key: str | None) -> None:
-        """This rank's piece, padded: safe_set_full_* fails where ranks do not divide the number of elements."""
-        size = parameter.ds_tensor.numel()
-        ranks = dist.get_world_size(parameter.ds_process_group)
-        pieces = torch.nn.functional.pad(value.flatten(), (0, size * ranks - value.numel())).view(ranks, size)
-        self._optimizer().set_local_hp_param(pieces[dist.get_rank(parameter.ds_process_group)], parameter, key)
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer

@@ -15,17 +15,17 @@ import torch.distributed as dist
 
 from ernie5.engine.clipping import clip_over_ranks
 from ernie5.engine.config import EngineConfig
-from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
+from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.local import (
+    adopt_masters,
     copy_masters,
-    load_buffers,
     make_masters,
     move_gradients,
-    persistent_buffers,
     poison_gradients,
 )
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
+from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -34,6 +34,7 @@ from ernie5.parallel.apply import apply_layout
 from ernie5.parallel.buckets import sum_gradients
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.held import held_parts, written_names
 from ernie5.parallel.state import build_state, join_processes
 from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
@@ -74,7 +75,7 @@ class GridEngine(Engine):
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)
         self._step.text_loss = self._layout.text_loss(vocab_size=model.config.vocab_size)
-        self._updates = 0
+        self.updates = 0
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over `micro_batches`, then one sum of gradients over ranks."""
@@ -99,7 +100,7 @@ class GridEngine(Engine):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             self._optimizer.step()
-            self._updates += 1
+            self.updates += 1
             copy_masters(self._masters, model=self.model)
             self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
@@ -124,41 +125,20 @@ class GridEngine(Engine):
         builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
         return builder.finish(reduce=self.sum_over_ranks)
 
-    @torch.no_grad()
-    def state(self) -> EngineState:
-        """Whole tensors on the CPU of every rank, whatever the layout; collective."""
-        parameters, moments = {}, {}
+    def slices(self) -> Iterator[StateSlice]:
+        """This rank's parts; of equal copies one rank saves each."""
+        parts = held_parts(self._layout)
+        written = written_names(self._layout, parts=parts)
         for name, master in self._masters.items():
-            parameters[name] = self._layout.gather(master.detach(), name=name).to("cpu", copy=True)
-            for kind, value in self._optimizer.state[master].items():
-                if kind != "step":
-                    whole = self._layout.gather(value.detach(), name=name)
-                    moments[f"{kind}/{name}"] = whole.to("cpu", torch.float32, copy=True)
-        return EngineState(
-            parameters=parameters,
-            buffers=persistent_buffers(self.model),
-            moments=moments,
-            updates=self._updates,
-            magnitudes=self.magnitudes.cpu().clone(),
-        )
+            yield from optimizer_slices(
+                self._optimizer, master=master, name=name, held=parts[name], is_written=name in written
+            )
+        yield from buffer_slices(self.model, is_written=self._parallel.stage.coordinate == 0)
 
-    @torch.no_grad()
-    def load_state(self, state: EngineState) -> None:
-        """Copy this rank's parts of `state` in, after checking every name and shape."""
-        own = self.state()
-        check_names(state.parameters, expected=own.parameters, what="parameters")
-        check_names(state.moments, expected=own.moments, what="optimizer tensors")
-        load_buffers(self.model, buffers=state.buffers)
-        for name, master in self._masters.items():
-            master.copy_(self._layout.cut(state.parameters[name], name=name))
-            for kind, value in self._optimizer.state[master].items():
-                if kind == "step":
-                    value.fill_(state.updates)
-                else:
-                    value.copy_(self._layout.cut(state.moments[f"{kind}/{name}"], name=name))
-        copy_masters(self._masters, model=self.model)
-        self._updates = state.updates
-        self.magnitudes = state.magnitudes.to(self.device)
+    def adopt(self, *, updates: int, magnitudes: torch.Tensor) -> None:
+        """Copy masters to the model and set the counters."""
+        adopt_masters(self._masters, optimizer=self._optimizer, model=self.model, updates=updates)
+        self.updates, self.magnitudes = updates, magnitudes.to(self.device)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""

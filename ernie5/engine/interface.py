@@ -11,6 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from typing import Protocol
 
 import torch
 import torch.distributed as dist
@@ -19,9 +20,11 @@ from ernie5.errors import CheckpointError
 from ernie5.model.moe.balance import update_balance
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import mean_losses, update_magnitudes
+from ernie5.parallel.boxes import Box, whole_box
 from ernie5.records import Batch, LossTerms, RoutingStats, TargetCounts, TensorRecord
 
 LISTED_PROBLEMS = 6
+PARAMETER, BUFFER, MOMENT = KINDS = ("parameters", "buffers", "optimizer tensors")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -48,9 +51,39 @@ class StepReport:
     skipped: bool
 
 
+@dataclasses.dataclass(frozen=True)
+class StateSlice:
+    """A box of one named tensor of an engine's state, as this rank holds it.
+
+    kind: PARAMETER (fp32 masters), MOMENT (`<kind>/<parameter name>`, fp32) or BUFFER; key: global name; shape: of the
+    whole tensor; values: a view of the live memory, in the box's shape; is_written: whether this rank is the one of all
+    that hold these values which saves them.
+    """
+
+    kind: str
+    key: str
+    shape: tuple[int, ...]
+    box: Box
+    values: torch.Tensor
+    is_written: bool
+
+
+class StateSource(Protocol):
+    """A state to continue from, of which an engine reads the boxes it holds: a checkpoint, or tensors in memory."""
+
+    updates: int
+    magnitudes: torch.Tensor
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """Shapes of all tensors of a kind, by key."""
+
+    def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
+        """Write the values of `box` into the view `into`, which has the box's shape."""
+
+
 @dataclasses.dataclass
 class EngineState:
-    """Everything an engine needs to continue, layout-free, on the CPU.
+    """Everything an engine needs to continue, whole and on the CPU: for small models and comparisons.
 
     parameters: fp32 master weights by global name; buffers: persistent buffers (balance bias); moments: optimizer
     state as `<kind>/<parameter name>`, fp32; updates: optimizer steps applied; magnitudes [4] fp64.
@@ -61,6 +94,27 @@ class EngineState:
     moments: dict[str, torch.Tensor]
     updates: int
     magnitudes: torch.Tensor
+
+    def tensors(self, kind: str) -> dict[str, torch.Tensor]:
+        """The tensors of a kind."""
+        return {PARAMETER: self.parameters, BUFFER: self.buffers, MOMENT: self.moments}[kind]
+
+    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
+        """As StateSource."""
+        return {key: tuple(value.shape) for key, value in self.tensors(kind).items()}
+
+    def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
+        """As StateSource."""
+        whole = next(self.tensors(kind)[key] for kind in KINDS if key in self.tensors(kind))
+        into.copy_(cut_box(whole, box=box))
+
+    def slices(self) -> list[StateSlice]:
+        """Every tensor as one slice."""
+        return [
+            StateSlice(kind, key, tuple(value.shape), whole_box(tuple(value.shape)), value, is_written=True)
+            for kind in KINDS
+            for key, value in self.tensors(kind).items()
+        ]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,7 +130,7 @@ class StepSettings:
 class Engine(abc.ABC):
     """Interface of `local.py`, `grid.py` and `deepspeed_engine.py`, which are tested to be equal.
 
-    dp_rank of dp_size: which streams of data this rank reads; ranks of one tp, cp or pp group read the same.
+    updates: optimizer steps applied. dp_rank of dp_size: which streams of data this rank reads; ranks of one tp, cp or pp group read the same.
     """
 
     model: torch.nn.Module
@@ -87,6 +141,7 @@ class Engine(abc.ABC):
     dp_size: int
     settings: StepSettings
     magnitudes: torch.Tensor
+    updates: int
 
     def train_step(self, micro_batches: Sequence[Batch], *, learning_rate: float) -> StepReport:
         """Run one optimizer step on this rank's micro-batches (the same number on every rank)."""
@@ -134,12 +189,57 @@ class Engine(abc.ABC):
         """Forward without gradients; sums over all ranks (every rank passes its own batch)."""
 
     @abc.abstractmethod
-    def state(self) -> EngineState:
-        """Collect the state; collective, and only rank 0's return value is complete."""
+    def slices(self) -> Iterator[StateSlice]:
+        """What this rank holds of the state, as views of the memory that steps use; no collective, no copy."""
 
     @abc.abstractmethod
-    def load_state(self, state: EngineState) -> None:
-        """Continue from `state`, which every rank passes. Raises CheckpointError naming every mismatch."""
+    def adopt(self, *, updates: int, magnitudes: torch.Tensor) -> None:
+        """Go on from the values that now stand in `slices()` after `updates` optimizer steps; collective."""
+
+    @torch.no_grad()
+    def load_state(self, source: StateSource) -> None:
+        """Continue from `source`, each rank reading the boxes that it holds; collective.
+
+        Raises CheckpointError naming every mismatch, on every rank.
+        """
+        own = list(self.slices())
+        self._check_fit(source, own=own, kinds=KINDS)
+        for piece in own:
+            source.read(piece.key, box=piece.box, into=piece.values)
+        self.adopt(updates=source.updates, magnitudes=source.magnitudes)
+
+    @torch.no_grad()
+    def load_weights(self, source: StateSource) -> None:
+        """Start from the parameters and buffers of `source` alone, with a new optimizer; collective. Raises as
+        `load_state`."""
+        own = [piece for piece in self.slices() if piece.kind != MOMENT]
+        self._check_fit(source, own=own, kinds=(PARAMETER, BUFFER))
+        for piece in own:
+            source.read(piece.key, box=piece.box, into=piece.values)
+        self.adopt(updates=0, magnitudes=self.magnitudes)
+
+    def state(self) -> EngineState:
+        """The whole state in memory on every rank, out of everybody's slices; collective. Checkpoints never need it."""
+        own = [(p.kind, p.key, p.shape, p.box, p.values.cpu().clone()) for p in self.slices() if p.is_written]
+        everyone: list = [own]
+        if self.world_size > 1:
+            everyone = [None] * self.world_size
+            dist.all_gather_object(everyone, own)
+        state = EngineState({}, {}, {}, self.updates, self.magnitudes.cpu().clone())
+        for kind, key, shape, box, values in (piece for one in everyone for piece in one):
+            whole = state.tensors(kind).setdefault(key, torch.full(shape, torch.nan, dtype=values.dtype))
+            cut_box(whole, box=box).copy_(values)
+        return state
+
+    def _check_fit(self, source: StateSource, *, own: list[StateSlice], kinds: Sequence[str]) -> None:
+        """Names and shapes of all ranks together must be those of `source`: a stage knows its own layers alone."""
+        needed = {kind: {p.key: p.shape for p in own if p.kind == kind} for kind in kinds}
+        if self.total(float(any(needed[kind] != source.shapes(kind) for kind in kinds))):
+            for other in self.gather(needed):
+                for kind in kinds:
+                    needed[kind] |= {key: tuple(shape) for key, shape in other[kind].items()}
+        for kind in kinds:
+            check_names(source.shapes(kind), expected=needed[kind], what=kind)
 
     @abc.abstractmethod
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
@@ -172,14 +272,23 @@ class Engine(abc.ABC):
         return self.rank == 0
 
 
-def check_names(found: dict[str, torch.Tensor], *, expected: dict[str, torch.Tensor], what: str) -> None:
+def cut_box(tensor: torch.Tensor, *, box: Box) -> torch.Tensor:
+    """The view of `box` in a whole tensor."""
+    for dim, (start, size) in enumerate(zip(box.start, box.shape, strict=True)):
+        tensor = tensor.narrow(dim, start, size)
+    return tensor
+
+
+def check_names(
+    found: dict[str, tuple[int, ...]], *, expected: dict[str, tuple[int, ...]], what: str
+) -> None:
     """Compare names and shapes; raises CheckpointError that lists the first differences and counts the others."""
     problems = [f"{name} is missing" for name in expected if name not in found]
     problems += [f"{name} is unknown to the model" for name in found if name not in expected]
     problems += [
-        f"{name} has shape {list(found[name].shape)}, the model wants {list(tensor.shape)}"
-        for name, tensor in expected.items()
-        if name in found and found[name].shape != tensor.shape
+        f"{name} has shape {list(found[name])}, the model wants {list(shape)}"
+        for name, shape in expected.items()
+        if name in found and tuple(found[name]) != tuple(shape)
     ]
     if problems:
         more = len(problems) - LISTED_PROBLEMS

@@ -4,18 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import torch
 
-from ernie5.engine.interface import Engine, EngineState, StepReport, StepSettings, StepSums, check_names
+from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
+from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.model.moe.balance import orthogonality_step
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.clip import global_norm
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.fused import step_clipped
 from ernie5.optim.groups import build_groups
+from ernie5.parallel.boxes import Held
 from ernie5.records import Batch
 
 
@@ -46,7 +48,7 @@ class LocalEngine(Engine):
         copies = copies if precision == "bf16" else {}
         self._optimizer = build_optimizer(groups, config=optim, copies=copies)
         self._step = MicroStep(model, config=settings.objectives)
-        self._updates = 0
+        self.updates = 0
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over `micro_batches`, gradients summed in fp32."""
@@ -70,7 +72,7 @@ class LocalEngine(Engine):
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
             step_clipped(self._optimizer, gradients=gradients, norm=norm, max_norm=self.settings.clip_norm)
-            self._updates += 1
+            self.updates += 1
             copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
             self.follow(sums)
@@ -100,39 +102,17 @@ class LocalEngine(Engine):
         builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
         return builder.finish(reduce=self.sum_over_ranks)
 
-    def state(self) -> EngineState:
-        """Copies of masters, buffers, moments and magnitudes on the CPU."""
-        moments = {
-            f"{kind}/{name}": value.detach().to("cpu", torch.float32, copy=True)
-            for name, master in self._masters.items()
-            for kind, value in self._optimizer.state[master].items()
-            if kind != "step"
-        }
-        return EngineState(
-            parameters={name: m.detach().to("cpu", copy=True) for name, m in self._masters.items()},
-            buffers=persistent_buffers(self.model),
-            moments=moments,
-            updates=self._updates,
-            magnitudes=self.magnitudes.cpu().clone(),
-        )
-
-    @torch.no_grad()
-    def load_state(self, state: EngineState) -> None:
-        """Copy `state` in, after checking every name and shape."""
-        own = self.state()
-        check_names(state.parameters, expected=own.parameters, what="parameters")
-        check_names(state.moments, expected=own.moments, what="optimizer tensors")
-        load_buffers(self.model, buffers=state.buffers)
+    def slices(self) -> Iterator[StateSlice]:
+        """Every tensor whole."""
         for name, master in self._masters.items():
-            master.copy_(state.parameters[name])
-            for kind, value in self._optimizer.state[master].items():
-                if kind == "step":
-                    value.fill_(state.updates)
-                else:
-                    value.copy_(state.moments[f"{kind}/{name}"])
-        copy_masters(self._masters, model=self.model)
-        self._updates = state.updates
-        self.magnitudes = state.magnitudes.to(self.device)
+            held = Held(tuple(master.shape))
+            yield from optimizer_slices(self._optimizer, master=master, name=name, held=held, is_written=True)
+        yield from buffer_slices(self.model, is_written=True)
+
+    def adopt(self, *, updates: int, magnitudes: torch.Tensor) -> None:
+        """Copy masters to the model and set the counters."""
+        adopt_masters(self._masters, optimizer=self._optimizer, model=self.model, updates=updates)
+        self.updates, self.magnitudes = updates, magnitudes.to(self.device)
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """One rank: the values themselves."""
@@ -186,23 +166,14 @@ def poison_gradients(masters: dict[str, torch.nn.Parameter]) -> None:
             master.grad.fill_(math.nan)
 
 
-def persistent_buffers(model: torch.nn.Module) -> dict[str, torch.Tensor]:
-    """Copies on the CPU of the buffers that a checkpoint keeps."""
-    parameters = {name for name, _ in model.named_parameters(remove_duplicate=False)}
-    return {
-        name: value.detach().to("cpu", copy=True)
-        for name, value in model.state_dict().items()
-        if name not in parameters
-    }
-
-
-def load_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:
-    """Copy `buffers` into the model's persistent buffers. Raises CheckpointError naming every mismatch."""
-    expected = persistent_buffers(model)
-    check_names(buffers, expected=expected, what="buffers")
-    own = dict(model.named_buffers())
-    for name, value in buffers.items():
-        own[name].copy_(value)
+def adopt_masters(
+    masters: dict[str, torch.nn.Parameter], *, optimizer: torch.optim.Optimizer, model: torch.nn.Module, updates: int
+) -> None:
+    """After new values were written into masters and moments: copy to bf16 parameters, set the optimizer's counters."""
+    for master in masters.values():
+        if "step" in optimizer.state[master]:
+            optimizer.state[master]["step"].fill_(updates)
+    copy_masters(masters, model=model)
 
 
 def cast_parameters(model: torch.nn.Module, *, precision: str) -> None:

@@ -33,7 +33,7 @@ from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
 from ernie5.train.config import RootConfig
 from ernie5.train.hook import Hook
 from ernie5.train.hooks import FiguresBoard, RecordHook, RoutingHook, StepFiguresHook, ValidationHook
-from ernie5.train.replica import ReplicaHook, agree, load_newest, replica_folder
+from ernie5.train.replica import ReplicaHook, agree, open_newest, replica_folder
 from ernie5.train.rollback import AlarmHook, Rollback
 from ernie5.train.samples import SamplesHook
 from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords, Snapshot
@@ -69,7 +69,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     refuse_unavailable(config, world_size=world_size)
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
-    loaded = load_newest(resume_from)
+    loaded = open_newest(resume_from)
     places = config.tokenizers
     if loaded is not None:
         folders = (run_dir / KEPT_FOLDER, *kept_folders(loaded.directory))

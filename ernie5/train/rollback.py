@@ -7,7 +7,7 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import load_run
+from ernie5.checkpoint.load import check_together, open_run
 from ernie5.checkpoint.names import MANIFEST_FILE, list_checkpoints, step_of
 from ernie5.checkpoint.save import point_latest
 from ernie5.engine.interface import Engine, StepSums
@@ -102,7 +102,8 @@ class Rollback:
             )
         self._settle()
         target = self._choose(step, alarm=alarm)
-        loaded = load_run(target)
+        loaded = open_run(target)
+        check_together(loaded.directory, manifest=loaded.manifest, engine=self._engine)
         self._engine.load_state(loaded.engine)
         self._progression.restore(loaded.run)
         if self._engine.is_main:

@@ -8,11 +8,11 @@ from pathlib import Path
 from typing import Protocol
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.save import Contents, save_checkpoint
-from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
+from ernie5.checkpoint.save import Contents
+from ernie5.checkpoint.saver import Saver
+from ernie5.checkpoint.writer import SaveStatus
 from ernie5.data.loader import merge_states
 from ernie5.engine.interface import Engine
-from ernie5.errors import EnvironmentFault
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Metrics
 from ernie5.train.hooks import FiguresBoard, RoutingHook
@@ -45,23 +45,31 @@ class RunRecords:
 
 
 class Snapshot:
-    """Takes all that a checkpoint holds into memory, once the records of the run are on disk as far as it reaches."""
+    """Takes what this rank puts into a checkpoint, once the records of the run are on disk as far as it reaches."""
 
     def __init__(self, *, engine: Engine, progression: Progression, data: Cursor, identity: CheckpointIdentity,
                  records: RunRecords) -> None:
         self._engine, self._progression, self._data = engine, progression, data
         self._identity, self._records = identity, records
 
-    def take(self) -> Contents:
-        """Copies on the CPU; collective."""
+    def take(self, *, copies: bool) -> Contents:
+        """The slices that this rank writes; collective. copies: in CPU memory of their own, because training goes on;
+        else views, which cost nothing while it waits."""
         self._records.metrics.flush()
         self._records.routing.save_now()
+        slices = (part for part in self._engine.slices() if part.is_written)
+        if copies:
+            slices = (dataclasses.replace(p, values=p.values.detach().to("cpu", copy=True)) for p in slices)
         return Contents(
-            engine=self._engine.state(),
+            slices=tuple(slices),
+            updates=self._engine.updates,
+            magnitudes=self._engine.magnitudes.cpu().clone(),
             run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
             config_yaml=self._identity.config_yaml,
             precision=self._identity.precision,
             tokenizers=self._identity.tokenizers,
+            rank=self._engine.rank,
+            ranks=self._engine.world_size,
         )
 
 
@@ -78,9 +86,9 @@ class CheckpointHook(Hook):
         snapshot: Snapshot,
         board: FiguresBoard,
     ) -> None:
-        self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
+        self._config, self._engine, self._progression = config, engine, progression
         self._snapshot, self._board = snapshot, board
-        self._writer = BackgroundWriter()
+        self._saver = Saver(folder, config=config, engine=engine)
         self._begun_step: int | None = None
         self._saved_step, self._saved_path = -1, ""
 
@@ -107,35 +115,31 @@ class CheckpointHook(Hook):
 
     def finish(self) -> None:
         """Wait for a save in flight, without asking other ranks: some of them may be gone."""
-        if self._begun_step is not None and self._engine.is_main:
-            self._writer.result()
+        if self._begun_step is not None:
+            self._saver.finish()
 
     def _begin(self, *, wait: bool) -> None:
-        """Copy the state and start writing it, unless it is saved already; counts the seconds that training waits."""
+        """Start writing the state, unless it is saved already; counts the seconds that training waits."""
         started = time.perf_counter()
         if self._begun_step is not None:
             self._settle(wait=wait or self._begun_step != self._progression.step)
         if self._begun_step is None and self._saved_step != self._progression.step:
-            contents = self._snapshot.take()
-            if self._engine.is_main:
-                self._writer.start(lambda: save_checkpoint(self._folder, contents=contents, config=self._config))
+            self._saver.start(self._snapshot.take(copies=not wait))
             self._begun_step = self._progression.step
             if wait:
                 self._settle(wait=True)
         self._board.stall_seconds += time.perf_counter() - started
 
     def _settle(self, *, wait: bool) -> None:
-        """Let every rank know how the save in flight stands: one small sum per step as long as there is one."""
+        """Let every rank know how the save in flight stands."""
         if self._begun_step is None:
             return
-        status = self._writer.status(wait=wait) if self._engine.is_main else SaveStatus.RUNNING
-        agreed = int(self._engine.total(float(status)))
-        if agreed == SaveStatus.RUNNING:
+        status = self._saver.settle(wait=wait)
+        if status == SaveStatus.RUNNING:
             return
         step, self._begun_step = self._begun_step, None
-        if agreed == SaveStatus.FAILED and not self._engine.is_main:
-            raise EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
+        path = self._saver.result()
         self._saved_step = step
         if self._engine.is_main:
-            self._saved_path = str(self._writer.result())
-            get_log().info("saved %s, written in %.2f s", self._saved_path, self._writer.seconds)
+            self._saved_path = str(path)
+            get_log().info("saved %s, written in %.2f s", self._saved_path, self._saver.seconds)

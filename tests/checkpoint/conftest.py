@@ -10,6 +10,8 @@ import pytest
 import torch
 
 from ernie5.__main__ import main
+from ernie5.engine.interface import BUFFER, MOMENT, PARAMETER, EngineState, StateSource
+from ernie5.parallel.boxes import whole_box
 
 SHAPES = {
     # heads times head width != hidden size, one key head, odd vocabulary, dense prefix of two
@@ -108,3 +110,18 @@ def convert(verb: Callable) -> Callable[..., str]:
         return out
 
     return run
+
+
+@pytest.fixture
+def read_state() -> Callable[[StateSource], EngineState]:
+    """`read_state(source)`: every tensor of a state, whole."""
+
+    def read(source: StateSource) -> EngineState:
+        state = EngineState({}, {}, {}, source.updates, source.magnitudes)
+        for kind in (PARAMETER, BUFFER, MOMENT):
+            for key, shape in source.shapes(kind).items():
+                state.tensors(kind)[key] = torch.full(shape, torch.nan)
+                source.read(key, box=whole_box(shape), into=state.tensors(kind)[key])
+        return state
+
+    return read

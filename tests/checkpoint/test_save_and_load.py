@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import json
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,30 +21,45 @@ from ernie5.engine.interface import EngineState
 from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
 
 
-def make_contents(step: int, *, precision: str = "fp32") -> Contents:
+def make_state(step: int) -> EngineState:
     torch.manual_seed(step)
     parameters = {"a.weight": torch.randn(5, 3), "b.bias": torch.randn(2)}
     kinds = ("exp_avg", "exp_avg_sq")
     moments = {f"{kind}/{name}": torch.randn_like(v) for kind in kinds for name, v in parameters.items()}
-    engine = EngineState(
+    return EngineState(
         parameters=parameters, buffers={"router.balance_bias": torch.randn(4)}, moments=moments, updates=step,
         magnitudes=torch.rand(4, dtype=torch.float64) / 3,
     )
+
+
+def make_contents(step: int, *, precision: str = "fp32") -> Contents:
+    state = make_state(step)
     run = RunState(step=step, tokens=10 * step, data={"cursor": [step, 2]}, rng={"cpu": "00ff"}, spikes=1)
-    return Contents(engine=engine, run=run, config_yaml="train: {}\n", precision=precision, tokenizers={"text": "abc"})
+    return Contents(tuple(state.slices()), step, state.magnitudes, run, "train: {}\n", precision, {"text": "abc"})
 
 
 @pytest.mark.parametrize("precision", ["fp32", "bf16"])
-def test_everything_comes_back_bit_for_bit(precision: str, tmp_path: Path) -> None:
-    contents = make_contents(7, precision=precision)
+def test_everything_comes_back_bit_for_bit(precision: str, tmp_path: Path, read_state: Callable) -> None:
+    contents, before = make_contents(7, precision=precision), make_state(7)
     path = save_checkpoint(tmp_path, contents=contents, config=CheckpointConfig())
     loaded = load_run(tmp_path)
+    after = read_state(loaded.engine)
     assert loaded.directory == path and loaded.run == contents.run and loaded.engine.updates == 7
-    assert torch.equal(loaded.engine.magnitudes, contents.engine.magnitudes)
+    assert torch.equal(loaded.engine.magnitudes, before.magnitudes)
     for name in ("parameters", "buffers", "moments"):
-        before, after = vars(contents.engine)[name], vars(loaded.engine)[name]
-        assert before.keys() == after.keys()
-        assert all(torch.equal(after[key], value) for key, value in before.items())
+        assert vars(before)[name].keys() == vars(after)[name].keys()
+        assert all(torch.equal(vars(after)[name][key], value) for key, value in vars(before)[name].items())
+
+
+def test_a_checkpoint_of_version_1_is_read(tmp_path: Path, read_state: Callable) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(7), config=CheckpointConfig())
+    values = json.loads((path / "manifest.json").read_text("utf-8"))
+    values["version"] = 1
+    for entry in values["tensors"].values():
+        (part,) = entry.pop("slices")
+        entry |= {"file": part["file"], "crc32": part["crc32"]}
+    (path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    assert torch.equal(read_state(load_run(path).engine).parameters["a.weight"], make_state(7).parameters["a.weight"])
 
 
 def test_a_flipped_byte_names_the_file_and_the_tensor(tmp_path: Path) -> None:
@@ -102,7 +118,7 @@ def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(
     def full(path: Path) -> None:
         raise OSError(errno.ENOSPC, "No space left on device", str(path))
 
-    monkeypatch.setattr(save_module, "_sync_file", full)
+    monkeypatch.setattr(save_module, "sync_file", full)
     with pytest.raises(EnvironmentFault, match=r"previous checkpoint stands: .*step-00000001"):
         save_checkpoint(tmp_path, contents=make_contents(2), config=CheckpointConfig())
     monkeypatch.undo()

@@ -21,7 +21,7 @@ def save(folder: Path, *, step: int) -> Path:
     moments = {f"exp_avg/{name}": value for name, value in parameters.items()}
     engine = EngineState(parameters, {}, moments, step, torch.ones(4, dtype=torch.float64))
     run = RunState(step=step, tokens=step, data={}, rng={})
-    contents = Contents(engine, run, "train: {}\n", "fp32", {})
+    contents = Contents(tuple(engine.slices()), step, engine.magnitudes, run, "train: {}\n", "fp32", {})
     return save_checkpoint(folder, contents=contents, config=CheckpointConfig(keep=5))
 
 
@@ -31,16 +31,23 @@ def flip(path: Path, *, at: int) -> None:
     path.write_bytes(content)
 
 
-def test_a_whole_checkpoint_passes_and_all_looks_at_every_one(verb: Callable, tmp_path: Path) -> None:
+def test_a_run_is_verified_checkpoint_by_checkpoint_and_the_good_one_is_named(verb: Callable, tmp_path: Path) -> None:
     paths = [save(tmp_path / "checkpoints", step=step) for step in (1, 2)]
     code, out, _ = verb("verify", tmp_path)
-    assert code == 0 and f"{paths[1]}: whole" in out and str(paths[0]) not in out
-    code, out, _ = verb("verify", tmp_path, "--all")
     assert code == 0 and all(f"{path}: whole" in out for path in paths)
-    flip(paths[0] / "model.safetensors", at=-1)
-    assert verb("verify", tmp_path)[0] == 0
-    code, out, err = verb("verify", tmp_path, "--all")
-    assert code == 2 and f"{paths[1]}: whole" in out and str(paths[0]) in err
+    code, out, _ = verb("verify", tmp_path, "--latest")
+    assert code == 0 and f"{paths[1]}: whole" in out and str(paths[0]) not in out
+    flip(paths[1] / "model.safetensors", at=-1)
+    code, out, err = verb("verify", tmp_path)
+    assert code == 2 and f"{paths[0]}: whole" in out and str(paths[1]) in err
+    assert f"The newest that is whole is {paths[0]}" in err
+    assert verb("verify", paths[0])[0] == 0 and verb("verify", paths[1])[0] == 2
+    (paths[1] / "manifest.json").unlink()
+    code, _, err = verb("verify", tmp_path)
+    assert code == 2 and f"{paths[1]} has no manifest.json" in err and f"whole is {paths[0]}" in err
+    flip(paths[0] / "optimizer.safetensors", at=-1)
+    code, out, err = verb("verify", tmp_path)
+    assert code == 2 and "None is whole" in err and not out
 
 
 @pytest.mark.parametrize(

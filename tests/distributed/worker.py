@@ -16,11 +16,17 @@ from pathlib import Path
 
 import torch
 
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.load import load_run
+from ernie5.checkpoint.manifest import RunState
+from ernie5.checkpoint.names import find_checkpoint
+from ernie5.checkpoint.save import Contents
+from ernie5.checkpoint.saver import Saver
 from ernie5.config.base import Config
 from ernie5.data.synthetic import TASKS, synthetic_batch
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.grid import GridEngine
-from ernie5.engine.interface import Engine, EngineState, StepSettings
+from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.local import LocalEngine
 from ernie5.model.backbone import build_model
 from ernie5.model.interfaces import Routing
@@ -69,7 +75,9 @@ def make_engine(row: dict) -> Engine:
     precision = row.get("precision", "fp32")
     if row["engine"] == "local":
         return LocalEngine(model, optim=optim, settings=settings, precision=precision, device=device)
-    engine = EngineConfig(kind=row["engine"], zero_stage=row["stage"], precision=precision)
+    engine = EngineConfig(
+        kind=row["engine"], zero_stage=row["stage"], precision=precision, **row.get("settings", {})
+    )
     parallel = ParallelConfig(**row["parallel"])
     if row["engine"] == "grid":
         return GridEngine(
@@ -93,7 +101,7 @@ def changed(config: Config, *, fields: dict) -> Config:
     return dataclasses.replace(config, **new)
 
 
-def run_row(row: dict) -> dict[str, object]:
+def run_row(row: dict, *, out: Path) -> dict[str, object]:
     """Two steps, an evaluation, and the state; the same figures for every engine."""
     engine = make_engine(row)
     result: dict[str, object] = {"losses": [], "norms": [], "loads": []}
@@ -117,20 +125,38 @@ def run_row(row: dict) -> dict[str, object]:
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model
             result["by_hand"] = engine.model(batch).text_hidden
     if row.get("third"):
-        result["third"] = third_step(row, state=result["state"])
+        result["third"] = third_step(row, engine=engine, folder=out / "checkpoints" / row["name"])
     pair = make_rows(8, rows=engine.dp_size)
     result["evaluated"] = float(engine.evaluate_batch(pair[engine.dp_rank]).terms.text)
     return result
 
 
-def third_step(row: dict, *, state: EngineState) -> dict[str, object]:
-    """A new engine continues from `state`, written to a file and read again."""
-    engine = make_engine(row)
-    engine.load_state(state)
-    read = engine.state()
-    report = engine.train_step(make_rows(2, rows=row["rows"])[engine.dp_rank :: engine.dp_size], learning_rate=1e-2)
+def third_step(row: dict, *, engine: Engine, folder: Path) -> dict[str, object]:
+    """The state goes to a checkpoint, each rank writing its part, and a new engine continues from there."""
+    written, again = engine.state(), make_engine(row)
+    loaded = load_run(save(engine, folder=folder))
+    again.load_state(loaded.engine)
+    read, peers = again.state(), make_rows(2, rows=row["rows"])[again.dp_rank :: again.dp_size]
+    report, straight = (one.train_step(peers, learning_rate=1e-2) for one in (again, engine))
     losses = [float(value) for value in vars(report.sums.terms).values()]
-    return {"written": state, "read": read, "norm": float(report.grad_norm), "losses": losses}
+    return {
+        "written": written, "read": read, "norm": float(report.grad_norm), "losses": losses, "after": again.state(),
+        "straight": engine.state(), "straight_norm": float(straight.grad_norm), "path": str(loaded.directory),
+    }
+
+
+def save(engine: Engine, *, folder: Path) -> Path:
+    """A checkpoint of all ranks in `folder`."""
+    contents = Contents(
+        tuple(part for part in engine.slices() if part.is_written), engine.updates, engine.magnitudes,
+        RunState(step=engine.updates, tokens=0, data={}, rng={}), "train: {}\n", "fp32", {}, engine.rank,
+        engine.world_size,
+    )
+    saver = Saver(folder, config=CheckpointConfig(), engine=engine)
+    saver.start(contents)
+    saver.settle(wait=True)
+    saver.result()
+    return find_checkpoint(folder)
 
 
 def count_pairs(engine: GridEngine, *, ranks: int) -> list[int]:
@@ -162,7 +188,7 @@ def main(path: str) -> None:
     torch.set_num_threads(1)
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     for row in job["rows"]:
-        result = run_row(row)
+        result = run_row(row, out=Path(job["out"]))
         if os.environ.get("RANK", "0") == "0":
             torch.save(result, Path(job["out"]) / f"{row['name']}.pt")
 

@@ -18,7 +18,7 @@ from ernie5.checkpoint.convert.tokenizer_files import (
     keep_foreign,
     save_own,
 )
-from ernie5.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from ernie5.checkpoint.manifest import FileEntry, Manifest, SliceEntry, TensorEntry
 from ernie5.checkpoint.names import CONFIG_FILE, MANIFEST_FILE
 from ernie5.checkpoint.tensor_file import file_hash
 from ernie5.config.base import Config
@@ -99,8 +99,8 @@ def write_own_files(finished: Finished) -> tuple[str, ...]:
     (folder / CONFIG_FILE).write_text(config_to_yaml(_root_config(source, precision=precision)), encoding="utf-8")
     tensors = {
         name: TensorEntry(
-            file=tensor.file, shape=tensor.place.shape, dtype=tensor.place.dtype, num_bytes=tensor.place.num_bytes,
-            crc32=tensor.crc32,
+            shape=tensor.place.shape, dtype=tensor.place.dtype, num_bytes=tensor.place.num_bytes,
+            slices=(SliceEntry(tensor.file, (0,) * len(tensor.place.shape), tensor.place.shape, tensor.crc32),),
         )
         for name, tensor in finished.copied.items()
     }

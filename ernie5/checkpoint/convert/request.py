@@ -80,7 +80,7 @@ def convert(request: Request) -> Report:
         layout, pieces=pieces, dtype=request.dtype, keep_fp32=request.format in (HUB, PADDLE, VL_FORMAT),
         shard_bytes=None if single else request.shard_bytes,
     )
-    stamps = file_stamps([item.place.path for item in pieces.values() if isinstance(item, Location)])
+    stamps = file_stamps([p for item in pieces.values() if isinstance(item, Location) for p in item.place.paths])
     described = [request.format, request.masters, describe_plan(files), stamps, repr(source.model)]
     fingerprint = hashlib.sha256(json.dumps(described).encode()).hexdigest()
     with growing(request.target) as folder:

@@ -27,7 +27,15 @@ from ernie5.checkpoint.convert.layouts import (
     vl_memory_layout,
 )
 from ernie5.checkpoint.manifest import Manifest, read_manifest
-from ernie5.checkpoint.names import CONFIG_FILE, MANIFEST_FILE, MASTER_PREFIX, OPTIMIZER_FILE, find_checkpoint
+from ernie5.checkpoint.names import (
+    CONFIG_FILE,
+    MANIFEST_FILE,
+    MASTER_PREFIX,
+    OPTIMIZER_FILE,
+    find_checkpoint,
+    is_optimizer_file,
+)
+from ernie5.checkpoint.stored import StoredTensors
 from ernie5.checkpoint.tensor_slices import TensorPlace, read_header
 from ernie5.config.base import Config
 from ernie5.config.load import load_config
@@ -87,13 +95,13 @@ def open_source(path: Path, *, masters: bool = False) -> Source:
 def _open_own(directory: Path, *, masters: bool) -> Source:
     manifest = read_manifest(directory)
     root = load_config(directory / CONFIG_FILE, schema=resolve("root", name="train"))
-    files = sorted({entry.file for entry in manifest.tensors.values()} - {OPTIMIZER_FILE})
-    places = {name: place for file in files for name, place in read_header(directory / file).items()}
+    tensors = StoredTensors(directory, manifest=manifest)
+    places = {key: tensors.place(key) for key in manifest.tensors if "/" not in key}
     if masters:
-        if OPTIMIZER_FILE not in manifest.files:
+        if not any(is_optimizer_file(name) for name in manifest.files):
             raise CheckpointError(f"--masters: {directory} has no {OPTIMIZER_FILE}")
-        held = read_header(directory / OPTIMIZER_FILE)
-        places |= {k.removeprefix(MASTER_PREFIX): v for k, v in held.items() if k.startswith(MASTER_PREFIX)}
+        held = [key for key in manifest.tensors if key.startswith(MASTER_PREFIX)]
+        places |= {key.removeprefix(MASTER_PREFIX): tensors.place(key) for key in held}
     table = {stored.name: stored for stored in own_layout(root.model)}
     extra = {name: place for name, place in places.items() if name not in table}
     foreign = [name for name in extra if not _is_media(name)]

@@ -1,0 +1,109 @@
+"""One checkpoint by all ranks at once, behind the training: each writes its own files, rank 0 makes a checkpoint of them.
+
+What is left to agree on goes through the folder (a rank's record says that its files stand) and through one small sum
+per step while a save is in flight (whether a rank has failed, whether the checkpoint stands).
+"""
+
+from __future__ import annotations
+
+import os
+import threading
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.parts import missing_ranks
+from ernie5.checkpoint.save import Contents, failures_explained, prepare, publish, temporary_folder, write_part
+from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
+from ernie5.engine.interface import Engine
+from ernie5.errors import EnvironmentFault
+
+POLL_SECONDS = 0.02
+# Without the others' word, rank 0 gives up on a checkpoint into which nobody has written for so long.
+STILL_SECONDS = 5.0
+
+
+class Saver:
+    """Saves into `folder`, at most one checkpoint at a time; seconds: what this rank's last one took."""
+
+    def __init__(self, folder: Path, *, config: CheckpointConfig, engine: Engine) -> None:
+        self._folder, self._config, self._engine = folder, config, engine
+        self._writer = BackgroundWriter()
+        self._is_void, self._is_alone = threading.Event(), threading.Event()
+
+    @property
+    def seconds(self) -> float:
+        """What the last save took on this rank, in the background."""
+        return self._writer.seconds
+
+    def start(self, contents: Contents) -> None:
+        """Begin to save, on every rank; collective. Raises EnvironmentFault on every rank where rank 0 cannot make the
+        folder."""
+        self._is_void.clear()
+        self._is_alone.clear()
+        token = self._engine.gather({"token": f"{os.getpid()}-{time.time_ns():x}"})[0]["token"]
+        temporary = temporary_folder(self._folder, step=contents.run.step, token=token)
+        problem: EnvironmentFault | None = None
+        if self._engine.is_main:
+            try:
+                with failures_explained(self._folder, temporary=temporary):
+                    prepare(temporary)
+            except EnvironmentFault as error:
+                problem = error
+        if self._engine.total(float(problem is not None)):
+            raise problem or EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
+        self._writer.start(self._job(contents, temporary=temporary))
+
+    def settle(self, *, wait: bool) -> SaveStatus:
+        """How the save in flight stands, the same on every rank; collective."""
+        while True:
+            status = self._writer.status(wait=False)
+            if not self._engine.is_main and status == SaveStatus.DONE:
+                status = SaveStatus.RUNNING  # this rank's part stands; only rank 0 knows of the whole
+            agreed = int(self._engine.total(float(status)))
+            if agreed >= SaveStatus.FAILED:
+                self._is_void.set()
+                self._writer.status(wait=True)
+                return SaveStatus.FAILED
+            if agreed == SaveStatus.DONE or not wait:
+                return SaveStatus(agreed)
+            time.sleep(POLL_SECONDS)
+
+    def result(self) -> Path:
+        """The checkpoint, on rank 0 and once it is settled. Raises what this rank's part ended in, or EnvironmentFault
+        where it was another rank's."""
+        if self._writer.error is None and self._is_void.is_set():
+            raise EnvironmentFault("saving failed on another rank; its message names the checkpoint that stands")
+        return self._writer.result()
+
+    def finish(self) -> Path:
+        """As `result`, without asking other ranks, some of which may be gone: rank 0 waits while files still grow."""
+        self._is_alone.set()
+        return self.result()
+
+    def _job(self, contents: Contents, *, temporary: Path) -> Callable[[], Path]:
+        def part() -> Path:
+            with failures_explained(self._folder, temporary=temporary if contents.rank == 0 else None):
+                write_part(temporary, contents=contents)
+                if contents.rank > 0:
+                    return temporary
+                self._await_others(temporary, ranks=contents.ranks)
+                return publish(temporary, contents=contents, config=self._config)
+
+        return part
+
+    def _await_others(self, temporary: Path, *, ranks: int) -> None:
+        size, since = -1, time.monotonic()
+        while missing := missing_ranks(temporary, ranks=ranks):
+            if self._is_void.is_set():
+                raise EnvironmentFault("saving failed on another rank; its message names the checkpoint that stands")
+            found = sum(path.stat().st_size for path in temporary.iterdir())
+            if found != size:
+                size, since = found, time.monotonic()
+            if self._is_alone.is_set() and time.monotonic() - since > STILL_SECONDS:
+                raise EnvironmentFault(
+                    f"rank {missing[0]} is gone and has not written its part: this save is void. The checkpoint before "
+                    "it stands"
+                )
+            time.sleep(POLL_SECONDS)

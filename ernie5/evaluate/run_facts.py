@@ -149,20 +149,37 @@ def _flatten(content: object, prefix: str = "") -> list[tuple[str, float]]:
 def _timings(
     run_dir: Path, *, curves: dict[str, Curve], evaluation: Evaluation | None, gallery: Gallery | None
 ) -> tuple[Timing, ...]:
-    """What timings.jsonl says (written by launch scripts); without it, what the other files imply."""
-    path = run_dir / TIMINGS_NAME
-    if path.is_file():
-        totals: dict[str, float] = {}
-        for line in path.read_text(encoding="utf-8").splitlines():
-            try:
-                entry = json.loads(line)
-                totals[entry["name"]] = totals.get(entry["name"], 0.0) + float(entry["seconds"])
-            except (ValueError, KeyError, TypeError) as error:
-                raise DataError(f"{path} holds a line that is no timing: {error}. Delete that line.") from error
-        return tuple(Timing(name, seconds) for name, seconds in totals.items())
-    timings = [Timing("training", sum(curves.get("step_seconds", Curve()).values))]
+    """What timings.jsonl says (written by launch scripts), its two long parts split by what the other files measured;
+    without it, those alone."""
+    waited = sum(curves.get("data_seconds", Curve()).values)
+    steps = sum(curves.get("step_seconds", Curve()).values)
+    training = [Timing("optimizer steps", steps - waited), Timing("waiting for data", waited)]
+    looking = []
     if evaluation is not None:
-        timings.append(Timing("evaluation", sum(timing.seconds for timing in evaluation.timings)))
+        looking.append(Timing("evaluation", sum(timing.seconds for timing in evaluation.timings)))
     if gallery is not None:
-        timings.append(Timing("generation", gallery.seconds))
+        looking.append(Timing("samples", gallery.seconds))
+    path = run_dir / TIMINGS_NAME
+    if not path.is_file():
+        return tuple(timing for timing in (*training, *looking) if timing.seconds > 0)
+    inside = {
+        "pretrain": (training, "start, validation, checkpoints"),
+        "evaluate and generate": (looking, "loading and writing"),
+    }
+    timings: list[Timing] = []
+    for name, seconds in _logged_timings(path).items():
+        parts, rest = inside.get(name, ([], name))
+        timings += [*parts, Timing(rest, seconds - sum(part.seconds for part in parts))]
     return tuple(timing for timing in timings if timing.seconds > 0)
+
+
+def _logged_timings(path: Path) -> dict[str, float]:
+    """Seconds per name; a part that was started again counts all its lines."""
+    totals: dict[str, float] = {}
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            entry = json.loads(line)
+            totals[entry["name"]] = totals.get(entry["name"], 0.0) + float(entry["seconds"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise DataError(f"{path} holds a line that is no timing: {error}. Delete that line.") from error
+    return totals

@@ -14,7 +14,7 @@ from ernie5.evaluate.figures import Evaluation, Figure, Loss, Timing, parse_eval
 from ernie5.evaluate.report import write_report
 from ernie5.evaluate.report_command import main
 from ernie5.evaluate.routing import describe_routing
-from ernie5.evaluate.run_facts import read_curves
+from ernie5.evaluate.run_facts import read_curves, read_run
 from ernie5.generate import media
 from ernie5.generate.manifest import Gallery, GalleryItem, save_gallery
 
@@ -99,3 +99,19 @@ def test_a_damaged_evaluation_or_gallery_is_named(tmp_path: Path) -> None:
     save_gallery(folder, gallery=Gallery(1, 0.0, (GalleryItem("text_to_image", "free", output_file="gone.png"),)))
     with pytest.raises(DataError, match="gone.png"):
         write_report(run_dir)
+
+
+def test_the_two_long_parts_of_the_time_are_split_and_nothing_is_lost(tmp_path: Path, repository: Path) -> None:
+    run = _run_dir(tmp_path / "run")
+    (run / "evaluation.json").write_text(_evaluation().to_json())
+    named = {"pretrain": 20, "evaluate and generate": 5}
+    for name, seconds in {"train the text tokenizer": 7, **named}.items():
+        with (run / "timings.jsonl").open("a") as file:
+            file.write(json.dumps({"name": name, "seconds": seconds}) + "\n")
+    split = {timing.name: timing.seconds for timing in read_run(run).timings}
+    assert split == {
+        "train the text tokenizer": 7.0, "optimizer steps": 19 * 0.5, "start, validation, checkpoints": 20 - 19 * 0.5,
+        "evaluation": 3.0, "loading and writing": 2.0,
+    }
+    script = (repository / "launch" / "quickstart.sh").read_text()
+    assert all(f'part "{name}"' in script or f"part {name} " in script for name in named)

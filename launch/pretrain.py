@@ -1,8 +1,7 @@
-"""`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]`, or torchrun in its place.
+"""`ernie5 train` under a launcher: `deepspeed launch/pretrain.py CONFIG [a.b=c ...]`, or torchrun, srun, mpirun.
 
-The launcher tells each process its rank through the environment; the `--local_rank` that some of them add to the
-arguments is dropped, because it says the same. A launcher that dies would leave its ranks running, as DeepSpeed's
-runner does after SIGINT: here they get SIGTERM then, so that they save and end.
+The launcher tells each process its rank through the environment (variables.py). A launcher that dies would leave its
+ranks running, as DeepSpeed's runner does after SIGINT: here they get SIGTERM then, so that they save and end.
 """
 
 import ctypes
@@ -13,23 +12,12 @@ import threading
 import time
 from pathlib import Path
 
+from variables import adopt_launcher
+
 from ernie5.__main__ import main
 
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
-
-
-def without_local_rank(arguments: list[str]) -> list[str]:
-    """The arguments less `--local_rank=N` and its variants; sets LOCAL_RANK where the launcher did not."""
-    kept = []
-    words = iter(arguments)
-    for word in words:
-        name, _, value = word.partition("=")
-        if name not in ("--local_rank", "--local-rank"):
-            kept.append(word)
-            continue
-        os.environ.setdefault("LOCAL_RANK", value or next(words, "0"))
-    return kept
 
 
 def end_with_the_launcher() -> None:
@@ -61,6 +49,6 @@ def _watch(middleman: int, runner: int) -> None:
 
 
 if __name__ == "__main__":
-    arguments = without_local_rank(sys.argv[1:])
+    arguments = adopt_launcher(sys.argv[1:])
     end_with_the_launcher()
     sys.exit(main(["train", *arguments]))

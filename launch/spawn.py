@@ -20,6 +20,8 @@ GRACE_SECONDS = 30.0
 POLL_SECONDS = 0.05
 TAIL_LINES = 5
 LOST_PEER = 5  # exit code of a rank that noticed another one's end
+REFUSED = 2  # of a rank that cannot run on its user's settings or data: there is nothing to wait for
+REFUSED_SECONDS = 1.0
 
 
 def start(num_processes: int, *, arguments: list[str], logs: Path) -> list[subprocess.Popen]:
@@ -47,7 +49,8 @@ def wait(ranks: list[subprocess.Popen], *, logs: Path) -> int:
     deadline, stuck = None, []
     while any(rank.poll() is None for rank in ranks):
         if deadline is None and any(rank.poll() for rank in ranks):
-            deadline = time.monotonic() + GRACE_SECONDS
+            refused = any(rank.poll() == REFUSED for rank in ranks)
+            deadline = time.monotonic() + (REFUSED_SECONDS if refused else GRACE_SECONDS)
         if deadline is not None and time.monotonic() > deadline:
             stuck += [rank for rank in ranks if rank.poll() is None and rank not in stuck]
             for rank in stuck:
@@ -62,7 +65,7 @@ def wait(ranks: list[subprocess.Popen], *, logs: Path) -> int:
             if rank.returncode > 0 and rank.returncode != LOST_PEER:
                 lines = (logs / f"rank-{index}.log").read_text(encoding="utf-8", errors="replace").splitlines()
                 print("\n".join(f"rank {index}: {line}" for line in lines[-TAIL_LINES:]), file=sys.stderr)
-    codes = [rank.returncode for rank in ranks if rank.returncode > 0]
+    codes = sorted((rank.returncode for rank in ranks if rank.returncode > 0), key=lambda code: code == LOST_PEER)
     killed = [128 - rank.returncode for rank in ranks if rank.returncode < 0]
     return next(iter(codes + killed), 0)
 

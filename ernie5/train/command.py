@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import dataclasses
 import os
 import shutil
@@ -13,21 +14,26 @@ from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
-from ernie5.errors import ConfigError, PeerError
+from ernie5.errors import ConfigError, Ernie5Error, PeerError
 from ernie5.model.config import num_active_params, num_params
 from ernie5.observe.faults import classify, keep_tracebacks
 from ernie5.observe.log import get_log, open_log
 from ernie5.observe.watchdog import Watchdog
 from ernie5.train.config import RootConfig
-from ernie5.train.recover import StopRequest, clear_exit, done_record, fault_record, write_exit
+from ernie5.train.lost_peer import as_peer_error, meet_peers
+from ernie5.train.recover import (
+    StopRequest,
+    await_turn,
+    clear_exit,
+    done_record,
+    fault_record,
+    leave_exit,
+    write_exit,
+)
 
 CONFIG_FILE = "config.yaml"
 RUN_FILES = ("metrics.jsonl", "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
-PEER_SIGNS = (
-    "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "gloo/transport",
-    "NCCL communicator was aborted",
-)
 
 
 @dataclasses.dataclass
@@ -39,22 +45,27 @@ class _Reached:
 
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code, raises Ernie5Error for `__main__` to print."""
-    arguments = _parse(argv)
-    if "tokenizer" in peek_keys(arguments.config):
-        raise ConfigError(
-            f"{arguments.config} configures a tokenizer. Train it with `ernie5 tokenizer train {arguments.config}`"
-        )
-    config = load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
+    try:
+        arguments = _parse(argv)
+        config = _load(arguments)
+    except ConfigError:
+        await_turn()
+        raise
     if arguments.validate:
         total, active = num_params(config.model), num_active_params(config.model)
         print(f"{arguments.config} is valid: {total:,} parameters, {active:,} active per text token")
+        return 0
+    if arguments.preflight or config.train.preflight:
+        _check_hosts(config)
+    if arguments.preflight:
         return 0
     return run_training(config, fresh=arguments.fresh, resume=arguments.resume)
 
 
 def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None = None) -> int:
     """Train `config` in its run directory and leave exit.json there, whatever happens."""
-    run_dir, is_main = Path(config.train.run_dir), int(os.environ.get("RANK", "0")) == 0
+    run_dir, rank = Path(config.train.run_dir), int(os.environ.get("RANK", "0"))
+    is_main = rank == 0
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
@@ -64,7 +75,7 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
         clear_exit(run_dir)
         if fresh:
             _clear_run(run_dir, folder=folder)
-    open_log(run_dir, rank=0 if is_main else int(os.environ["RANK"]))
+    open_log(run_dir, rank=rank)
     reached = _Reached()
     try:
         watched = _watchdog(config, run_dir=run_dir, folder=folder)
@@ -74,13 +85,15 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
                 _note_changes(config, run_dir=run_dir)
             _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached, watchdog=watchdog)
     except (Exception, KeyboardInterrupt) as error:
-        fault = classify(_as_peer_error(error))
-        newest = latest_checkpoint(folder)
-        if is_main or not (run_dir / "exit.json").exists():
-            write_exit(run_dir, record=fault_record(fault, step=reached.step, checkpoint=str(newest or "")))
-        if fault.is_bug or classify(error).exit_code == fault.exit_code:
+        lost = as_peer_error(error, peers=None)
+        fault = classify(lost or error)
+        newest = str(latest_checkpoint(folder) or "")
+        record = fault_record(fault, step=reached.step, checkpoint=newest, rank=rank)
+        if not leave_exit(run_dir, record=record):
+            raise SystemExit(fault.exit_code) from error
+        if lost is None:
             raise
-        raise _as_peer_error(error) from error
+        raise lost from error
     if is_main:
         newest = str(latest_checkpoint(folder) or "")
         write_exit(run_dir, record=done_record(step=reached.step, checkpoint=newest))
@@ -98,7 +111,11 @@ def _train(
     from ernie5.train.loop import LoopSettings, run_steps
 
     run = build_run(config, run_dir=run_dir, resume_from=source)
+    peers = None
     try:
+        peers = meet_peers(run.engine)
+        if peers is not None:
+            watchdog.look_after(peers)
         if run.engine.is_main:  # only now: a start that is refused must not describe a run that it never was
             (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
         if run.progression.step >= config.train.steps:
@@ -114,23 +131,31 @@ def _train(
             stop=stop,
             rewind=run.rewind,
         )
+    except RuntimeError as error:  # asked now, while the group and its members are still known
+        lost = as_peer_error(error, peers=peers, step=run.progression.step)
+        if lost is None:
+            raise
+        raise lost from error
     finally:
         reached.step = run.progression.step
         run.loader.close()
         run.engine.close()
+        if peers is not None:
+            peers.close()
 
 
 def _watchdog(config: RootConfig, *, run_dir: Path, folder: Path) -> Watchdog:
     """Ends a start that hangs; exit.json says so, unless another rank was first."""
 
     def report(message: str) -> None:
-        if not (run_dir / "exit.json").exists():
-            newest = latest_checkpoint(folder)
-            fault = classify(PeerError(message))
-            write_exit(run_dir, record=fault_record(fault, step=0, checkpoint=str(newest or "")))
+        newest = str(latest_checkpoint(folder) or "")
+        record = fault_record(classify(PeerError(message)), step=0, checkpoint=newest, rank=rank)
+        write_exit(run_dir, record=record, replace=False)
 
-    rank = int(os.environ.get("RANK", "0"))
-    return Watchdog(run_dir, rank=rank, limit_seconds=config.train.hang_seconds, report=report)
+    rank, train = int(os.environ.get("RANK", "0")), config.train
+    return Watchdog(
+        run_dir, rank=rank, limit_seconds=train.hang_seconds, peer_seconds=train.peer_seconds, report=report
+    )
 
 
 def _parse(argv: list[str]) -> argparse.Namespace:
@@ -141,6 +166,7 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     parser.add_argument("config", help="YAML file")
     add_overrides(parser)
     parser.add_argument("--validate", action="store_true", help="check the configuration and stop; no torch needed")
+    parser.add_argument("--preflight", action="store_true", help="under a launcher: check the hosts, then stop")
     parser.add_argument("--fresh", action="store_true", help="start over: clears the run directory's own files")
     parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint instead of the latest")
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
@@ -148,6 +174,31 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     if arguments.fresh and arguments.resume:
         raise ConfigError("--fresh starts over and --resume continues. Give one of them")
     return arguments
+
+
+def _check_hosts(config: RootConfig) -> None:
+    """The preflight; what it ends in is left in exit.json, where the storage allows it, for whoever starts runs."""
+    from ernie5.train.preflight import Preflight
+
+    try:
+        Preflight(config).run()
+    except Ernie5Error as error:
+        run_dir, rank = Path(config.train.run_dir), int(os.environ.get("RANK", "0"))
+        record = fault_record(classify(error), step=0, checkpoint="", rank=rank)
+        with contextlib.suppress(OSError):
+            run_dir.mkdir(parents=True, exist_ok=True)
+            if rank == 0:
+                write_exit(run_dir, record=record)
+        await_turn()
+        raise
+
+
+def _load(arguments: argparse.Namespace) -> RootConfig:
+    if "tokenizer" in peek_keys(arguments.config):
+        raise ConfigError(
+            f"{arguments.config} configures a tokenizer. Train it with `ernie5 tokenizer train {arguments.config}`"
+        )
+    return load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
 
 
 def _resume_source(folder: Path, *, resume: str | None) -> Path | None:
@@ -182,15 +233,3 @@ def _flatten(config: Config) -> dict[str, object]:
     from ernie5.checkpoint.command import flatten
 
     return flatten(config)
-
-
-def _as_peer_error(error: BaseException) -> BaseException:
-    """Collectives and the store where ranks meet say in many words that somebody is gone; a port in use is another
-    matter."""
-    from_store = any(kind.__name__ == "DistError" for kind in type(error).__mro__) and "EADDRINUSE" not in str(error)
-    if isinstance(error, RuntimeError) and (from_store or any(sign in str(error) for sign in PEER_SIGNS)):
-        return PeerError(
-            "another process of this run is gone. Its own message stands beside this one, unless it was "
-            "killed; start the run again to resume"
-        )
-    return error

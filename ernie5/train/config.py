@@ -63,6 +63,14 @@ class TrainConfig(Config):
         "writes its stacks to RUN_DIR/errors and the run ends (exit 5); 0: wait for ever", unit="s",
         check=non_negative, kind="logging",
     )
+    peer_seconds: float = field(
+        120.0, doc="longest time that the machine of another rank may be unreachable before every rank ends (exit 5); "
+        "0: only hang_seconds counts", unit="s", check=non_negative, kind="logging",
+    )
+    preflight: bool = field(
+        False, doc="check hosts, storage, clocks and network before the first step, as launch/preflight.py does",
+        kind="logging",
+    )
 
 
 @config
@@ -121,6 +129,12 @@ class RootConfig(Config):
                 )
         if self.engine.kind == "deepspeed":
             self.parallel.check_zero()
+        elif self.engine.zero_stage > EngineConfig.zero_stage:
+            self.fail(
+                "engine.zero_stage",
+                f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and would ignore "
+                "it. Set engine.kind: deepspeed or leave engine.zero_stage out",
+            )
         self.parallel.check_optimizer(self.optim.name)
         self.parallel.check_model(self.model)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:

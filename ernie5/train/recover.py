@@ -6,15 +6,18 @@ import dataclasses
 import json
 import os
 import signal
+import socket
 import time
 import types
 from pathlib import Path
 
-from ernie5.errors import EXIT_DONE
+from ernie5.errors import EXIT_DONE, EXIT_PEER
 from ernie5.observe.faults import Fault
 
 EXIT_FILE = "exit.json"
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
+CAUSE_SECONDS = 3.0  # until the rank that was the cause has written exit.json, and until it has spoken
+POLL_SECONDS = 0.1
 
 
 class StopRequest:
@@ -51,14 +54,15 @@ class StopRequest:
 
 @dataclasses.dataclass(frozen=True)
 class ExitRecord:
-    """Content of exit.json: exit code, error class ("" when done), one-line message, last step, and the checkpoint
-    that resumes the run ("" for none)."""
+    """Content of exit.json: exit code, error class ("" when done), one-line message, last step, the checkpoint that
+    resumes the run ("" for none), and the rank that wrote it."""
 
     exit_code: int
     error: str
     message: str
     step: int
     checkpoint: str
+    rank: int = 0
 
 
 def done_record(*, step: int, checkpoint: str) -> ExitRecord:
@@ -66,17 +70,73 @@ def done_record(*, step: int, checkpoint: str) -> ExitRecord:
     return ExitRecord(EXIT_DONE, "", "done", step, checkpoint)
 
 
-def fault_record(fault: Fault, *, step: int, checkpoint: str) -> ExitRecord:
-    """The record of a run that ended in an error."""
-    return ExitRecord(fault.exit_code, fault.name, fault.message, step, checkpoint)
+def fault_record(fault: Fault, *, step: int, checkpoint: str, rank: int) -> ExitRecord:
+    """The record of a rank that ended in an error."""
+    return ExitRecord(fault.exit_code, fault.name, fault.message, step, checkpoint, rank)
 
 
-def write_exit(run_dir: Path, *, record: ExitRecord) -> None:
-    """Write RUN_DIR/exit.json atomically; launchers blur exit codes, this file does not."""
-    temporary = run_dir / f".{EXIT_FILE}.{os.getpid()}"
+def write_exit(run_dir: Path, *, record: ExitRecord, replace: bool = True) -> bool:
+    """Write RUN_DIR/exit.json atomically; launchers blur exit codes, this file does not. Returns False where one
+    stands that was not to be replaced."""
     text = json.dumps({**dataclasses.asdict(record), "unix_seconds": time.time()}, indent=1) + "\n"
+    if not replace:
+        try:
+            with (run_dir / EXIT_FILE).open("x", encoding="utf-8") as file:
+                file.write(text)
+        except FileExistsError:
+            return False
+        return True
+    temporary = run_dir / f".{EXIT_FILE}.{socket.gethostname()}.{os.getpid()}"
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(run_dir / EXIT_FILE)
+    return True
+
+
+def read_exit(run_dir: Path) -> ExitRecord | None:
+    """What RUN_DIR/exit.json says; None where there is none."""
+    try:
+        found = json.loads((run_dir / EXIT_FILE).read_text(encoding="utf-8"))
+        return ExitRecord(**{field.name: found[field.name] for field in dataclasses.fields(ExitRecord)})
+    except (OSError, ValueError, KeyError, TypeError):
+        return None
+
+
+def leave_exit(run_dir: Path, *, record: ExitRecord) -> bool:
+    """Leave `record` in exit.json unless another rank's tells more; returns whether this rank is the one to speak.
+
+    One cause, one message. A rank that only misses another one waits for that one's record and leaves the word to it,
+    and lives on for a moment, for launchers kill all ranks as soon as one has ended. Of ranks that met the same error,
+    rank 0 speaks.
+    """
+    if record.exit_code == EXIT_PEER:
+        cause = _await_exit(run_dir, seconds=CAUSE_SECONDS if record.rank == 0 else 2 * CAUSE_SECONDS)
+        if cause is None:
+            return write_exit(run_dir, record=record, replace=False)
+        time.sleep(CAUSE_SECONDS)
+        return record.rank == 0 and cause.exit_code == EXIT_PEER
+    standing = read_exit(run_dir)
+    if record.rank == 0 or standing is None or standing.exit_code == EXIT_PEER:
+        write_exit(run_dir, record=record)
+    return record.rank == 0 or _await_exit(run_dir, seconds=CAUSE_SECONDS / 2, same=record) is None
+
+
+def await_turn() -> None:
+    """Wait, on other ranks than 0, before an error that all ranks meet is raised: launchers end the other ranks as soon
+    as one has ended, so that it is said once."""
+    if int(os.environ.get("RANK", "0")):
+        time.sleep(CAUSE_SECONDS if os.environ.get("LOCAL_RANK") == "0" else 2 * CAUSE_SECONDS)
+
+
+def _await_exit(run_dir: Path, *, seconds: float, same: ExitRecord | None = None) -> ExitRecord | None:
+    """The record that stands, or comes within `seconds`; with `same`: rank 0's with the same exit code alone."""
+    deadline = time.monotonic() + seconds
+    while True:
+        found = read_exit(run_dir)
+        if found is not None and (same is None or (found.rank, found.exit_code) == (0, same.exit_code)):
+            return found
+        if time.monotonic() > deadline:
+            return None
+        time.sleep(POLL_SECONDS)
 
 
 def clear_exit(run_dir: Path) -> None:

@@ -1,0 +1,91 @@
+"""The one place where the environment variables of launchers become those that ernie5 and torch read.
+
+| ours | deepspeed, torchrun | srun (Slurm) | mpirun (Open MPI) | mpiexec (Hydra: MPICH, Intel MPI) |
+| --- | --- | --- | --- | --- |
+| RANK | RANK | SLURM_PROCID | OMPI_COMM_WORLD_RANK | PMI_RANK |
+| WORLD_SIZE | WORLD_SIZE | SLURM_NTASKS | OMPI_COMM_WORLD_SIZE | PMI_SIZE |
+| LOCAL_RANK | LOCAL_RANK, --local_rank | SLURM_LOCALID | OMPI_COMM_WORLD_LOCAL_RANK | MPI_LOCALRANKID |
+| LOCAL_WORLD_SIZE | LOCAL_SIZE | SLURM_STEP_TASKS_PER_NODE | OMPI_COMM_WORLD_LOCAL_SIZE | MPI_LOCALNRANKS |
+| MASTER_ADDR | MASTER_ADDR | first of SLURM_STEP_NODELIST | set it yourself | set it yourself |
+| MASTER_PORT | MASTER_PORT | 20000 + SLURM_JOB_ID % 10000 | 29500 | 29500 |
+
+What is set already wins. A Kubernetes pod starts torchrun, whose variables are in the first column.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import sys
+from collections.abc import Mapping
+
+NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+SOURCES = {
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
+               "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
+}
+
+
+def adopt_launcher(arguments: list[str]) -> list[str]:
+    """Set this process's variables from those of its launcher; returns the arguments less `--local_rank`, which some
+    launchers add to them. Ends with code 2 where a variable is missing."""
+    kept, told = without_local_rank(arguments)
+    if told:
+        os.environ.setdefault("LOCAL_RANK", told)
+    try:
+        os.environ.update(variables_of(os.environ))
+    except KeyError as missing:
+        sys.exit(_refuse(str(missing.args[0])))
+    return kept
+
+
+def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
+    """Ours, as `environment` gives them; empty without a launcher. Raises KeyError naming what is missing."""
+    if "RANK" in environment:
+        local = environment.get("LOCAL_SIZE")
+        return {"LOCAL_WORLD_SIZE": local} if local and "LOCAL_WORLD_SIZE" not in environment else {}
+    launcher = next((name for name, source in SOURCES.items() if source[0] in environment), None)
+    if launcher is None or (launcher == "srun" and "SLURM_STEP_ID" not in environment):
+        return {}  # by hand; the script of an sbatch job has SLURM_PROCID as well, and is no rank
+    found = {ours: environment[theirs] for ours, theirs in zip(NAMES, SOURCES[launcher], strict=True) if theirs}
+    if launcher == "srun":
+        found["LOCAL_WORLD_SIZE"] = tasks_of_node(
+            environment["SLURM_STEP_TASKS_PER_NODE"], node=int(environment["SLURM_NODEID"]))
+        found["MASTER_ADDR"] = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
+        port = str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
+        return {**found, "MASTER_PORT": environment.get("MASTER_PORT", port)}
+    is_one_host = found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]
+    found["MASTER_ADDR"] = "127.0.0.1" if is_one_host else environment["MASTER_ADDR"]
+    return {**found, "MASTER_PORT": environment.get("MASTER_PORT", "29500")}
+
+
+def first_host(nodes: str) -> str:
+    """The first name of a Slurm list: `gpu[007-010,12],login1` -> gpu007."""
+    first = re.match(r"[^,\[]+(\[[^\]]+\][^,\[]*)*", nodes).group()
+    return re.sub(r"\[([^\],-]+)[^\]]*\]", r"\1", first)
+
+
+def tasks_of_node(counts: str, *, node: int) -> str:
+    """Tasks on one node out of a Slurm list: `4(x2),1` -> 4, 4, 1."""
+    expanded = [tasks for tasks, times in re.findall(r"(\d+)(?:\(x(\d+)\))?", counts) for _ in range(int(times or 1))]
+    return expanded[node]
+
+
+def without_local_rank(arguments: list[str]) -> tuple[list[str], str]:
+    """The arguments less `--local_rank=N` and its variants, and that N ("" for none)."""
+    kept, told, words = [], "", iter(arguments)
+    for word in words:
+        name, _, value = word.partition("=")
+        if name in ("--local_rank", "--local-rank"):
+            told = value or next(words, "0")
+        else:
+            kept.append(word)
+    return kept, told
+
+
+def _refuse(variable: str) -> int:
+    print(f"LayoutError: the launcher did not set {variable}. Set it to where rank 0 runs, or to what "
+          "launch/variables.py says for this launcher", file=sys.stderr)
+    return 2

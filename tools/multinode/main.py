@@ -1,0 +1,142 @@
+"""A run on several hosts, on one machine: network namespaces with ssh between them and DeepSpeed's own launcher.
+
+    python tools/multinode/main.py --out runs/multinode
+    python tools/multinode/main.py --out runs/multinode --cases zero1_ep2 --parts equal cut
+
+equal: the figures of every step are compared with the same ranks on one host. cut: the cable between two hosts is
+pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to reach
+the same figures. preflight: a sound cluster passes, and a host with a slow cable is named. Needs root, and Debian's
+openssh-server, pdsh and iproute2. Ends with 1 if anything differs.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+from hosts import Cluster, open_cluster
+from runs import (
+    Case,
+    fresh,
+    largest_difference,
+    messages_of,
+    run_here,
+    start_on_hosts,
+    wait_for_step,
+)
+
+CASES = (
+    Case("zero1_ep2", (1, 1),
+         ("engine.kind=deepspeed", "engine.zero_stage=1", "parallel.ep=2", "batch.micro_sequences=2")),
+    Case("grid_ep2", (1, 1), ("engine.kind=grid", "parallel.ep=2", "batch.micro_sequences=2")),
+    Case("grid_ep2_tp2", (2, 2), ("engine.kind=grid", "parallel.ep=2", "parallel.tp=2", "model.kv_heads=2")),
+    Case("grid_uneven_ep4", (3, 1), ("engine.kind=grid", "parallel.ep=4", "data.streams=4", "batch.micro_sequences=1")),
+)
+CUT_SETTINGS = ("train.peer_seconds=15", "train.hang_seconds=240", "checkpoint.every_steps=2")
+CUT_STEP = 3
+SLOW_MEGABITS = 20
+
+
+def equal(cluster: Cluster, *, case: Case, out: Path) -> dict:
+    """The case on one host and on several: largest difference of any figure of any step."""
+    folder = fresh(out / case.name)
+    run_here(case, run_dir=folder / "one_host")
+    started = time.monotonic()
+    code = start_on_hosts(cluster, case=case, run_dir=folder / "hosts").wait()
+    if code:
+        raise RuntimeError(f"{case.name} ended with {code}; see {folder}/hosts.launcher.log")
+    difference = largest_difference(folder / "hosts", whole=folder / "one_host")
+    return {"part": "equal", "case": case.name, "slots": case.slots, "largest_difference": difference,
+            "seconds": round(time.monotonic() - started), "passed": difference == 0.0}
+
+
+def cut(cluster: Cluster, *, case: Case, out: Path) -> dict:
+    """Pull node1's cable in the middle of a step; mend it, start again, compare with the uninterrupted run."""
+    run_dir = out / case.name / "cut"
+    launcher = start_on_hosts(cluster, case=case, run_dir=run_dir, settings=CUT_SETTINGS)
+    wait_for_step(run_dir, step=CUT_STEP, launcher=launcher)
+    cluster.cut(cluster.hosts[1])
+    started = time.monotonic()
+    while ranks_alive(run_dir):
+        time.sleep(0.2)
+    ranks_seconds = time.monotonic() - started
+    launcher.wait()
+    launcher_seconds = time.monotonic() - started
+    messages = messages_of(run_dir)
+    record = json.loads((run_dir / "exit.json").read_text("utf-8"))
+    cluster.mend(cluster.hosts[1])
+    again = start_on_hosts(cluster, case=case, run_dir=run_dir, settings=CUT_SETTINGS).wait()
+    difference = largest_difference(run_dir, whole=out / case.name / "one_host")
+    named = all(any("unreachable" in line or "does not answer" in line for line in messages.get(f"rank{rank}", ()))
+                for rank in range(sum(case.slots)))
+    return {"part": "cut", "case": case.name, "slots": case.slots, "ranks_ended_after_seconds": round(ranks_seconds, 1),
+            "launcher_ended_after_seconds": round(launcher_seconds, 1), "messages": messages,
+            "exit_code": record["exit_code"], "restart": again, "largest_difference": difference,
+            "passed": named and record["exit_code"] == 5 and again == 0 and difference == 0.0}
+
+
+def ranks_alive(run_dir: Path) -> list[int]:
+    """Process ids of the run's ranks on all hosts, seen from this machine."""
+    found = []
+    for entry in Path("/proc").iterdir():
+        try:
+            words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+        except OSError:
+            continue
+        script = words[2:3] if words[1:2] == [b"-u"] else words[1:2]
+        if script and script[0].endswith(b"pretrain.py") and f"train.run_dir={run_dir}".encode() in words:
+            found.append(int(entry.name))
+    return found
+
+
+def preflight(cluster: Cluster, *, case: Case, out: Path) -> dict:
+    """launch/preflight.py on a sound cluster, then with a brake on node1's cable."""
+    run_dir = fresh(out / case.name / "preflight") / "run"
+    codes, reports = [], []
+    for megabits in (0, SLOW_MEGABITS):
+        if megabits:
+            cluster.slow_down(cluster.hosts[1], megabits=megabits)
+        codes.append(start_on_hosts(cluster, case=case, run_dir=run_dir, script="preflight.py").wait())
+        logs = sorted((run_dir / "ranks").glob("*_rank0.log"), key=os.path.getmtime)
+        reports.append(logs[-1].read_text("utf-8").splitlines())
+    cluster.speed_up(cluster.hosts[1])
+    return {"part": "preflight", "case": case.name, "slots": case.slots, "sound": reports[0], "slow": reports[1],
+            "passed": codes == [0, 0]}
+
+
+PARTS = {"equal": equal, "cut": cut, "preflight": preflight}
+
+
+def main() -> int:
+    """Build the hosts, run the parts of each case, print and keep the report."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, required=True, help="folder for all runs and multinode.json")
+    names = [case.name for case in CASES]
+    parser.add_argument("--cases", nargs="+", choices=names, default=names)
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="cut needs the runs of equal")
+    options = parser.parse_args()
+    out = options.out.resolve()
+    out.mkdir(parents=True, exist_ok=True)
+    cases = [case for case in CASES if case.name in options.cases]
+    results = []
+    try:
+        with open_cluster(max(len(case.slots) for case in cases)) as cluster:
+            for case in cases:
+                for part in options.parts:
+                    if part == "equal" or case is cases[0]:
+                        results.append(PARTS[part](cluster, case=case, out=out))
+                        print(json.dumps(results[-1], indent=1), flush=True)
+    except (RuntimeError, subprocess.CalledProcessError) as problem:
+        print(f"multinode: {problem}", file=sys.stderr)
+        return 3
+    (out / "multinode.json").write_text(json.dumps(results, indent=1) + "\n", encoding="utf-8")
+    return int(not all(result["passed"] for result in results))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

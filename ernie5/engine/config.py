@@ -5,10 +5,12 @@ from __future__ import annotations
 from ernie5.config.base import Config, config
 from ernie5.config.field import field
 
+OPERATORS = ("experts", "attention", "feed_forward")
+
 
 @config
 class EngineConfig(Config):
-    """Which engine, in which precision."""
+    """Which engine, in which precision, and what is not kept in the device's memory."""
 
     kind: str = field(
         "deepspeed", doc="local: plain PyTorch, one process; grid: plain PyTorch on any layout; deepspeed: ZeRO",
@@ -22,7 +24,44 @@ class EngineConfig(Config):
         1, doc="ZeRO: 0 nothing, 1 optimizer state, 2 and gradients, 3 and parameters are sharded over dp",
         choices=(0, 1, 2, 3), kind="performance",
     )
+    recompute: str = field(
+        "none", doc="activations that backward computes again: none, those of some operators, or of whole layers",
+        choices=("none", "selective", "full"), kind="performance",
+    )
+    recompute_parts: tuple[str, ...] = field(
+        ("experts", "attention"), doc="operators that recompute: selective repeats, each from its input",
+        choices=OPERATORS, kind="performance",
+    )
+    offload_activations: tuple[str, ...] = field(
+        (), doc="parts whose saved activations wait in the host's memory; layers with recompute: full are their inputs",
+        choices=("layers", *OPERATORS), kind="performance",
+    )
+    offload_optimizer: str = field(
+        "none", doc="deepspeed, zero_stage 1 to 3: masters and moments in the host's memory, which steps them",
+        choices=("none", "cpu", "nvme"), kind="performance",
+    )
     device: str = field("auto", doc="auto: a GPU where there is one", choices=("auto", "cpu", "cuda"),
                         kind="performance")
     cpu_threads: int = field(0, doc="intra-op threads of torch on the CPU; 0 leaves torch's choice",
                              kind="performance")
+
+    def validate(self) -> None:
+        """Refuse settings that would do nothing."""
+        if self.recompute == "selective" and not self.recompute_parts:
+            self.fail("recompute_parts", "recompute: selective names no operator. Name some, or set recompute: none")
+        if self.offload_optimizer == "nvme":
+            self.fail(
+                "offload_optimizer",
+                "moments on NVMe cannot be saved or loaded by name in this version. Set offload_optimizer: cpu",
+            )
+        if self.offload_optimizer != "none" and (self.kind != "deepspeed" or self.zero_stage == 0):
+            self.fail(
+                "offload_optimizer",
+                f"only DeepSpeed's ZeRO moves optimizer state, and the engine is {self.kind} with zero_stage "
+                f"{self.zero_stage}. Set kind: deepspeed and zero_stage: 1, 2 or 3, or offload_optimizer: none",
+            )
+
+    @property
+    def recomputed_parts(self) -> tuple[str, ...]:
+        """The parts of the model that run again in backward."""
+        return {"none": (), "selective": self.recompute_parts, "full": ("layers",)}[self.recompute]

@@ -17,13 +17,15 @@ BUCKET_ELEMENTS = 50_000_000
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedPlan:
     """Sizes that DeepSpeed wants to know: micro-batches per rank of the largest step (the engine tells DeepSpeed which
-    one is the last of a step), rows in each, ranks, parameters of the model and of its largest layer."""
+    one is the last of a step), rows in each, ranks, parameters of the model and of its largest layer, and whether
+    copies to the host's memory want pages that stay in place (there is a GPU)."""
 
     micro_batches: int
     micro_sequences: int
     dp: int
     num_params: int
     layer_params: int
+    pin_memory: bool
 
 
 def deepspeed_config(
@@ -36,6 +38,8 @@ def deepspeed_config(
     DeepSpeed would add up the gradients of stage 0 in bf16: it then holds fp32 parameters, the step runs on copies.
     """
     check_combination(engine, optim=optim)
+    if engine.offload_optimizer != "none":
+        check_offload(engine, micro_batches=plan.micro_batches)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
     result: dict[str, object] = {
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
@@ -54,6 +58,7 @@ def deepspeed_config(
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
             **(_whole_while_used(plan.layer_params) if engine.zero_stage == 3 else {}),
+            **_offload(engine, pin_memory=plan.pin_memory),
         },
     }
     if engine.precision == "bf16" and engine.zero_stage > 0:
@@ -75,6 +80,25 @@ def _whole_while_used(layer_params: int) -> dict[str, object]:
     }
 
 
+def _offload(engine: EngineConfig, *, pin_memory: bool) -> dict[str, object]:
+    """The optimizer stays torch's fused AdamW, which steps tensors where they are; no cpu_adam has to be compiled."""
+    if engine.offload_optimizer == "none":
+        return {}
+    return {"offload_optimizer": {"device": engine.offload_optimizer, "pin_memory": pin_memory}}
+
+
+def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
+    """Refuse the case in which gradients would be added up in bf16: DeepSpeed's buffers on the host have the dtype of
+    the weights in stages 1 and 2."""
+    if engine.precision == "bf16" and engine.zero_stage < 3 and micro_batches > 1:
+        engine.fail(
+            "offload_optimizer",
+            f"with bf16 weights, zero_stage {engine.zero_stage} would add up the gradients of {micro_batches} "
+            "micro-batches in bf16. Set engine.zero_stage: 3, or a batch of one micro-batch per rank",
+            error=ConfigError,
+        )
+
+
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
     if optim.name == "muon" and engine.zero_stage > 0:
@@ -82,5 +106,12 @@ def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
             "zero_stage",
             "optim.name = muon needs whole matrices, and ZeRO cuts parameters into flat pieces. "
             "Set engine.zero_stage: 0 or optim.name: adamw",
+            error=ConfigError,
+        )
+    if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":
+        engine.fail(
+            "recompute",
+            "stage 0 runs each pass on bf16 copies of fp32 weights, which no longer exist when backward repeats a "
+            "part. Set engine.zero_stage: 1",
             error=ConfigError,
         )

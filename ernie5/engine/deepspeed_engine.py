@@ -26,6 +26,7 @@ from ernie5.engine.deepspeed_topology import place_tensor
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
+from ernie5.engine.recompute import install_recompute
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
@@ -67,6 +68,7 @@ class DeepSpeedEngine(Engine):
         self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
         self._data_axis = parallel_state.dp_cp
         model.to(device)
+        install_recompute(model, engine=engine, device=device)
         topology = place_tensor(model, layout=self._layout)
         placement = ExpertPlacement(self._layout, stage=self._stage)
         placement.mark(model)
@@ -85,6 +87,7 @@ class DeepSpeedEngine(Engine):
             dp=self._data_axis.size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
+            pin_memory=device.type == "cuda",
             pin_memory=device.type == "cuda",
         )
         optimizer = build_optimizer(groups, config=optim, peers=find_peers(parallel_state))

@@ -43,9 +43,14 @@ class DeepSpeedState:
         return {name: self._read(parameter, key=None) for name, parameter in self._names.items()}
 
     def poison_gradient(self) -> None:
-        """NaN into the gradient of the smallest parameter, wherever the stage keeps it."""
+        """NaN into the gradient of the smallest parameter, wherever the stage keeps it; where gradients are on the host,
+        into the norms that DeepSpeed took of them in backward, which alone it looks at."""
         from deepspeed.utils import safe_set_full_grad
 
+        if self._engine.zero_use_cpu_optimizer():
+            norms = self._optimizer().norm_for_param_grads
+            norms.update({key: torch.tensor(torch.nan) for key in norms})
+            return
         parameter = min(self._names.values(), key=lambda p: p.ds_numel if self._stage == 3 else p.numel())
         shape = parameter.ds_shape if self._stage == 3 else parameter.shape
         safe_set_full_grad(parameter, torch.full(shape, torch.nan, device=parameter.device))

@@ -26,6 +26,7 @@ from ernie5.engine.local import (
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
 from ernie5.engine.slices import buffer_slices, optimizer_slices
+from ernie5.engine.recompute import install_recompute
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -63,6 +64,7 @@ class GridEngine(Engine):
         self.dp_rank, self.dp_size = self._parallel.dp.coordinate, self._parallel.dp.size
         self._layout = apply_layout(model, state=self._parallel, parallel=parallel)
         model.to(device)
+        install_recompute(model, engine=engine, device=device)
         check_copies(dict(model.named_parameters()), layout=self._layout)
         self._masters = make_masters(model, precision=engine.precision)
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")

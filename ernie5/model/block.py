@@ -26,8 +26,16 @@ class DenseBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting | None]:
         """[B, T, D] -> [B, T, D]; a dense layer routes nothing."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), inputs=inputs)
-        return hidden + self.mlp(self.mlp_norm(hidden)), None
+        hidden = hidden + self.attend(hidden, inputs=inputs)
+        return hidden + self.feed_forward(hidden), None
+
+    def attend(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> torch.Tensor:
+        """[B, T, D] -> what attention adds."""
+        return self.attention(self.attention_norm(hidden), inputs=inputs)
+
+    def feed_forward(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> what the feed-forward adds."""
+        return self.mlp(self.mlp_norm(hidden))
 
 
 class MoEBlock(nn.Module):
@@ -42,6 +50,10 @@ class MoEBlock(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting | None]:
         """[B, T, D] -> [B, T, D] and the routing's statistics."""
-        hidden = hidden + self.attention(self.attention_norm(hidden), inputs=inputs)
+        hidden = hidden + self.attend(hidden, inputs=inputs)
         out, routing = self.moe(self.mlp_norm(hidden), inputs=inputs)
         return hidden + out, routing
+
+    def attend(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> torch.Tensor:
+        """[B, T, D] -> what attention adds."""
+        return self.attention(self.attention_norm(hidden), inputs=inputs)

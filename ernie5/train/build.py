@@ -18,6 +18,7 @@ from ernie5.data.lengths import shortest_documents
 from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.data.patches import SIDE
 from ernie5.engine.interface import Engine, StepSettings
+from ernie5.engine.recompute import install_recompute
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.generate.interleave import Generation
 from ernie5.model.backbone import UnifiedModel, build_model
@@ -119,6 +120,7 @@ def build_engine(
     )
     engine_class = resolve("engine", name=config.engine.kind)
     if config.engine.kind == "local":
+        install_recompute(model, engine=config.engine, device=device)
         return engine_class(
             model, optim=config.optim, settings=settings, precision=config.engine.precision, device=device
         )

@@ -21,12 +21,12 @@ class FusedSwiGLU(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        gate_up = ctx.saved_tensors[0]
+        gate_up, *weighing = ctx.saved_tensors  # once: activations that are computed again come once
         gate, up = gate_up.chunk(2, dim=-1)
         activated = torch.nn.functional.silu(gate)
         grad_weights = None
         if ctx.weighted:
-            weights = ctx.saved_tensors[1]
+            (weights,) = weighing
             sums_dtype = torch.promote_types(grad.dtype, torch.float32)
             grad_weights = (grad * activated).mul_(up).sum(-1, dtype=sums_dtype).to(weights.dtype)
             grad = grad * weights.to(grad.dtype).unsqueeze(-1)

@@ -73,7 +73,7 @@ def _rows(*, seed: int, rows: int, tasks: tuple[str, ...]) -> Batch:
 
 
 def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: float = 0.05, micro: int = 4,
-                optimizer: str = "adamw") -> Engine:
+                optimizer: str = "adamw", offload: str = "none") -> Engine:
     """A tiny engine; every call starts from the same weights."""
     model = build_model(MODEL, seed=3)
     settings = StepSettings(
@@ -90,7 +90,7 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
 
     return DeepSpeedEngine(
         model,
-        engine=EngineConfig(zero_stage=stage, precision=precision),
+        engine=EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=offload),
         parallel=ParallelConfig(),
         optim=optim,
         settings=settings,

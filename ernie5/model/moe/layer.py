@@ -37,12 +37,16 @@ class MoELayer(nn.Module):
         flat = hidden.flatten(0, 1)
         routing = self.router(flat, top_k=inputs.top_k, active=inputs.active_experts)
         sent = self.dispatcher.send(flat, routing=routing, num_experts=routing.scores.shape[1])
-        beside = None if self.shared is None else self.shared(hidden)  # while the tokens may be on their way
+        beside = None if self.shared is None else self.run_shared(hidden)  # while the tokens may be on their way
         parcels = self.dispatcher.receive(sent)
         out = self.dispatcher.combine(self.run_experts(parcels), parcels=parcels).view_as(hidden)
         if beside is not None:
             out = out + beside
         return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance, pool=self.pool)
+
+    def run_shared(self, hidden: torch.Tensor) -> torch.Tensor:
+        """[B, T, D] -> what the shared experts add."""
+        return self.shared(hidden)
 
     def run_experts(self, parcels: Parcels) -> torch.Tensor:
         """The parcels of this rank -> weighted outputs of its experts, summed per parcel [M, D]; nothing travels."""

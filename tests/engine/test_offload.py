@@ -1,0 +1,82 @@
+"""Optimizer state in the host's memory: the same numbers in every ZeRO stage, and what would not be is refused."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.engine.config import EngineConfig
+from ernie5.engine.deepspeed_config import DeepSpeedPlan, check_offload, deepspeed_config
+from ernie5.engine.interface import Engine
+from ernie5.errors import ConfigError
+from ernie5.optim.config import OptimConfig
+
+# as in test_deepspeed_equals_local: sums of fp32 in another order; AdamW divides by sqrt(v)
+GRADIENT_TOLERANCE, PARAMETER_TOLERANCE = 2e-6, 2e-4
+
+
+@pytest.fixture(scope="module")
+def tiny() -> types.ModuleType:
+    """The module that builds tiny engines."""
+    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).with_name("tiny_run.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module
+
+
+@pytest.fixture(scope="module")
+def expected(tiny: types.ModuleType) -> dict:
+    """Two steps of the local engine."""
+    return tiny.two_steps(tiny.make_engine("local"))
+
+
+def check_dropped_step(engine: Engine, *, tiny: types.ModuleType) -> None:
+    """A step that is dropped moves nothing."""
+    before = engine.state()
+    report = engine.discard(engine.accumulate(tiny.make_batches([1, 1, 1, 1], seed=5)))
+    after = engine.state()
+    assert report.skipped
+    for kind in ("parameters", "moments"):
+        assert all(torch.equal(vars(after)[kind][key], value) for key, value in vars(before)[kind].items())
+
+
+@pytest.mark.parametrize("stage", [1, 2, 3])
+def test_a_step_on_the_host_is_the_local_step(stage: int, tiny: types.ModuleType, expected: dict) -> None:
+    engine = tiny.make_engine("deepspeed", stage=stage, offload="cpu")
+    result = tiny.two_steps(engine)
+    assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
+    for name, gradient in expected["gradients"].items():
+        assert (result["gradients"][name] - gradient).abs().max() < GRADIENT_TOLERANCE, name
+    for name, value in expected["state"].parameters.items():
+        assert (result["state"].parameters[name] - value).abs().max() < PARAMETER_TOLERANCE, name
+    for name, value in expected["state"].moments.items():
+        assert (result["state"].moments[name] - value).abs().max() < GRADIENT_TOLERANCE, name
+    check_dropped_step(engine, tiny=tiny)
+    copy = tiny.make_engine("deepspeed", stage=stage, offload="cpu")
+    copy.load_state(result["state"])
+    for kind in ("parameters", "moments"):
+        for name, value in vars(result["state"])[kind].items():
+            assert torch.equal(vars(copy.state())[kind][name], value), name
+
+
+def test_deepspeed_is_told_where_the_state_is() -> None:
+    plan = DeepSpeedPlan(1, 1, dp=1, num_params=10, layer_params=5, pin_memory=True)
+    told = deepspeed_config(EngineConfig(zero_stage=2, offload_optimizer="cpu"), optim=OptimConfig(), plan=plan)
+    assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
+    told = deepspeed_config(EngineConfig(zero_stage=2), optim=OptimConfig(), plan=plan)
+    assert "offload_optimizer" not in told["zero_optimization"]
+
+
+def test_what_would_train_otherwise_or_not_at_all_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"nvme.*offload_optimizer: cpu"):
+        EngineConfig(offload_optimizer="nvme", zero_stage=3)
+    for kind, stage in (("grid", 1), ("deepspeed", 0)):
+        with pytest.raises(ConfigError, match=f"the engine is {kind} with zero_stage {stage}"):
+            EngineConfig(kind=kind, zero_stage=stage, offload_optimizer="cpu")
+    with pytest.raises(ConfigError, match="gradients of 4 micro-batches in bf16"):
+        check_offload(EngineConfig(zero_stage=1, precision="bf16", offload_optimizer="cpu"), micro_batches=4)

@@ -3,24 +3,36 @@
     python launch/supervise.py --run-dir runs/mine -- python launch/spawn.py 4 CONFIG train.run_dir=runs/mine
     python launch/supervise.py --run-dir runs/mine -- deepspeed launch/pretrain.py CONFIG train.run_dir=runs/mine
 
+On several hosts, one on each, around that host's share of the launcher, all with the same RUN_DIR on shared storage:
+
+    NODES=2 NODE_RANK=1 HEAD=node0 python launch/supervise.py --run-dir runs/mine -- bash launch/torchrun.sh CONFIG ...
+
 It trusts RUN_DIR/exit.json, which every run writes, more than the launcher's exit code; a missing one means killed.
 0 ends; 2 and 4 end (a user's mistake, or numerics beyond the run's own retries); 75, 5 and kills start again; 3 (disk,
 memory, network) a few times with longer pauses; 1 (a bug) once. Pauses double while a run gets no farther, and the
 number of such starts is bounded. Before each start, ranks that an earlier one left behind are killed; --fresh and
 --resume count for the first start alone. SIGINT and SIGTERM go to the launcher and end the agent as well. The state
 after the last step is kept in shared memory, where the next start finds it. RUN_DIR/supervise.jsonl keeps one line per
-start.
+start (supervise-node1.jsonl of the second host, and so on).
 """
 
 from __future__ import annotations
 
 import argparse
 import fcntl
+import os
 import sys
 from pathlib import Path
 
 from supervision.agent import Agent
 from supervision.policy import Limits
+
+NODE_RANKS = ("NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+
+
+def node_rank() -> int:
+    """The number of this host, as whoever started this says."""
+    return int(next((os.environ[name] for name in NODE_RANKS if name in os.environ), "0"))
 
 
 def main() -> int:
@@ -30,16 +42,22 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, default=10, help="failed starts in a row without progress (10)")
     parser.add_argument("--delay", type=float, default=1.0, help="seconds before the first restart (1)")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="where the last step is kept (/dev/shm)")
+    parser.add_argument("--node-rank", type=int, default=node_rank(),
+                        help="number of this host (NODE_RANK, SLURM_NODEID or JOB_COMPLETION_INDEX, else 0)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --, what starts the ranks")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
-    with (arguments.run_dir / ".supervise.lock").open("w") as lock:
+    of_host = f"-node{arguments.node_rank}" if arguments.node_rank else ""
+    with (arguments.run_dir / f".supervise{of_host}.lock").open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"ConfigError: another agent supervises {arguments.run_dir}. End it first", file=sys.stderr)
+            print(f"ConfigError: another agent supervises {arguments.run_dir} as node {arguments.node_rank}. End it "
+                  "first, or give every host its own --node-rank", file=sys.stderr)
             return 2
-        agent = Agent(arguments.command, run_dir=arguments.run_dir, memory=arguments.memory)
+        agent = Agent(
+            arguments.command, run_dir=arguments.run_dir, memory=arguments.memory, node_rank=arguments.node_rank
+        )
         return agent.run(Limits(restarts=arguments.restarts, delay_seconds=arguments.delay))
 
 

@@ -7,6 +7,7 @@ a process is lost, ranks continue from there without reading the disk, if all of
 from __future__ import annotations
 
 import os
+import socket
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
@@ -30,12 +31,17 @@ class ReplicaHook(Hook):
 
     def __init__(self, folder: Path, *, every: int, engine: Engine, snapshot: Snapshot) -> None:
         self._folder, self._every, self._engine, self._snapshot = folder, every, engine, snapshot
+        hosts = {found["host"] for found in engine.gather({"host": socket.gethostname()})}
+        self._is_on = len(hosts) == 1
+        if not self._is_on and engine.is_main:
+            get_log().info("no replica in memory, for it is for one host and there are %d: restarts read the disk",
+                           len(hosts))
         self._saver = Saver(folder, config=ONE, engine=engine)
         self._is_begun, self._is_warned = False, False
 
     def after_step(self, context: StepContext) -> None:
         """Copy this rank's part, once the copy before is written; collective."""
-        if context.step % self._every or context.report.skipped or context.is_last:
+        if not self._is_on or context.step % self._every or context.report.skipped or context.is_last:
             return
         self._settle()
         try:

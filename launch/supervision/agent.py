@@ -17,6 +17,8 @@ from supervision.processes import MARK, kill_strays, mark_of
 from ernie5.errors import EXIT_INTERRUPTED
 
 POLL_SECONDS = 0.05
+RECORD_SECONDS = 10.0  # until exit.json, where another host has rank 0
+LAST_SAVE_SECONDS = 300.0
 REPLICA_VARIABLE = "ERNIE5_REPLICA"  # ernie5/train/replica.py reads it; importing that would load torch
 
 
@@ -34,8 +36,9 @@ def going_on(command: list[str]) -> list[str]:
 class Agent:
     """Runs the command until it is done, may not be started again, or a signal arrives."""
 
-    def __init__(self, command: list[str], *, run_dir: Path, memory: Path) -> None:
-        self._command, self._run_dir, self._mark = command, run_dir, mark_of(run_dir)
+    def __init__(self, command: list[str], *, run_dir: Path, memory: Path, node_rank: int = 0) -> None:
+        self._command, self._run_dir, self._node_rank = command, run_dir, node_rank
+        self._mark = mark_of(run_dir, node_rank=node_rank)
         self._replica = memory / f"ernie5-{self._mark}"
         self._child: subprocess.Popen | None = None
         self._stopping = False
@@ -54,8 +57,12 @@ class Agent:
         policy = RestartPolicy(limits, step=farthest_step(self._run_dir))
         while not self._stopping:
             strays = kill_strays(self._mark)
-            (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
-            outcome = read_outcome(self._run_dir, launcher_code=self._start_and_wait())
+            if self._node_rank == 0:  # rank 0's host
+                (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
+            launcher_code = self._start_and_wait()
+            if self._node_rank:
+                self._await_record(launcher_code)
+            outcome = read_outcome(self._run_dir, launcher_code=launcher_code)
             decision = policy.decide(outcome, stopping=self._stopping)
             self._note(code=outcome.code, killed=outcome.killed, step=outcome.step, strays=strays,
                        restart=decision.restart, reason=decision.reason)
@@ -73,6 +80,12 @@ class Agent:
         self._child = subprocess.Popen(self._command, env=environment, start_new_session=True)
         return self._child.wait()
 
+    def _await_record(self, launcher_code: int) -> None:
+        """The other hosts may still be about to say why the run ended, or to write its last checkpoint."""
+        deadline = time.monotonic() + (LAST_SAVE_SECONDS if launcher_code == 0 else RECORD_SECONDS)
+        while time.monotonic() < deadline and not (self._run_dir / EXIT_FILE).exists() and not self._stopping:
+            time.sleep(POLL_SECONDS)
+
     def _forward(self, number: int, _frame: object) -> None:
         self._stopping = True
         if self._child is not None and self._child.poll() is None:
@@ -81,5 +94,6 @@ class Agent:
     def _note(self, **fields: object) -> None:
         print(f"supervise: {fields['reason']}; {'starting again' if fields['restart'] else 'ending'}",
               file=sys.stderr, flush=True)
-        with (self._run_dir / "supervise.jsonl").open("a", encoding="utf-8") as file:
+        name = f"supervise-node{self._node_rank}.jsonl" if self._node_rank else "supervise.jsonl"
+        with (self._run_dir / name).open("a", encoding="utf-8") as file:
             file.write(json.dumps({"unix_seconds": time.time(), **fields}) + "\n")

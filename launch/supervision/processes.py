@@ -16,9 +16,10 @@ MARK = "ERNIE5_SUPERVISED"
 GONE_SECONDS = 10.0
 
 
-def mark_of(run_dir: Path) -> str:
-    """The mark of a run: the same for every agent of this run directory, so that a new one finds an old one's ranks."""
-    return hashlib.sha256(str(run_dir.resolve()).encode()).hexdigest()[:16]
+def mark_of(run_dir: Path, *, node_rank: int) -> str:
+    """The mark of a run on one host: the same for every agent there, so that a new one finds an old one's ranks."""
+    name = f"{run_dir.resolve()} node {node_rank}" if node_rank else str(run_dir.resolve())
+    return hashlib.sha256(name.encode()).hexdigest()[:16]
 
 
 def marked_processes(mark: str) -> list[int]:

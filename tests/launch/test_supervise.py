@@ -186,3 +186,32 @@ def test_two_ranks_lose_one_and_go_on_from_memory_to_the_same_losses(
                for path in (metrics, tmp_path / "whole" / "metrics.jsonl")]
     assert figures[0] == figures[1] and len(figures[0]) == 8
     assert not list(tmp_path.glob("ernie5-*"))  # the agent takes its memory along
+
+
+def test_two_hosts_restart_together_and_neither_touches_the_other(
+    supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each agent has its own lock, mark and journal; the host without rank 0 leaves exit.json alone and waits for it."""
+    share = """
+node = int(os.environ["NODE"]); mine = run.parent / f"starts-{node}"
+n = int(mine.read_text()) + 1 if mine.exists() else 1
+mine.write_text(str(n))
+if n == 1 and node == 1: os.kill(os.getpid(), signal.SIGKILL)
+if n == 1:
+    while not (run.parent / "starts-1").exists(): time.sleep(0.01)
+    time.sleep(0.5); end(5)  # rank 0 notices later
+if node == 0:
+    while not (run.parent / "starts-1").read_text() == "2": time.sleep(0.01)
+    time.sleep(1.0); end(0)  # and saves longest
+sys.exit(0)
+"""
+    agents = []
+    for node in ("0", "1"):
+        monkeypatch.setenv("NODE", node)
+        agents.append(supervise(*script(share), options=("--node-rank", node)))
+    said = [agent.communicate(timeout=PATIENCE_SECONDS)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    assert [(tmp_path / f"starts-{node}").read_text() for node in (0, 1)] == ["2", "2"]
+    journals = [[json.loads(line)["code"] for line in (tmp_path / "run" / name).read_text().splitlines()]
+                for name in ("supervise.jsonl", "supervise-node1.jsonl")]
+    assert journals == [[5, 0], [5, 0]]

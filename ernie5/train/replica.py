@@ -101,8 +101,8 @@ def open_newest(source: Path | None) -> LoadedRun | None:
 
 
 def agree(loaded: LoadedRun | None, *, source: Path | None, engine: Engine) -> LoadedRun | None:
-    """What every rank continues from: `loaded` if all found the same step and its bytes are whole, else the checkpoint on
-    disk. Collective. Raises CheckpointError, on every rank, where that one is damaged."""
+    """What every rank continues from: `loaded` if all found the same step and its bytes are whole, else the checkpoint
+    on disk. Collective. Raises CheckpointError, on every rank, where that one is damaged."""
     steps = [found["step"] for found in engine.gather({"step": -1 if loaded is None else loaded.run.step})]
     if len(set(steps)) > 1:
         if engine.is_main:

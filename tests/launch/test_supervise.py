@@ -191,7 +191,7 @@ def test_two_ranks_lose_one_and_go_on_from_memory_to_the_same_losses(
 def test_two_hosts_restart_together_and_neither_touches_the_other(
     supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Each agent has its own lock, mark and journal; the host without rank 0 leaves exit.json alone and waits for it."""
+    """Each agent has its own lock, mark and journal; the host without rank 0 waits for exit.json, and leaves it."""
     share = """
 node = int(os.environ["NODE"]); mine = run.parent / f"starts-{node}"
 n = int(mine.read_text()) + 1 if mine.exists() else 1

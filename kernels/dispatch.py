@@ -2,8 +2,8 @@
 
 Names: `reference` is the plain truth, slow and memory-hungry; `torch` the production path in PyTorch on any device;
 `native` hand-written C++ for the CPU, fp32 and bf16; `triton` a hand-written kernel for NVIDIA GPUs; `sdpa` and `flex`
-PyTorch's own attention, which only `attention` has; `auto` the first of an op's list that can run on the tensor's
-device.
+PyTorch's own attention, which only `attention` has; `megablocks` (grouped products) and `flash_attn` (attention) other
+people's CUDA packages, run by name alone; `auto` the first of an op's list that can run on the tensor's device.
 """
 
 from __future__ import annotations
@@ -17,7 +17,13 @@ from ernie5.errors import KernelError
 
 from .checks import TRITON_DTYPES
 
-BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton")
+BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "flash_attn")
+PACKAGES = {
+    "megablocks": ("grouped_gemm", "pip install grouped_gemm"),
+    "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
+}
+"""Back ends that live in a package of their own: its import name (megablocks' products are a separate one), and how to
+get it."""
 
 
 def choose_backend(
@@ -40,6 +46,7 @@ def choose_backend(
         raise KernelError(f"kernel {op}: unknown backend {requested!r}. Known: {', '.join(BACKENDS)}")
     if requested == "auto":
         able = {"native": native, "triton": triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)}
+        able |= dict.fromkeys(PACKAGES, False)
         return next(name for name in offered if able.get(name, True))
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
@@ -53,7 +60,18 @@ def choose_backend(
             f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and the triton package (or "
             "TRITON_INTERPRET=1 for tests); use auto or torch"
         )
+    if requested in PACKAGES:
+        _require_package(requested, op=op, device=device)
     return requested
+
+
+def _require_package(requested: str, *, op: str, device: torch.device) -> None:
+    package, install = PACKAGES[requested]
+    missing = [] if device.type == "cuda" else [f"an NVIDIA GPU (the tensors are on {device.type})"]
+    if importlib.util.find_spec(package) is None:
+        missing.append(f"the package {package} ({install})")
+    if missing:
+        raise KernelError(f"kernel {op}: {requested} needs {' and '.join(missing)}; or use auto, triton or torch")
 
 
 def triton_runs_on(device: torch.device) -> bool:

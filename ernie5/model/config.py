@@ -161,10 +161,12 @@ class ModelConfig(Config):
                                         choices=MODALITIES, kind="architecture")
     attention_backend: str = field(
         "auto", doc="attention kernel; sdpa and flex are PyTorch's own, flex cannot train on a CPU",
-        choices=("auto", "native", "torch", "triton", "sdpa", "flex", "reference"), kind="performance",
+        choices=("auto", "native", "torch", "triton", "sdpa", "flex", "flash_attn", "reference"), kind="performance",
     )
-    expert_backend: str = field("auto", doc="grouped matrix product kernel",
-                                choices=("auto", "torch", "triton", "reference"), kind="performance")
+    expert_backend: str = field(
+        "auto", doc="kernels of the expert layer: router, order of rows, products; triton_fp8 multiplies in e4m3",
+        choices=("auto", "native", "torch", "triton", "triton_fp8", "megablocks", "reference"), kind="performance",
+    )
     moe: MoEConfig = field(MoEConfig(), doc="experts and router")
     mtp: MTPConfig = field(MTPConfig(), doc="multi-token prediction")
     visual: VisualModelConfig = field(VisualModelConfig(), doc="visual inputs and outputs")

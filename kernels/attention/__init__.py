@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ernie5.errors import KernelError
+
 from ..checks import require, require_beside, require_float
 from ..dispatch import choose_backend
 from ..native.library import runs_native
@@ -13,7 +15,7 @@ from .plan import AttentionPlan, plan_attention, plan_piecewise
 from .reference import attention_reference, dense_mask
 from .sdpa import attention_sdpa
 
-OFFERED = ("triton", "native", "torch", "sdpa", "flex", "reference")
+OFFERED = ("triton", "native", "torch", "sdpa", "flex", "flash_attn", "reference")
 
 __all__ = [
     "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
@@ -57,6 +59,8 @@ def attention(
         return NativeAttention.apply(query, key, value, plan, scale)
     if chosen == "sdpa":
         return attention_sdpa(query, key=key, value=value, plan=plan, scale=scale)
+    if chosen == "flash_attn":
+        return _by_flash_attn(query, key=key, value=value, plan=plan, scale=scale)
     if chosen == "flex":
         from .flex import attention_flex
 
@@ -68,6 +72,19 @@ def attention(
             mask = dense_mask(plan.intervals, query_start=plan.query_start, query_tokens=query.shape[1])
         return attention_reference(query, key=key, value=value, mask=mask, scale=scale)
     return ChunkedAttention.apply(query, key, value, plan, scale)
+
+
+def _by_flash_attn(
+    query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
+) -> torch.Tensor:
+    if plan.intervals is not None:
+        raise KernelError(
+            "kernel attention: flash_attn knows causal and full masks, and this plan has row intervals (packed "
+            "documents, bidirectional blocks). Use triton, flex or auto"
+        )
+    from flash_attn import flash_attn_func
+
+    return flash_attn_func(query, key, value, softmax_scale=scale)
 
 
 def _require(query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> None:

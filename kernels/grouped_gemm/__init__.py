@@ -9,7 +9,7 @@ from ..dispatch import choose_backend
 from .reference import grouped_gemm_reference
 from .segments import SegmentedGemm
 
-OFFERED = ("triton", "torch", "reference")
+OFFERED = ("triton", "torch", "megablocks", "reference")
 
 
 def grouped_gemm(
@@ -32,6 +32,8 @@ def grouped_gemm(
     chosen = choose_backend(backend, op="grouped_gemm", offered=offered, device=rows.device, dtype=rows.dtype)
     if chosen == "reference":
         return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
+    if chosen == "megablocks":
+        return _by_megablocks(rows, weight=weight, offsets=offsets)
     if chosen == "triton":
         from .kernel import grouped_gemm_triton
 
@@ -44,6 +46,18 @@ def grouped_gemm(
             return ScaledGroupedGemm.apply(rows, weight, offsets)
         return grouped_gemm_triton(rows, weight, offsets, False)
     return SegmentedGemm.apply(rows, weight, offsets)
+
+
+def _by_megablocks(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+    """megablocks' grouped_gemm wants group sizes on the host, so that this waits for the device, and every row used."""
+    from grouped_gemm.ops import gmm
+
+    rule = "megablocks multiplies bfloat16 alone; use triton or torch"
+    require(rows.dtype == torch.bfloat16, op="grouped_gemm", name="rows", tensor=rows, rule=rule)
+    sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).to("cpu", torch.int64)
+    used = int(sizes.sum())
+    out = gmm(rows[:used], weight, sizes, trans_b=True)
+    return out if used == rows.shape[0] else torch.cat([out, out.new_zeros(rows.shape[0] - used, out.shape[1])])
 
 
 def _require(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor) -> None:

@@ -11,7 +11,7 @@ from ..dispatch import choose_backend
 from ..quant_cast import ScaledTensor, quant_cast
 from .reference import permute_reference, plan_reference, unpermute_reference
 
-OFFERED = ("triton", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +32,18 @@ def plan_permutation(choices: torch.Tensor, *, num_experts: int, backend: str = 
         from .kernel import plan_triton
 
         return Permutation(*plan_triton(choices, num_experts))
+    if chosen == "torch":
+        return _plan_by_sorting(choices, num_experts=num_experts)
     return Permutation(*plan_reference(choices, num_experts=num_experts))
+
+
+def _plan_by_sorting(choices: torch.Tensor, *, num_experts: int) -> Permutation:
+    ordered, order = torch.sort(choices.flatten(), stable=True)
+    places = torch.empty_like(order)
+    places[order] = torch.arange(order.numel(), device=order.device)
+    experts = torch.arange(num_experts, device=order.device)
+    offsets = torch.searchsorted(ordered, experts, right=True)
+    return Permutation(offsets, order // choices.shape[1], places.view(choices.shape))
 
 
 def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> torch.Tensor:

@@ -8,19 +8,20 @@ import torch
 
 from ..checks import require, require_beside
 from ..dispatch import choose_backend
-from .reference import router_topk_reference
+from .reference import SMALLEST_SUM, router_topk_reference
 
-OFFERED = ("triton", "reference")
+OFFERED = ("triton", "torch", "reference")
 
 
 @dataclasses.dataclass(frozen=True)
 class Choice:
-    """choices [N, K] int64, most preferred first; weights [N, K]; scores [N, E]; counts [E] int64 of chosen slots."""
+    """choices [N, K] int64, most preferred first, by torch in any order; weights [N, K]; scores [N, E]; counts [E]
+    int64 of chosen slots, None by torch, which would wait for the device to count."""
 
     choices: torch.Tensor
     weights: torch.Tensor
     scores: torch.Tensor
-    counts: torch.Tensor
+    counts: torch.Tensor | None
 
 
 def router_topk(
@@ -56,7 +57,31 @@ def router_topk(
         require(logits.dtype == torch.float32, op=op, name="logits", tensor=logits, rule="routing is done in float32")
         weights, scores, choices, counts = router_topk_triton(logits, bias, active, top_k, uses_sigmoid, scale)
         return Choice(choices, weights, scores, counts)
+    if chosen == "torch":
+        return _by_torch(logits, bias=bias, top_k=top_k, uses_sigmoid=uses_sigmoid, scale=scale, active=active)
     parts = router_topk_reference(
         logits, bias=bias, top_k=top_k, uses_sigmoid=uses_sigmoid, scale=scale, active=active
     )
     return Choice(*parts)
+
+
+def _by_torch(
+    logits: torch.Tensor, *, bias: torch.Tensor, top_k: int, uses_sigmoid: bool, scale: float,
+    active: torch.Tensor | None,
+) -> Choice:
+    logits = logits if active is None else logits.masked_fill(~active, float("-inf"))
+    scores = torch.sigmoid(logits) if uses_sigmoid else torch.softmax(logits, dim=-1)
+    preference = scores.detach() + bias
+    if active is not None:
+        preference = preference.masked_fill(~active, float("-inf"))
+    return weigh_choices(scores, preference=preference, top_k=top_k, scale=scale)
+
+
+def weigh_choices(scores: torch.Tensor, *, preference: torch.Tensor, top_k: int, scale: float) -> Choice:
+    """Choose the top-k of preference [N, E] and weigh them by scores [N, E], in plain PyTorch."""
+    choices = preference.topk(top_k, dim=-1, sorted=False).indices
+    chosen = scores.gather(1, choices)
+    weights = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
+    if scale != 1.0:
+        weights = weights * scale
+    return Choice(choices, weights, scores, None)

@@ -1,6 +1,7 @@
 """Rows of tokens to experts and back: a gather, and a sum over each token's K rows. Adjoint to each other.
 
-Neither has a gradient of its own: the model's dispatcher knows both index lists and calls the other one backward.
+Neither has a gradient of its own: the model's dispatcher knows both index lists and calls the other one backward. By
+Triton they are the kernels of `moe_permute`.
 """
 
 from __future__ import annotations
@@ -11,13 +12,28 @@ from ..dispatch import choose_backend
 from ..native.library import is_narrow, native_library, pointer, runs_native, sizes, threads
 from .reference import gather_rows_reference, sum_places_reference
 
-OFFERED = ("native", "torch", "reference")
+OFFERED = ("triton", "native", "torch", "reference")
 
 
-def gather_rows(x: torch.Tensor, *, sources: torch.Tensor, backend: str = "auto") -> torch.Tensor:
-    """rows [R, D] = x[sources] for x [N, D] and sources [R] int64 in 0..N-1; no autograd."""
+def gather_rows(
+    x: torch.Tensor, *, sources: torch.Tensor, places: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
+    """rows [R, D] = x[sources] for x [N, D] and sources [R] int64 in 0..N-1; no autograd.
+
+    places [N, K] int64, R = N * K: the same map from the other side, by which Triton reads every token once; without it
+    auto leaves Triton out.
+    """
+    if places is not None and places.numel() != sources.numel():
+        raise ValueError(f"gather_rows: {places.numel()} places for {sources.numel()} rows")
     native = runs_native(x) and sources.dtype == torch.int64
-    chosen = choose_backend(backend, op="gather_rows", offered=OFFERED, device=x.device, native=native)
+    offered = OFFERED if places is not None else OFFERED[1:]
+    chosen = choose_backend(
+        backend, op="gather_rows", offered=offered, device=x.device, dtype=x.dtype, native=native
+    )
+    if chosen == "triton":
+        from ..moe_permute.kernel import permute_triton
+
+        return permute_triton(x.contiguous(), places)
     if chosen == "reference":
         return gather_rows_reference(x, sources=sources)
     if chosen == "torch":
@@ -33,7 +49,13 @@ def gather_rows(x: torch.Tensor, *, sources: torch.Tensor, backend: str = "auto"
 def sum_places(rows: torch.Tensor, *, places: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """out [N, D]: out[n] = sum over k of rows[places[n, k]], rows [R, D], places [N, K] int64; no autograd."""
     native = runs_native(rows) and places.dtype == torch.int64
-    chosen = choose_backend(backend, op="sum_places", offered=OFFERED, device=rows.device, native=native)
+    chosen = choose_backend(
+        backend, op="sum_places", offered=OFFERED, device=rows.device, dtype=rows.dtype, native=native
+    )
+    if chosen == "triton":
+        from ..moe_permute.kernel import unpermute_triton
+
+        return unpermute_triton(rows.contiguous(), places, None)
     if chosen == "reference":
         return sum_places_reference(rows, places=places)
     if chosen == "torch":

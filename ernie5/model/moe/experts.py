@@ -5,8 +5,15 @@ from __future__ import annotations
 import torch
 from torch import nn
 
-from ernie5.model.config import MoEConfig
+from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5_kernels.experts import experts
+
+FP8 = "triton_fp8"
+
+
+def kernel_backend(config: ModelConfig) -> str:
+    """The back end of the router and of the order of rows that goes with the experts' one."""
+    return {FP8: "triton", "native": "auto", "megablocks": "auto"}.get(config.expert_backend, config.expert_backend)
 
 
 class RoutedExperts(nn.Module):
@@ -16,12 +23,13 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_width, width))
         self.down = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
-        self.backend = backend
+        self.backend, self.fp8 = ("triton", True) if backend == FP8 else (backend, False)
 
     def forward(
         self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
     ) -> torch.Tensor:
         """rows [R, D] grouped by expert, row_weights [R], offsets [E] -> weighted outputs [R, D]."""
         return experts(
-            rows, row_weights=row_weights, gate_up=self.gate_up, down=self.down, offsets=offsets, backend=self.backend
+            rows, row_weights=row_weights, gate_up=self.gate_up, down=self.down, offsets=offsets, backend=self.backend,
+            fp8=self.fp8,
         )

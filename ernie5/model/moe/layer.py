@@ -10,7 +10,7 @@ from ernie5.model.interfaces import LayerInputs, Parcels, RoutingPool, TokenDisp
 from ernie5.model.mlp import SwiGLU
 from ernie5.model.moe.balance import OWN_TOKENS, LayerRouting, measure_routing
 from ernie5.model.moe.dispatch import LocalDispatcher
-from ernie5.model.moe.experts import RoutedExperts
+from ernie5.model.moe.experts import RoutedExperts, kernel_backend
 from ernie5.model.moe.router import Router
 
 
@@ -24,12 +24,13 @@ class MoELayer(nn.Module):
         super().__init__()
         moe = config.moe
         self.balance = moe.balance
-        self.router = Router(moe, width=config.width)
+        backend = kernel_backend(config)
+        self.router = Router(moe, width=config.width, backend=backend)
         self.experts = RoutedExperts(moe, width=config.width, backend=config.expert_backend)
         self.shared = (
             SwiGLU(config.width, hidden_width=moe.shared_experts * moe.expert_width) if moe.shared_experts else None
         )
-        self.dispatcher: TokenDispatcher = LocalDispatcher()
+        self.dispatcher: TokenDispatcher = LocalDispatcher(backend)
         self.pool: RoutingPool = OWN_TOKENS
 
     def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting]:

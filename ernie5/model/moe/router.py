@@ -8,13 +8,12 @@ from collections.abc import Callable
 import torch
 from torch import nn
 
-from ernie5.errors import ConfigError
+from ernie5.errors import ConfigError, KernelError
 from ernie5.model.config import MoEConfig
 from ernie5.model.interfaces import Routing
 from ernie5.records import SubNetwork
 from ernie5_kernels.linear import linear
-
-SMALLEST_SUM = 1e-12
+from ernie5_kernels.router_topk import Choice, router_topk, weigh_choices
 
 
 class Router(nn.Module):
@@ -25,12 +24,19 @@ class Router(nn.Module):
     arXiv:2412.19437). It stays fp32 when the module is cast, because its steps (1e-4) would vanish in bf16.
     """
 
-    def __init__(self, config: MoEConfig, *, width: int) -> None:
+    def __init__(self, config: MoEConfig, *, width: int, backend: str = "auto") -> None:
         super().__init__()
         self.weight = nn.Parameter(torch.empty(config.num_experts, width))
         self.register_buffer("balance_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.uses_sigmoid, self.scale = config.score == "sigmoid", config.scale
         self.num_groups, self.top_groups = config.num_groups, config.top_groups
+        self.backend = backend
+        if backend == "triton" and config.is_group_limited:
+            raise KernelError(
+                "model.expert_backend = triton routes among all experts, and model.moe.top_groups = "
+                f"{config.top_groups} of {config.num_groups} restricts each token to some groups. Use expert_backend: "
+                "auto, which routes by PyTorch and multiplies by Triton, or num_groups: 1"
+            )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
         exact = self.balance_bias
@@ -45,20 +51,22 @@ class Router(nn.Module):
         logits = linear(hidden.to(wide), weight=self.weight.to(wide))
         if active is not None:
             logits = logits.masked_fill(~active, float("-inf"))
+        if self.top_groups < self.num_groups:
+            choice = self._choose_in_groups(logits, top_k=top_k, active=active)
+        else:
+            choice = router_topk(
+                logits, bias=self.balance_bias, top_k=top_k, uses_sigmoid=self.uses_sigmoid, scale=self.scale,
+                active=active, backend=self.backend,
+            )
+        return Routing(choices=choice.choices, weights=choice.weights, scores=choice.scores, logits=logits)
+
+    def _choose_in_groups(self, logits: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Choice:
         scores = torch.sigmoid(logits) if self.uses_sigmoid else torch.softmax(logits, dim=-1)
         preference = scores.detach() + self.balance_bias
         if active is not None:
             preference = preference.masked_fill(~active, float("-inf"))
-        if self.top_groups < self.num_groups:
-            preference = limit_groups(
-                preference, num_groups=self.num_groups, top_groups=self.top_groups, top_k=top_k
-            )
-        choices = preference.topk(top_k, dim=-1, sorted=False).indices
-        chosen = scores.gather(1, choices)
-        weights = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
-        if self.scale != 1.0:
-            weights = weights * self.scale
-        return Routing(choices=choices, weights=weights, scores=scores, logits=logits)
+        preference = limit_groups(preference, num_groups=self.num_groups, top_groups=self.top_groups, top_k=top_k)
+        return weigh_choices(scores, preference=preference, top_k=top_k, scale=self.scale)
 
 
 def check_subnetwork(subnetwork: SubNetwork, *, config: MoEConfig) -> None:

@@ -88,7 +88,6 @@ class DeepSpeedEngine(Engine):
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
             pin_memory=device.type == "cuda",
-            pin_memory=device.type == "cuda",
         )
         optimizer = build_optimizer(groups, config=optim, peers=find_peers(parallel_state))
         placement.mark_groups(optimizer)

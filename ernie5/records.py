@@ -209,7 +209,7 @@ class RoutingStats(TensorRecord):
 
     loads [L, E] fp32: tokens per MoE layer and expert; group_loads [L, 6, E] fp32: the same by TokenKind 1..6;
     switch_loss, sequence_loss, z_loss: 0-d fp32, each the *mean over MoE layers*, already averaged over tokens of the
-    micro-batch, 0 where switched off.
+    micro-batch, 0 where switched off. A section of the model has zeros for foreign layers: sections add up.
     """
 
     loads: torch.Tensor
@@ -223,17 +223,21 @@ class RoutingStats(TensorRecord):
 class ModelOutput(TensorRecord):
     """What the model hands to the objectives; logits exist only where a target exists.
 
-    text_hidden [N, D]: normed hidden states at `text_targets.rows`; text_weight [V, D]: the text head, applied by the
-    objective in chunks so that whole logits never exist; mtp_hidden: one [N, D] per depth at `mtp_targets[d].rows`;
-    bit_logits [N, d] at `bit_targets.rows`; audio_logits [N, Q, C+1] at `audio_targets.rows`; routing. `touched` is a
-    0-d zero that depends on every parameter which this batch's data left out, so that each gets a gradient.
+    hidden [B, T, D]: output of the last layer that ran; text_hidden [N, D]: normed hidden states at
+    `text_targets.rows`; text_weight [V, D]: the text head, applied by the objective in chunks so that whole logits
+    never exist; mtp_hidden: one [N, D] per depth at `mtp_targets[d].rows`; bit_logits [N, d] at `bit_targets.rows`;
+    audio_logits [N, q, C+1] at `audio_targets.rows`, of q levels from first_audio_level on (all Q, from 0, in a whole
+    model); routing. `touched` is a 0-d zero that depends on every parameter which this batch's data left out, so that
+    each gets a gradient. A section of the model without heads has None for what they give, and no mtp_hidden.
     """
 
-    text_hidden: torch.Tensor
-    text_weight: torch.Tensor
+    hidden: torch.Tensor
+    text_hidden: torch.Tensor | None
+    text_weight: torch.Tensor | None
     mtp_hidden: tuple[torch.Tensor, ...]
-    bit_logits: torch.Tensor
+    bit_logits: torch.Tensor | None
     audio_logits: torch.Tensor
+    first_audio_level: int
     routing: RoutingStats
     touched: torch.Tensor
 

@@ -1,13 +1,15 @@
 """Plain PyTorch on any layout of the grids: the local engine, with the sums over ranks that a layout needs.
 
 Every rank's share of the objective is already divided by global counts, so gradients are summed, never averaged: those
-of experts over their replicas (edp), all others over dp x cp. Nothing is scaled by a degree.
+of experts over their replicas (edp), all others over dp x cp; a weight that two pipeline stages hold, over both.
+Nothing is scaled by a degree.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,18 +29,21 @@ from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
 from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.engine.recompute import install_recompute
+from ernie5.model.shard_plan import Section
+from ernie5.observe.log import get_log
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
-from ernie5.parallel.apply import apply_layout
+from ernie5.parallel.apply import Layout, apply_layout
 from ernie5.parallel.buckets import sum_gradients
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.held import held_parts, written_names
+from ernie5.parallel.pipeline import Passed, Pipeline
 from ernie5.parallel.state import build_state, join_processes
 from ernie5.parallel.verify import check_copies
-from ernie5.records import Batch
+from ernie5.records import Batch, TargetCounts
 
 
 class GridEngine(Engine):
@@ -55,6 +60,7 @@ class GridEngine(Engine):
         device: torch.device,
     ) -> None:
         parallel.check_optimizer(optim.name)
+        parallel.check_model(model.config)
         join_processes(device)
         self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
@@ -77,6 +83,15 @@ class GridEngine(Engine):
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)
         self._step.text_loss = self._layout.text_loss(vocab_size=model.config.vocab_size)
+        self._pipeline = Pipeline(
+            self._parallel,
+            stages=self._layout.stages,
+            width=model.config.width,
+            dtype=next(model.parameters()).dtype,
+            device=device,
+        )
+        if self.is_main and parallel.pp > 1:
+            get_log().info("%s", self._layout.stages.describe())
         self.updates = 0
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
@@ -85,13 +100,13 @@ class GridEngine(Engine):
         batches = [self._layout.take(batch.to(self.device)) for batch in micro_batches]
         counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        for batch in batches:
-            share, terms, routing = self._step(batch, counts, self.magnitudes)
-            share.backward()
-            move_gradients(self.model, masters=self._masters)
-            builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
+        self._pipeline.train(
+            batches,
+            run=functools.partial(self._run_section, counts=counts, builder=builder),
+            after_backward=lambda: move_gradients(self.model, masters=self._masters),
+        )
         sum_gradients(self._masters, layout=self._layout)
-        return builder.finish(reduce=self.sum_over_ranks)
+        return builder.finish(reduce=self._sum_over_shares)
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip by the norm over all ranks, step, copy masters, move balance bias and magnitudes."""
@@ -114,7 +129,8 @@ class GridEngine(Engine):
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Whole gradients by name; collective."""
-        return {name: self._layout.gather(master.grad, name=name).clone() for name, master in self._masters.items()}
+        own = {name: master.grad for name, master in self._masters.items()}
+        return {name: self._collect(own.get(name), name=name).clone() for name in self._layout.shards}
 
     @torch.no_grad()
     def evaluate_batch(self, batch: Batch) -> StepSums:
@@ -123,9 +139,8 @@ class GridEngine(Engine):
         batch = self._layout.take(batch.to(self.device))
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        share, terms, routing = self._step(batch, counts, self.magnitudes)
-        builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
-        return builder.finish(reduce=self.sum_over_ranks)
+        self._pipeline.evaluate([batch], run=functools.partial(self._run_section, counts=counts, builder=builder))
+        return builder.finish(reduce=self._sum_over_shares)
 
     def slices(self) -> Iterator[StateSlice]:
         """This rank's parts; of equal copies one rank saves each."""
@@ -135,7 +150,7 @@ class GridEngine(Engine):
             yield from optimizer_slices(
                 self._optimizer, master=master, name=name, held=parts[name], is_written=name in written
             )
-        yield from buffer_slices(self.model, is_written=self._parallel.stage.coordinate == 0)
+        yield from buffer_slices(self.model, is_written=self.is_main)
 
     def adopt(self, *, updates: int, magnitudes: torch.Tensor) -> None:
         """Copy masters to the model and set the counters."""
@@ -145,6 +160,35 @@ class GridEngine(Engine):
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""
         return all_reduce(values, axis=self._parallel.dp_cp)
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is spread."""
+        return self._layout
+
+    def _sum_over_shares(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""
+        return all_reduce(self.sum_over_ranks(values), axis=self._parallel.pp)
+
+    def _run_section(
+        self,
+        batch: Batch,
+        *,
+        section: Section,
+        hidden: torch.Tensor | None,
+        counts: TargetCounts,
+        builder: SumsBuilder,
+    ) -> Passed:
+        step = self._step.run_section(
+            batch, counts=counts, divisors=self.magnitudes, section=section, hidden=hidden
+        )
+        builder.add(step.share, terms=step.terms, routing=step.routing, tokens=batch.counts().tokens)
+        return Passed(hidden=step.hidden, share=step.share)
+
+    def _collect(self, part: torch.Tensor | None, *, name: str) -> torch.Tensor:
+        """The whole of an fp32 tensor that goes with parameter `name`; None on stages without it. Collective."""
+        part = None if part is None else part.detach()
+        return self._layout.collect(part, name=name, dtype=torch.float32, device=self.device)
 
     def gather(self, value: dict) -> list[dict]:
         """Collect a small value from every rank."""

@@ -12,11 +12,23 @@ from collections.abc import Callable, Sequence
 import torch
 
 from ernie5.engine.interface import StepSums
+from ernie5.model.shard_plan import Section
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import combine, combine_routing, losses
 from ernie5.objectives.next_token import TextLoss
 from ernie5.records import Batch, LossTerms, ModelOutput, RoutingStats, TargetCounts
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
+
+@dataclasses.dataclass(frozen=True)
+class SectionStep:
+    """What a section of the model made of one micro-batch; of a whole model, everything. share: its part of the step's
+    objective, 0-d fp32; terms: sums of nats; hidden [B, T, D] for the next section."""
+
+    share: torch.Tensor
+    terms: LossTerms
+    routing: RoutingStats
+    hidden: torch.Tensor
+
 
 Sum = Callable[[torch.Tensor], torch.Tensor]
 
@@ -41,19 +53,33 @@ class MicroStep(torch.nn.Module):
         self, batch: Batch, counts: TargetCounts, divisors: torch.Tensor
     ) -> tuple[torch.Tensor, LossTerms, RoutingStats]:
         """Return (share of the step's objective 0-d fp32, sums of nats, routing); counts are the whole step's."""
-        output = self._run(batch)
+        step = self.run_section(batch, counts=counts, divisors=divisors, section=None, hidden=None)
+        return step.share, step.terms, step.routing
+
+    def run_section(
+        self,
+        batch: Batch,
+        *,
+        counts: TargetCounts,
+        divisors: torch.Tensor,
+        section: Section | None,
+        hidden: torch.Tensor | None,
+    ) -> SectionStep:
+        """A part of the same: shares, sums and loads of all sections (None: the whole model) add up to `forward`'s."""
+        output = self._run(batch, section=section, hidden=hidden)
         terms = losses(output, batch, text_loss=self.text_loss)
         share = combine(terms, counts=counts, divisors=divisors, config=self._config)
         share = share + combine_routing(
             output.routing, tokens=batch.counts().tokens, total_tokens=counts.tokens, config=self._config
         )
-        return share + output.touched.float(), terms, output.routing
+        return SectionStep(share + output.touched.float(), terms, output.routing, output.hidden)
 
-    def _run(self, batch: Batch) -> ModelOutput:
+    def _run(self, batch: Batch, *, section: Section | None, hidden: torch.Tensor | None) -> ModelOutput:
+        part = {"section": section, "hidden": hidden}
         if self._compute_dtype is None:
-            return self.model(batch)
+            return self.model(batch, **part)
         copies = {name: parameter.to(self._compute_dtype) for name, parameter in self.model.named_parameters()}
-        return torch.func.functional_call(self.model, copies, (batch,))
+        return torch.func.functional_call(self.model, copies, (batch,), part)
 
 
 def global_counts(micro_batches: Sequence[Batch], *, reduce: Sum) -> TargetCounts:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import torch
 from torch import nn
 
@@ -12,13 +14,14 @@ from ernie5.model.heads import AudioHead
 from ernie5.model.init import initialize
 from ernie5.model.interfaces import AttentionPlanner, KeyValueCache, LayerInputs
 from ernie5.model.linear import Linear
-from ernie5.model.moe.balance import LayerRouting
+from ernie5.model.moe.balance import LayerRouting, stack_routings
 from ernie5.model.moe.layer import MoELayer
 from ernie5.model.moe.router import Router, check_subnetwork
 from ernie5.model.mtp import MTPModule
 from ernie5.model.norm import RMSNorm
 from ernie5.model.rope import rotation
-from ernie5.records import AudioFrames, Batch, ModelOutput, RoutingStats, SubNetwork, TokenKind
+from ernie5.model.shard_plan import Section, whole_section
+from ernie5.records import AudioFrames, Batch, ModelOutput, SubNetwork, TokenKind
 from ernie5_kernels.attention import plan_attention
 from ernie5_kernels.linear import linear
 
@@ -26,7 +29,8 @@ from ernie5_kernels.linear import linear
 class UnifiedModel(nn.Module):
     """Text, image, video and audio, in and out, over one sparse decoder (SPEC sections 1 and 2).
 
-    `plan_attention` is the seam beside each layer's AttentionOp.
+    `plan_attention` is the seam beside each layer's AttentionOp. `forward` runs a section of the model where asked to;
+    the parameters of other sections may then be absent (None), the buffers of all are there.
     """
 
     def __init__(self, config: ModelConfig) -> None:
@@ -97,7 +101,7 @@ class UnifiedModel(nn.Module):
         visible; kinds [B, T], None for tokens without padding.
         """
         config, (batch_rows, tokens) = self.config, positions.shape[:2]
-        wide = torch.promote_types(self.final_norm.weight.dtype, torch.float32)
+        wide = torch.promote_types(next(self.parameters()).dtype, torch.float32)
         cached = 0 if cache is None else cache.length(first_layer)
         plan = self.plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=cached + tokens)
         active = None
@@ -145,16 +149,43 @@ class UnifiedModel(nn.Module):
                 hidden = self.layers[index](hidden, inputs=inputs)[0]
         return hidden
 
-    def forward(self, batch: Batch, *, subnetwork: SubNetwork | None = None) -> ModelOutput:
-        """One packed micro-batch -> hidden states and logits where targets are, and what the routers did."""
-        hidden = self.embed(batch)
+    def forward(
+        self,
+        batch: Batch,
+        *,
+        subnetwork: SubNetwork | None = None,
+        section: Section | None = None,
+        hidden: torch.Tensor | None = None,
+    ) -> ModelOutput:
+        """One packed micro-batch -> hidden states and logits where targets are, and what the routers did.
+
+        section: the part of the model to run, by default all; hidden [B, T, D]: what the section before gave.
+        """
+        section = section or whole_section(self.config.layers)
+        chosen = _chosen(subnetwork, total=self.config.layers)
+        layers = tuple(index for index in chosen if section.first <= index < section.stop)
+        if section.has_embedding:
+            hidden = self.embed(batch)
         inputs = self.layer_inputs(
             batch.positions, intervals=batch.intervals, kinds=batch.kinds, subnetwork=subnetwork
         )
-        hidden, audio_logits, routings = self._layers(
-            hidden, inputs=inputs, audio=batch.audio_targets, layers=_chosen(subnetwork, total=self.config.layers)
+        hidden, audio_logits, routings = self._layers(hidden, inputs=inputs, audio=batch.audio_targets, layers=layers)
+        output = ModelOutput(
+            hidden=hidden,
+            text_hidden=None,
+            text_weight=None,
+            mtp_hidden=(),
+            bit_logits=None,
+            audio_logits=audio_logits,
+            first_audio_level=0 if self.audio_head is None else max(0, section.first - self.audio_head.first_layer),
+            routing=stack_routings(routings, config=self.config, chosen=chosen, like=hidden),
+            touched=self._touch(batch, section=section, ran=layers),
         )
-        flat = hidden.flatten(0, 1)
+        return self._read_heads(output, batch=batch, inputs=inputs) if section.has_heads else output
+
+    def _read_heads(self, output: ModelOutput, *, batch: Batch, inputs: LayerInputs) -> ModelOutput:
+        """Add what the heads say about the output of the last layer."""
+        hidden, flat = output.hidden, output.hidden.flatten(0, 1)
         mtp_hidden, state = [], hidden
         embeddings = self.embedding.text(batch.token_ids) if self.mtp else hidden
         for module, targets in zip(self.mtp, batch.mtp_targets, strict=True):
@@ -163,14 +194,12 @@ class UnifiedModel(nn.Module):
         bits = flat.new_zeros(0, self.config.visual.bits)
         if self.bit_head is not None:
             bits = self.bit_head(self.final_norm(flat.index_select(0, batch.bit_targets.rows)))
-        return ModelOutput(
+        return dataclasses.replace(
+            output,
             text_hidden=self.final_norm(flat.index_select(0, batch.text_targets.rows)),
             text_weight=self.text_weight,
             mtp_hidden=tuple(mtp_hidden),
             bit_logits=bits,
-            audio_logits=audio_logits,
-            routing=self._stats(routings, like=flat),
-            touched=self._touch(batch, ran=_chosen(subnetwork, total=self.config.layers)),
         )
 
     def _layers(
@@ -190,42 +219,17 @@ class UnifiedModel(nn.Module):
             if level + 1 < self.audio_head.num_levels:  # without audio too: every rank then has the same graph
                 known = self.audio_head.embed_target(audio.codes[:, level], level=level)
                 hidden = flat.index_add(0, audio.rows, known).view_as(hidden)
-        empty = hidden.new_zeros(0, self.config.audio.levels, self.config.audio.codes + 1)
+        empty = hidden.new_zeros(audio.rows.numel(), 0, self.config.audio.codes + 1)
         return hidden, torch.stack(logits, dim=1) if logits else empty, routings
 
-    def _stats(self, routings: dict[int, LayerRouting], *, like: torch.Tensor) -> RoutingStats:
-        """Stack the layers' statistics; layers that did not run have zero loads and count in no mean."""
-        experts = self.config.moe.num_experts
-        absent = torch.zeros(len(TokenKind) - 1, experts, dtype=torch.float32, device=like.device)
-        loads = [routings[i].group_loads if i in routings else absent for i in self.config.moe_layers]
-        groups = torch.stack(loads) if loads else absent.new_zeros(0, *absent.shape)
-        ran = list(routings.values())
-        zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
-        means = [
-            torch.stack(losses).mean() if losses else zero
-            for losses in (
-                [r.switch_loss for r in ran],
-                [r.sequence_loss for r in ran],
-                [r.z_loss for r in ran],
-            )
-        ]
-        return RoutingStats(groups.sum(1), groups, *means)
-
-    def _touch(self, batch: Batch, *, ran: tuple[int, ...]) -> torch.Tensor:
+    def _touch(self, batch: Batch, *, section: Section, ran: tuple[int, ...]) -> torch.Tensor:
         """A zero with a gradient path to every parameter that this batch or sub-network left out of the graph."""
-        idle: list[nn.Module] = [self.layers[i] for i in range(self.config.layers) if i not in ran]
-        if self.embedding.vision is not None:
-            vision = self.embedding.vision
-            images, videos = batch.image_patches.rows.numel(), batch.video_patches.rows.numel()
-            idle += [] if images else [vision.image_merger]
-            idle += [] if videos else [vision.video_merger]
-            idle += [] if images or videos else [vision.vit, vision.cnn]
-            idle += [] if batch.visual_cells.rows.numel() else [self.embedding.cells]
-        if self.embedding.audio is not None:
-            idle += [] if batch.audio_frames.rows.numel() else [self.embedding.audio.code]
-            voices = batch.speakers.rows.numel()
-            idle += [] if voices else [self.embedding.audio.speaker, self.embedding.audio.speaker_norm]
-            idle += [] if batch.audio_targets.rows.numel() else [self.audio_head.targets]
+        idle: list[nn.Module] = [self.layers[i] for i in range(section.first, section.stop) if i not in ran]
+        if section.has_embedding:
+            idle += self.embedding.idle_modules(batch)
+        if self.audio_head is not None and not batch.audio_targets.rows.numel():
+            levels = {self.audio_head.level_after(index) for index in range(section.first, section.stop)}
+            idle += [table for level, table in enumerate(self.audio_head.targets) if level in levels]
         total = torch.zeros((), device=batch.token_ids.device)
         for module in idle:
             for parameter in module.parameters():

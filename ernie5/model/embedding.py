@@ -84,3 +84,17 @@ class InputEmbedding(nn.Module):
         if not rows:
             return hidden
         return hidden.flatten(0, 1).index_add(0, torch.cat(rows), torch.cat(values)).view_as(hidden)
+
+    def idle_modules(self, batch: Batch) -> list[nn.Module]:
+        """Those that this batch has no data for."""
+        idle: list[nn.Module] = []
+        if self.vision is not None:
+            images, videos = batch.image_patches.rows.numel(), batch.video_patches.rows.numel()
+            idle += [] if images else [self.vision.image_merger]
+            idle += [] if videos else [self.vision.video_merger]
+            idle += [] if images or videos else [self.vision.vit, self.vision.cnn]
+            idle += [] if batch.visual_cells.rows.numel() else [self.cells]
+        if self.audio is not None:
+            idle += [] if batch.audio_frames.rows.numel() else [self.audio.code]
+            idle += [] if batch.speakers.rows.numel() else [self.audio.speaker, self.audio.speaker_norm]
+        return idle

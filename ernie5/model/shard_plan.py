@@ -12,9 +12,28 @@ import fnmatch
 
 
 @dataclasses.dataclass(frozen=True)
+class Section:
+    """Decoder layers first .. stop-1, run by themselves; the first section embeds, the last one reads the heads. Levels
+    of audio are read in the section of their layer.
+    """
+
+    first: int
+    stop: int
+    has_embedding: bool
+    has_heads: bool
+
+
+def whole_section(layers: int) -> Section:
+    """All of a model of so many layers."""
+    return Section(0, layers, has_embedding=True, has_heads=True)
+
+
+@dataclasses.dataclass(frozen=True)
 class Placement:
     """pattern: fnmatch over parameter names; tp_dim, ep_dim: the dim that is cut; pp: stage rule (embedding: first
-    stage, layer: the stage of its layer, head: last stage); fused: parts of the tp dim; reason: why so.
+    stage; ends: first stage, and last where a head or multi-token prediction reads it; layer: the stage of its layer;
+    level: the stage of the layer that the audio level is read after; head: last stage); fused: parts of the tp dim;
+    reason: why so.
     """
 
     pattern: str
@@ -26,7 +45,7 @@ class Placement:
 
 
 SHARD_PLAN = (
-    Placement("embedding.text.weight", 0, None, "embedding", 1, "vocabulary-parallel look-up and head"),
+    Placement("embedding.text.weight", 0, None, "ends", 1, "vocabulary-parallel look-up and head"),
     Placement("embedding.vision.*", None, None, "embedding", 1, "small; frames are split over data parallel instead"),
     Placement("embedding.cells.*", None, None, "embedding", 1, "small, summed into the sequence before any cut"),
     Placement("embedding.audio.*", None, None, "embedding", 1, "small, summed into the sequence before any cut"),
@@ -45,9 +64,9 @@ SHARD_PLAN = (
     Placement("final_norm.weight", None, None, "head", 1, "whole"),
     Placement("text_head.weight", 0, None, "head", 1, "vocabulary-parallel cross-entropy"),
     Placement("bit_head.weight", 0, None, "head", 1, "bits; their logits are gathered, d numbers per cell"),
-    Placement("audio_head.heads.*.weight", 0, None, "head", 1, "classes; gathered; the top Q layers are one stage"),
-    Placement("audio_head.norms.*.weight", None, None, "head", 1, "norms are whole"),
-    Placement("audio_head.targets.*.weight", None, None, "head", 1, "small, looked up and added between two layers"),
+    Placement("audio_head.heads.*.weight", 0, None, "level", 1, "classes; their logits are gathered"),
+    Placement("audio_head.norms.*.weight", None, None, "level", 1, "norms are whole"),
+    Placement("audio_head.targets.*.weight", None, None, "level", 1, "small, looked up and added between two layers"),
     Placement("mtp.*_norm.weight", None, None, "head", 1, "norms are whole"),
     Placement("mtp.*.project.weight", None, None, "head", 1, "one matrix of 2 D^2 that feeds a whole norm"),
     Placement("mtp.*.block.attention.query.weight", 0, None, "head", 1, "as in a layer"),

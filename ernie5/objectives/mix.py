@@ -26,13 +26,18 @@ SMALLEST_MAGNITUDE = 1e-3
 
 
 def losses(output: ModelOutput, batch: Batch, *, text_loss: TextLoss = linear_cross_entropy) -> LossTerms:
-    """All objectives of one micro-batch as sums of nats (0-d fp32, differentiable)."""
+    """All objectives of one micro-batch as sums of nats (0-d fp32, differentiable); those whose heads are in another
+    section of the model are zero, so that sections add up."""
+    audio = next_codec_loss(output, batch=batch)
+    if output.text_weight is None:
+        elsewhere = torch.zeros((), dtype=torch.float32, device=audio.device)
+        return LossTerms(text=elsewhere, image=elsewhere, video=elsewhere, audio=audio, mtp=elsewhere)
     bits = next_scale_loss(output, batch=batch)
     return LossTerms(
         text=next_token_loss(output, batch=batch, text_loss=text_loss),
         image=bits.image,
         video=bits.video,
-        audio=next_codec_loss(output, batch=batch),
+        audio=audio,
         mtp=mtp_loss(output, batch=batch, text_loss=text_loss),
     )
 

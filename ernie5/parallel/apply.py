@@ -12,12 +12,13 @@ from collections.abc import Iterator
 
 import torch
 
-from ernie5.model.shard_plan import Placement, placements_of
+from ernie5.model.shard_plan import Placement, Section, placements_of
 from ernie5.objectives.next_token import TextLoss
-from ernie5.parallel.collectives import all_gather, even_sizes, own_part
+from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_part
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.context import cut_batch, install_context
 from ernie5.parallel.expert import make_dispatcher
+from ernie5.parallel.stages import StagePlan, plan_stages
 from ernie5.parallel.state import Axis, ParallelState
 from ernie5.parallel.tensor import VocabularyParallelLoss, install_tensor
 from ernie5.records import Batch
@@ -39,7 +40,8 @@ class Shard:
     """What one rank holds of a parameter.
 
     shape: of the whole tensor; cuts: applied in order; sum_axes: the axes over which its gradients are summed;
-    copy_axes: the axes whose ranks hold equal copies, of which the rank at coordinate 0 counts in norms.
+    copy_axes: the axes whose ranks hold equal copies, of which the rank at coordinate 0 counts in norms; stages: the
+    pipeline stages that hold it, which sum its gradients too, and of which the first counts.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Shard:
     cuts: tuple[Cut, ...]
     sum_axes: tuple[str, ...]
     copy_axes: tuple[str, ...]
+    stages: tuple[int, ...]
 
 
 @dataclasses.dataclass
@@ -59,12 +62,22 @@ class Seam:
     parallel: object
 
 
-class Layout:
-    """How a model is spread: the shard of every parameter by name, and the seams that were exchanged."""
+@dataclasses.dataclass(frozen=True)
+class Absence:
+    """A parameter of other stages: `owner.attribute` is None in the cut model."""
 
-    def __init__(self, state: ParallelState, *, shards: dict[str, Shard]) -> None:
-        self.state, self.shards = state, shards
+    owner: torch.nn.Module
+    attribute: str
+
+
+class Layout:
+    """How a model is spread: the sections of each stage, the shard of every parameter by name (those of all stages),
+    and the seams that were exchanged."""
+
+    def __init__(self, state: ParallelState, *, stages: StagePlan, shards: dict[str, Shard]) -> None:
+        self.state, self.stages, self.shards = state, stages, shards
         self._seams: list[Seam] = []
+        self._absent: dict[str, Absence] = {}
 
     @property
     def experts(self) -> tuple[str, ...]:
@@ -73,7 +86,21 @@ class Layout:
 
     def is_counted_here(self, name: str) -> bool:
         """Whether this rank is the one of all equal copies that counts in a norm."""
-        return all(self.state.axis(axis).coordinate == 0 for axis in self.shards[name].copy_axes)
+        copies = self.shards[name].copy_axes
+        return self.is_first_stage(name) and all(self.state.axis(axis).coordinate == 0 for axis in copies)
+
+    def is_first_stage(self, name: str) -> bool:
+        """Whether this rank's stage is the first that holds the parameter: it counts and saves it."""
+        return self.state.axis("pp").coordinate == self.shards[name].stages[0]
+
+    def is_here(self, name: str) -> bool:
+        """Whether this rank's stage holds the parameter."""
+        return self.state.axis("pp").coordinate in self.shards[name].stages
+
+    @property
+    def sections(self) -> tuple[Section, ...]:
+        """The sections of the model that this rank's stage runs."""
+        return self.stages.of_stage(self.state.axis("pp").coordinate)
 
     def sum_axes(self, name: str) -> tuple[Axis, ...]:
         """The axes over which gradients of `name` are summed."""
@@ -90,7 +117,7 @@ class Layout:
         return part.contiguous()
 
     def gather(self, part: torch.Tensor, *, name: str) -> torch.Tensor:
-        """The whole tensor on every rank, out of this rank's part; collective over the axes that cut it."""
+        """The whole tensor on every rank of a stage, out of this rank's part; collective over the axes that cut it."""
         whole = part
         for cut in reversed(self.shards[name].cuts):
             axis = self.state.axis(cut.axis)
@@ -98,6 +125,20 @@ class Layout:
             sizes = even_sizes(self.shards[name].shape[cut.dim] // cut.fused, axis=axis)
             whole = all_gather(pieces, axis=axis, sizes=sizes, dim=cut.dim + 1).flatten(cut.dim, cut.dim + 1)
         return whole.contiguous()
+
+    def collect(
+        self, part: torch.Tensor | None, *, name: str, dtype: torch.dtype, device: torch.device
+    ) -> torch.Tensor:
+        """The whole tensor on every rank of every stage; `part` is None on stages that do not hold it. Collective over
+        all ranks; dtype and device are those of the parts."""
+        shard, whole = self.shards[name], None
+        if part is not None:
+            whole = self.gather(part, name=name)
+        if len(shard.stages) == self.state.pp.size:
+            return whole
+        if whole is None:
+            whole = torch.empty(shard.shape, dtype=dtype, device=device)
+        return broadcast(whole, axis=self.state.pp, source=shard.stages[0])
 
     def take(self, batch: Batch) -> Batch:
         """This rank's part of a data-parallel rank's batch: its tokens under context parallelism, else all."""
@@ -109,6 +150,14 @@ class Layout:
             return linear_cross_entropy
         return VocabularyParallelLoss(vocab_size=vocab_size, axis=self.state.tp)
 
+    def leave_out(self, model: torch.nn.Module) -> None:
+        """Set the parameters of other stages to None; buffers stay, so that every stage knows every balance bias."""
+        for name, _ in list(model.named_parameters()):
+            if not self.is_here(name):
+                path, _, attribute = name.rpartition(".")
+                self._absent[name] = Absence(model.get_submodule(path), attribute)
+                setattr(self._absent[name].owner, attribute, None)
+
     def install(self, owner: torch.nn.Module, attribute: str, value: object, /) -> None:
         """Exchange a part of the model for its parallel form; `whole` puts the plain one back for a while."""
         seam = Seam(owner, attribute, getattr(owner, attribute), value)
@@ -118,11 +167,18 @@ class Layout:
     @contextlib.contextmanager
     def whole(self, model: torch.nn.Module) -> Iterator[None]:
         """Within it `model` is whole and plain on every rank, to be read and run by hand; collective at its start."""
-        kept = {}
-        for name, parameter in model.named_parameters():
-            if self.shards[name].cuts:
-                kept[name] = parameter.data
-                parameter.data = self.gather(parameter.data, name=name)
+        kept, own = {}, dict(model.named_parameters())
+        like = next(iter(own.values()))
+        for name, shard in self.shards.items():
+            part = own[name].data if name in own else None
+            if not shard.cuts and len(shard.stages) == self.state.pp.size:
+                continue
+            whole = self.collect(part, name=name, dtype=like.dtype, device=like.device)
+            if part is None:
+                absent = self._absent[name]
+                setattr(absent.owner, absent.attribute, torch.nn.Parameter(whole, requires_grad=False))
+            else:
+                kept[name], own[name].data = part, whole
         for seam in reversed(self._seams):
             setattr(seam.owner, seam.attribute, seam.plain)
         try:
@@ -130,14 +186,17 @@ class Layout:
         finally:
             for seam in self._seams:
                 setattr(seam.owner, seam.attribute, seam.parallel)
-            for name, parameter in model.named_parameters():
-                if name in kept:
-                    parameter.data = kept[name]
+            for name, part in kept.items():
+                own[name].data = part
+            for absent in self._absent.values():
+                setattr(absent.owner, absent.attribute, None)
 
 
 def apply_layout(model: torch.nn.Module, *, state: ParallelState, parallel: ParallelConfig) -> Layout:
-    """Turn the whole `model` into this rank's part, in this order: plan, cut, tensor, context, dispatchers."""
-    layout = Layout(state, shards=plan_shards(model, state=state))
+    """Turn the whole `model` into this rank's part, in this order: plan, stage, cut, tensor, context, dispatchers."""
+    stages = plan_stages(model.config, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
+    layout = Layout(state, stages=stages, shards=plan_shards(model, state=state, stages=stages))
+    layout.leave_out(model)
     cut_parameters(model, layout=layout)
     install_tensor(model, axis=state.tp, install=layout.install, is_sequence=parallel.sequence)
     install_context(model, axis=state.cp, install=layout.install, mode=parallel.context)
@@ -145,12 +204,13 @@ def apply_layout(model: torch.nn.Module, *, state: ParallelState, parallel: Para
     return layout
 
 
-def plan_shards(model: torch.nn.Module, *, state: ParallelState) -> dict[str, Shard]:
+def plan_shards(model: torch.nn.Module, *, state: ParallelState, stages: StagePlan) -> dict[str, Shard]:
     """The shard of every parameter of the whole `model`, by the one placement that matches its name."""
     shards = {}
     for name, parameter in model.named_parameters():
         (placement,) = placements_of(name)
-        shards[name] = _plan_shard(name, placement, shape=tuple(parameter.shape), state=state)
+        holders = stages.holders(name, placement=placement)
+        shards[name] = _plan_shard(name, placement, shape=tuple(parameter.shape), state=state, stages=holders)
     return shards
 
 
@@ -176,13 +236,15 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
         layout.install(layer, "dispatcher", made)
 
 
-def _plan_shard(name: str, placement: Placement, *, shape: tuple[int, ...], state: ParallelState) -> Shard:
+def _plan_shard(
+    name: str, placement: Placement, *, shape: tuple[int, ...], state: ParallelState, stages: tuple[int, ...]
+) -> Shard:
     is_expert = placement.ep_dim is not None
     wanted = [Cut(placement.ep_dim, "ep", 1)] if is_expert else []
     if placement.tp_dim is not None:
         wanted.append(Cut(placement.tp_dim, "etp" if is_expert else "tp", placement.fused))
     cuts = tuple(cut for cut in wanted if state.axis(cut.axis).size > 1)
     if is_expert:
-        return Shard(name, shape, cuts, sum_axes=("edp",), copy_axes=("edp",))
+        return Shard(name, shape, cuts, sum_axes=("edp",), copy_axes=("edp",), stages=stages)
     copies = ("dp_cp",) if cuts else ("dp_cp", "tp")
-    return Shard(name, shape, cuts, sum_axes=("dp_cp",), copy_axes=copies)
+    return Shard(name, shape, cuts, sum_axes=("dp_cp",), copy_axes=copies, stages=stages)

@@ -7,14 +7,15 @@ from collections.abc import Iterator
 import torch
 
 from ernie5.parallel.apply import Layout
-from ernie5.parallel.collectives import all_reduce
+from ernie5.parallel.collectives import all_reduce, sum_among
 from ernie5.parallel.state import Axis
 
 BUCKET_ELEMENTS = 50_000_000
 
 
 def sum_gradients(parameters: dict[str, torch.nn.Parameter], *, layout: Layout) -> None:
-    """Sum `parameters[...].grad` in place over the axes that the layout names; a missing gradient counts as zero.
+    """Sum `parameters[...].grad` in place over the axes that the layout names, and over the pipeline stages that share
+    a parameter; a missing gradient counts as zero.
 
     Buckets follow the order of names, which is the same on every rank of an axis.
     """
@@ -26,6 +27,10 @@ def sum_gradients(parameters: dict[str, torch.nn.Parameter], *, layout: Layout) 
     for axes, gradients in by_axes.items():
         for axis in axes:
             sum_tensors(gradients, axis=layout.state.axis(axis))
+    for name, parameter in parameters.items():
+        stages = layout.shards[name].stages
+        if len(stages) > 1:
+            parameter.grad.copy_(sum_among(parameter.grad, axis=layout.state.pp, members=stages))
 
 
 def sum_tensors(tensors: list[torch.Tensor], *, axis: Axis) -> None:

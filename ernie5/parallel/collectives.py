@@ -87,6 +87,32 @@ def sum_scatter(x: torch.Tensor, *, axis: Axis, sizes: Sequence[int], dim: int =
     return rows.unflatten(0, (axis.size, mine)).sum(0).movedim(0, dim)
 
 
+def broadcast(x: torch.Tensor, *, axis: Axis, source: int) -> torch.Tensor:
+    """The x of the rank at coordinate `source`, written into the x of the others; without gradient."""
+    if axis.size > 1:
+        x = x.contiguous()
+        dist.broadcast(x, src=axis.ranks[source], group=axis.group)
+        if axis.coordinate == source:
+            axis.traffic.add(axis.name, num_bytes=x.numel() * x.element_size() * (axis.size - 1))
+    return x
+
+
+def sum_among(x: torch.Tensor, *, axis: Axis, members: Sequence[int]) -> torch.Tensor:
+    """Sum over the ranks at the coordinates `members`, of which this is one, in their order; the other ranks of the
+    axis take no part. Without gradient."""
+    others = [place for place in members if place != axis.coordinate]
+    if not others:
+        return x
+    x = x.contiguous()
+    found = {place: torch.empty_like(x) for place in others}
+    sends = [dist.P2POp(dist.isend, x, axis.ranks[place], group=axis.group) for place in others]
+    receives = [dist.P2POp(dist.irecv, found[place], axis.ranks[place], group=axis.group) for place in others]
+    for work in dist.batch_isend_irecv(sends + receives):
+        work.wait()
+    axis.traffic.add(axis.name, num_bytes=x.numel() * x.element_size() * len(others))
+    return torch.stack([found.get(place, x) for place in sorted(members)]).sum(0)
+
+
 def own_part(x: torch.Tensor, *, axis: Axis, sizes: Sequence[int], dim: int = 0) -> torch.Tensor:
     """This rank's part of a replicated x along `dim`."""
     return x.narrow(dim, sum(sizes[: axis.coordinate]), sizes[axis.coordinate])

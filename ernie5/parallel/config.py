@@ -1,4 +1,4 @@
-"""Parallel degrees and the rules that a legal layout obeys. Axes that this version cannot run are refused.
+"""Parallel degrees and the rules that a legal layout obeys.
 
 Every rule is checked before a process group exists; a LayoutError names the rule and the nearest degrees that work.
 """
@@ -11,8 +11,6 @@ from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig
 from ernie5.parallel.dims import GridDims, nearest_divisors
 
-UNAVAILABLE_AXES = ("pp", "vpp")
-RUNNING_AXES = "dp, tp, cp, ep and etp"
 DISPATCHERS = ("auto", "alltoall", "hierarchical", "allgather", "deepep", "megablocks")
 UNAVAILABLE_DISPATCHERS = ("deepep", "megablocks")
 
@@ -31,6 +29,10 @@ class ParallelConfig(Config):
     )
     pp: int = field(1, doc="pipeline stages", check=positive, kind="performance")
     vpp: int = field(1, doc="virtual stages per pipeline rank", check=positive, kind="performance")
+    stage_layers: tuple[int, ...] = field(
+        (), doc="with pp: layers of each of the pp x vpp sections, in order; empty: balanced by cost",
+        kind="performance",
+    )
     cp: int = field(1, doc="context-parallel ranks", check=positive, kind="performance")
     sequence: bool = field(
         False, doc="with tp: split the tokens of norms, routers and residuals over the tp ranks", kind="performance"
@@ -53,12 +55,18 @@ class ParallelConfig(Config):
     )
 
     def validate(self) -> None:
-        """Refuse the axes that this version cannot run, instead of ignoring them."""
-        for axis in UNAVAILABLE_AXES:
-            if vars(self)[axis] > 1:
-                self._refuse(
-                    axis, f"this axis is not available in this version; it runs {RUNNING_AXES}. Set parallel.{axis}: 1"
-                )
+        """Refuse what cannot run or would be ignored."""
+        if self.vpp > 1 and self.pp == 1:
+            self._refuse(
+                "vpp", "virtual stages take turns on the ranks of a pipeline, and parallel.pp = 1 has one. "
+                "Set parallel.vpp: 1 or parallel.pp: 2"
+            )
+        sections = self.pp * self.vpp
+        if self.stage_layers and (len(self.stage_layers) != sections or min(self.stage_layers) < 1):
+            self._refuse(
+                "stage_layers", f"pp x vpp = {self.pp} x {self.vpp} are {sections} sections of at least one layer. "
+                f"List {sections} numbers, or none to balance by cost"
+            )
         if self.overlap != "none" and self.ep == 1:
             self._refuse("overlap", "parallel.ep is 1, so no token travels. Set parallel.overlap: none")
         if self.overlap != "none" and self.dispatcher == "allgather":
@@ -103,6 +111,7 @@ class ParallelConfig(Config):
     def check_model(self, model: ModelConfig) -> None:
         """Check that the experts, heads and feed-forwards of `model` can be cut; raises LayoutError."""
         self._check_experts(model)
+        self._check_stages(model)
         if model.kv_heads % self.tp:
             self._refuse(
                 "tp",
@@ -120,7 +129,11 @@ class ParallelConfig(Config):
     def check_zero(self) -> None:
         """Refuse what DeepSpeed's ZeRO would run with other results than the grid engine, or not at all."""
         if self.pp > 1:
-            self._refuse("pp", "DeepSpeed's ZeRO runs without stages here. Set parallel.pp: 1")
+            self._refuse(
+                "pp",
+                "DeepSpeed's ZeRO hooks into one backward pass of a whole model, and stages run theirs in pieces. Set "
+                "engine.kind: grid, or parallel.pp: 1",
+            )
         if self.tp > 1 and self.ep * self.etp > 1:
             self._refuse(
                 "tp",
@@ -158,6 +171,26 @@ class ParallelConfig(Config):
                 "etp",
                 f"does not divide model.moe.expert_width = {width}. Each rank must hold the same columns of every "
                 f"expert. {_nearest(width, wanted=self.etp)}",
+            )
+
+    def _check_stages(self, model: ModelConfig) -> None:
+        if self.pp * self.vpp > model.layers:
+            axis, other = ("pp", "vpp") if self.pp >= self.vpp else ("vpp", "pp")
+            degree = vars(self)[other]
+            fits = f"{axis} {model.layers // degree} with {other} {degree}" if degree <= model.layers else (
+                f"pp {model.layers} with vpp 1"
+            )
+            self._refuse(
+                axis,
+                f"pp x vpp = {self.pp} x {self.vpp} cuts the model into {self.pp * self.vpp} sections, and "
+                f"model.layers = {model.layers}. Each section holds at least one layer. Nearest degrees that work: "
+                f"{fits}",
+            )
+        if self.stage_layers and sum(self.stage_layers) != model.layers:
+            self._refuse(
+                "stage_layers",
+                f"these are {sum(self.stage_layers)} layers, and model.layers = {model.layers}. Every layer stands in "
+                "exactly one section. Change the list, or leave it out to balance by cost",
             )
 
     def _refuse(self, axis: str, message: str) -> None:

@@ -12,8 +12,8 @@ from ernie5.parallel.collectives import even_sizes
 
 
 def held_parts(layout: Layout) -> dict[str, Held]:
-    """This rank's part of every parameter, by name."""
-    return {name: _held(layout, name=name) for name in layout.shards}
+    """This rank's part of every parameter of its pipeline stage, by name."""
+    return {name: _held(layout, name=name) for name in layout.shards if layout.is_here(name)}
 
 
 def _held(layout: Layout, *, name: str) -> Held:
@@ -33,6 +33,8 @@ def written_names(layout: Layout, *, parts: dict[str, Held], partition_axes: Col
     """
     by_axes: dict[tuple[str, ...], list[str]] = {}
     for name in parts:
+        if not layout.is_first_stage(name):
+            continue
         copies = tuple(axis for axis in layout.shards[name].copy_axes if axis not in partition_axes)
         by_axes.setdefault(copies, []).append(name)
     mine = set()

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator
 
 import torch
 
+from ernie5.errors import LayoutError
 from ernie5.model.interfaces import LayerInputs
 from ernie5.parallel.collectives import (
     all_gather,
@@ -124,7 +125,11 @@ class SequenceRegion:
             layers=layers,
         )
         order = torch.argsort(torch.argsort(owner, stable=True))
-        return gather(out, axis=axis, sizes=sizes, dim=TOKEN_DIM), logits.index_select(0, order), routings
+        if logits.shape[1]:
+            logits = logits.index_select(0, order)
+        else:  # these layers read no level, so nothing was gathered
+            logits = logits.new_zeros(owner.numel(), *logits.shape[1:])
+        return gather(out, axis=axis, sizes=sizes, dim=TOKEN_DIM), logits, routings
 
     def partial_modules(self) -> Iterator[torch.nn.Module]:
         """Modules inside the region whose parameters are whole and see this rank's tokens alone."""
@@ -148,6 +153,12 @@ class _CutWork:
         if self._region is None:
             return reduce_from(self._plain(copy_to(hidden, axis=self._axis), **inputs), axis=self._axis)
         sizes = self._region.token_sizes
+        if hidden.shape[TOKEN_DIM] != sizes[self._axis.coordinate]:
+            raise LayoutError(
+                f"{hidden.shape[TOKEN_DIM]} tokens came back to a layer that has gone on to micro-batches of "
+                f"{sizes[self._axis.coordinate]} per rank: rows of different lengths are under way. Set "
+                "engine.recompute: none, parallel.sequence: false or parallel.pp: 1"
+            )
         whole = gather_for_work(hidden, axis=self._axis, sizes=sizes, dim=TOKEN_DIM)
         return reduce_scatter(self._plain(whole, **inputs), axis=self._axis, sizes=sizes, dim=TOKEN_DIM)
 

@@ -27,7 +27,7 @@ def check_copies(parts: Mapping[str, torch.Tensor], *, layout: Layout) -> None:
     own = {name: (_places(name, layout=layout), _digest(part)) for name, part in parts.items()}
     found: list = [None] * state.world.size
     dist.all_gather_object(found, own)
-    for name in own:
+    for name in layout.shards:
         seen: dict[tuple[int, ...], tuple[int, str]] = {}
         for rank, digests in enumerate(found):
             if name not in digests:

@@ -1,8 +1,8 @@
 """One rank of the layout table: `python worker.py JOB.json` runs every row of the job and writes what rank 0 saw.
 
-A row is a dict: name, engine (grid | deepspeed | local), parallel (degrees), stage, case, rows (of one step), and what
-differs from the tiny model and from the default objectives. Rows of one job run one after another in the same
-processes, which start once.
+A row is a dict: name, engine (grid | deepspeed | local), parallel (degrees), stage, case, rows (of one step), tasks (of
+the data), and what differs from the tiny model and from the default objectives. Rows of one job run one after
+another in the same processes, which start once.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
 
 SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent.parent / "engine" / "tiny_run.py")
@@ -44,12 +45,12 @@ STEPS = 2
 FAR = 1e3
 
 
-def make_rows(step: int, *, rows: int) -> list[Batch]:
+def make_rows(step: int, *, rows: int, tasks: tuple[str, ...] = TASKS) -> list[Batch]:
     """Micro-batches of one row of an odd number of tokens; every other one without images, sound and clips."""
     return [
         synthetic_batch(
             TINY.VOCAB, shapes=TINY.SHAPES, rows=1, sequence_tokens=SEQUENCE_TOKENS, seed=1000 * step + index,
-            tasks=("text",) if index % 2 else TASKS,
+            tasks=("text",) if index % 2 else tasks,
         )
         for index in range(rows)
     ]
@@ -78,7 +79,8 @@ def make_engine(row: dict) -> Engine:
     engine = EngineConfig(
         kind=row["engine"], zero_stage=row["stage"], precision=precision, **row.get("settings", {})
     )
-    parallel = ParallelConfig(**row["parallel"])
+    degrees = {name: tuple(value) if isinstance(value, list) else value for name, value in row["parallel"].items()}
+    parallel = ParallelConfig(**degrees)
     if row["engine"] == "grid":
         return GridEngine(
             model, engine=engine, parallel=parallel, optim=optim, settings=settings, device=device
@@ -108,7 +110,8 @@ def run_row(row: dict, *, out: Path) -> dict[str, object]:
     result["start"] = {name: value.clone() for name, value in engine.state().parameters.items()}
     pairs = count_pairs(engine, ranks=row["parallel"].get("ep", 1)) if row.get("count_bytes") else None
     for step in range(STEPS):
-        batches = make_rows(step, rows=row["rows"])[engine.dp_rank :: engine.dp_size]
+        batches = make_rows(step, rows=row["rows"], tasks=tuple(row.get("tasks", TASKS)))
+        batches = batches[engine.dp_rank :: engine.dp_size]
         sums = engine.accumulate(batches)
         if step == 0:
             if pairs is not None:
@@ -120,6 +123,8 @@ def run_row(row: dict, *, out: Path) -> dict[str, object]:
         result["norms"].append(float(report.grad_norm))
         result["loads"].append(sums.routing.group_loads)
     result["state"] = engine.state()
+    if row["engine"] == "grid":  # copies of one part must not drift apart, those of two stages included
+        check_copies(dict(engine.model.named_parameters()), layout=engine.layout)
     batch = make_rows(7, rows=1)[0]
     with engine.whole_model(), torch.no_grad():
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model

@@ -40,6 +40,40 @@ def test_degrees_that_do_not_cut_the_experts(degrees: dict, message: str) -> Non
         ParallelConfig(**degrees).check_model(MODEL)
 
 
+@pytest.mark.parametrize(
+    "degrees,message",
+    [
+        ({"vpp": 2}, r"vpp = 2: virtual stages.*pp = 1.*Set parallel.vpp: 1 or parallel.pp: 2"),
+        ({"pp": 2, "stage_layers": (1, 2, 3)}, r"stage_layers = .*2 sections of at least one layer. List 2 numbers"),
+        ({"pp": 2, "stage_layers": (6, 0)}, r"stage_layers = .*at least one layer"),
+    ],
+)
+def test_degrees_that_make_no_pipeline(degrees: dict, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(**degrees)
+
+
+@pytest.mark.parametrize(
+    "degrees,message",
+    [
+        ({"pp": 7}, r"pp = 7: .*7 sections.*model.layers = 6.*Nearest degrees that work: pp 6 with vpp 1"),
+        ({"pp": 4, "vpp": 2}, r"pp = 4: .*8 sections.*work: pp 3 with vpp 2"),
+        ({"pp": 2, "vpp": 4}, r"vpp = 4: .*8 sections.*work: vpp 3 with pp 2"),
+        ({"pp": 8, "vpp": 8}, r"pp = 8: .*64 sections.*work: pp 6 with vpp 1"),
+        ({"pp": 2, "stage_layers": (3, 4)}, r"stage_layers = .*7 layers, and model.layers = 6"),
+    ],
+)
+def test_more_sections_than_layers(degrees: dict, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(**degrees).check_model(MODEL)
+    assert MODEL.layers == 6
+
+
+def test_deepspeed_refuses_stages_and_says_who_runs_them() -> None:
+    with pytest.raises(LayoutError, match="pp = 2: .*Set engine.kind: grid"):
+        ParallelConfig(pp=2).check_zero()
+
+
 @pytest.mark.parametrize("name", ["deepep", "megablocks"])
 def test_dispatchers_that_cannot_run_are_refused_not_replaced(name: str) -> None:
     with pytest.raises(LayoutError, match=f"dispatcher = '{name}'.*alltoall"):

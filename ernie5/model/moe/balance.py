@@ -12,10 +12,10 @@ from collections.abc import Iterable
 
 import torch
 
-from ernie5.model.config import BalanceConfig
+from ernie5.model.config import BalanceConfig, ModelConfig
 from ernie5.model.interfaces import Routing, RoutingPool
 from ernie5.model.moe.router import Router
-from ernie5.records import SubNetwork, TokenKind
+from ernie5.records import RoutingStats, SubNetwork, TokenKind
 
 NUM_KINDS = len(TokenKind)
 
@@ -72,6 +72,24 @@ def measure_routing(
         squared = torch.logsumexp(routing.logits, dim=-1).square()
         z = (squared * valid).sum() / valid.sum().clamp(min=1)
     return LayerRouting(loads, switch, sequence, z)
+
+
+def stack_routings(
+    routings: dict[int, LayerRouting], *, config: ModelConfig, chosen: tuple[int, ...], like: torch.Tensor
+) -> RoutingStats:
+    """Statistics by layer -> those of a forward pass: layers that did not run have zero loads, and means are over the
+    `chosen` ones, here and in other sections of the model."""
+    experts = config.moe.num_experts
+    absent = torch.zeros(NUM_KINDS - 1, experts, dtype=torch.float32, device=like.device)
+    loads = [routings[i].group_loads if i in routings else absent for i in config.moe_layers]
+    groups = torch.stack(loads) if loads else absent.new_zeros(0, *absent.shape)
+    ran, count = list(routings.values()), len(set(chosen) & set(config.moe_layers))
+    zero = torch.zeros((), dtype=torch.promote_types(like.dtype, torch.float32), device=like.device)
+    means = [
+        torch.stack(losses).sum() / count if losses else zero
+        for losses in ([r.switch_loss for r in ran], [r.sequence_loss for r in ran], [r.z_loss for r in ran])
+    ]
+    return RoutingStats(groups.sum(1), groups, *means)
 
 
 def _evenness(routing: Routing, *, valid: torch.Tensor) -> torch.Tensor:

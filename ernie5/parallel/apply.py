@@ -17,7 +17,7 @@ from ernie5.objectives.next_token import TextLoss
 from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_part
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.context import cut_batch, install_context
-from ernie5.parallel.expert import make_dispatcher
+from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.stages import StagePlan, plan_stages
 from ernie5.parallel.state import Axis, ParallelState
 from ernie5.parallel.tensor import VocabularyParallelLoss, install_tensor
@@ -228,11 +228,10 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
     state = layout.state
     if state.ep.size * state.etp.size * state.tp.size == 1:
         return
+    made = make_dispatcher(
+        parallel.dispatcher, state=state, is_replicated=not parallel.sequence, overlaps=parallel.overlap == "shared"
+    )
     for layer in model.moe_layers():
-        made = make_dispatcher(
-            parallel.dispatcher, state=state, is_replicated=not parallel.sequence,
-            overlaps=parallel.overlap == "shared",
-        )
         layout.install(layer, "dispatcher", made)
 
 

@@ -12,7 +12,6 @@ from ernie5.model.config import ModelConfig
 from ernie5.parallel.dims import GridDims, nearest_divisors
 
 DISPATCHERS = ("auto", "alltoall", "hierarchical", "allgather", "deepep", "megablocks")
-UNAVAILABLE_DISPATCHERS = ("deepep", "megablocks")
 
 
 @config
@@ -71,9 +70,18 @@ class ParallelConfig(Config):
             self._refuse("overlap", "parallel.ep is 1, so no token travels. Set parallel.overlap: none")
         if self.overlap != "none" and self.dispatcher == "allgather":
             self._refuse("overlap", "allgather does not run beside other work. Set parallel.dispatcher: alltoall")
-        if self.dispatcher in UNAVAILABLE_DISPATCHERS:
+        if self.dispatcher == "megablocks":
             self._refuse(
-                "dispatcher", "this version has no adapter for that library. Set parallel.dispatcher: alltoall"
+                "dispatcher",
+                "the package megablocks brings grouped products and permutations on one GPU, which are "
+                "model.expert_backend's part, and no transport between ranks. Set parallel.dispatcher: alltoall",
+            )
+        if self.dispatcher == "deepep" and (self.overlap != "none" or self.ep == 1):
+            axis, value = ("overlap", "none") if self.ep > 1 else ("dispatcher", "alltoall")
+            self._refuse(
+                axis,
+                f"DeepEP's buffers reach over parallel.ep = {self.ep} ranks (at least 2), and nothing runs beside them "
+                f"in this version. Set parallel.{axis}: {value}",
             )
 
     @property

@@ -31,7 +31,7 @@ from ernie5.parallel.collectives import (
 )
 from ernie5.parallel.exchange import Exchange, start_exchange
 from ernie5.parallel.parcels import Leg, RemoteParcels, address, keep_local
-from ernie5.parallel.routes import RouteTable, routes_of
+from ernie5.parallel.routes import RouteTable
 from ernie5.parallel.state import Axis, ParallelState
 
 
@@ -209,16 +209,6 @@ class AllGatherDispatcher(StagedDispatcher):
     def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> torch.Tensor:
         """Sum of all ranks' outputs for this rank's tokens."""
         return reduce_scatter(outputs, axis=self.ep, sizes=legs[0].receive)
-
-
-def make_dispatcher(
-    name: str, *, state: ParallelState, is_replicated: bool = True, overlaps: bool = False
-) -> StagedDispatcher:
-    """The dispatcher that parallel.dispatcher names; `auto` is alltoall."""
-    if name == "allgather":
-        return AllGatherDispatcher(state, is_replicated=is_replicated)
-    routes = routes_of(state.ep, crosses_once=name == "hierarchical")
-    return AllToAllDispatcher(state, is_replicated=is_replicated, routes=routes, overlaps=overlaps)
 
 
 def _finish(departure: Departure) -> Parcels:

@@ -22,7 +22,7 @@ def row(name: str, *, case: str = "usual", stage: int | None = None, grouped: bo
             "yardstick": f"{case}-grouped" if grouped else case, "model": GROUPED if grouped else {}, **rest}
 
 
-LOCAL = [{**row(case), "engine": "local"} for case in ("usual", "one_rank")]
+LOCAL = [{**row(case, case=case), "engine": "local"} for case in ("usual", "one_rank")]
 LOCAL += [{**row("usual-grouped", grouped=True), "engine": "local"}]
 TWO_RANKS = [
     row("ep2-one-rank", ep=2, case="one_rank"),

@@ -53,8 +53,10 @@ def run_step(model: UnifiedModel) -> dict[str, torch.Tensor]:
     engine = LocalEngine(model, optim=OptimConfig(), settings=settings, precision="fp32", device=CPU)
     torch.manual_seed(5)
     sums = engine.accumulate(TINY.make_batches([2, 1]))
+    drawn = torch.rand(3)
+    evaluated = engine.evaluate_batch(TINY.make_batches([1], seed=4)[0])
     return {**engine.gradients(), "loads": sums.routing.group_loads, "objective": sums.objective,
-            "next draw": torch.rand(3)}
+            "next draw": drawn, "evaluated": evaluated.objective}
 
 
 @pytest.fixture(scope="module")

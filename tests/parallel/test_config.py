@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import torch
 import torch.distributed as dist
 
 from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.deepep import require_deepep
 
 MODEL = ModelConfig(moe=MoEConfig(num_experts=64, top_k=4, expert_width=96))
 
@@ -74,10 +76,17 @@ def test_deepspeed_refuses_stages_and_says_who_runs_them() -> None:
         ParallelConfig(pp=2).check_zero()
 
 
-@pytest.mark.parametrize("name", ["deepep", "megablocks"])
-def test_dispatchers_that_cannot_run_are_refused_not_replaced(name: str) -> None:
-    with pytest.raises(LayoutError, match=f"dispatcher = '{name}'.*alltoall"):
-        ParallelConfig(ep=2, dispatcher=name)
+def test_dispatchers_that_cannot_run_are_refused_not_replaced() -> None:
+    with pytest.raises(LayoutError, match="dispatcher = 'megablocks'.*no transport between ranks.*alltoall"):
+        ParallelConfig(ep=2, dispatcher="megablocks")
+    with pytest.raises(LayoutError, match="dispatcher = 'deepep'.*parallel.ep = 1 ranks"):
+        ParallelConfig(dispatcher="deepep")
+    with pytest.raises(LayoutError, match="overlap = 'shared'.*nothing runs beside"):
+        ParallelConfig(ep=2, dispatcher="deepep", overlap="shared")
+    ParallelConfig(ep=2, dispatcher="deepep")  # a cluster's configuration is checked on machines without a GPU
+    missing = "deep_ep is not installed; there is no CUDA device.*alltoall"
+    with pytest.raises(LayoutError, match=missing if not torch.cuda.is_available() else "deepep cannot run here"):
+        require_deepep()
 
 
 @pytest.mark.parametrize(

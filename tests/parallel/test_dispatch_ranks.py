@@ -17,7 +17,7 @@ from ernie5.errors import LayoutError
 from ernie5.model.interfaces import Routing
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.parallel.dims import GridDims
-from ernie5.parallel.expert import make_dispatcher
+from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.nodes import split_into_nodes
 from ernie5.parallel.state import ParallelState, build_state
 

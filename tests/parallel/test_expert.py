@@ -9,7 +9,7 @@ from ernie5.model.interfaces import Routing
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.parallel.bags import bag_rows, spread_bags, sum_bags
 from ernie5.parallel.dims import GridDims
-from ernie5.parallel.expert import make_dispatcher
+from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.state import build_state
 
 EXPERTS, WIDTH = 5, 3

@@ -35,6 +35,8 @@ VERBS = {
     "inspect": Verb("inspect CKPT", "print what a checkpoint holds", "ernie5.checkpoint.command:main"),
     "verify": Verb("verify CKPT", "compare a checkpoint with its checksums; names damaged files and tensors",
                    "ernie5.checkpoint.verify:main"),
+    "reshard": Verb("reshard SRC DST [--files N | --layout AXES]", "write a checkpoint in other files",
+                    "ernie5.checkpoint.reshard_command:main"),
     "convert": Verb("convert SRC DST --to FORMAT", "carry a model to ERNIE 4.5's formats and back",
                     "ernie5.checkpoint.convert.command:main"),
 }

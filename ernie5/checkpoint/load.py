@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Collection
 from pathlib import Path
 
 import torch
@@ -74,35 +73,13 @@ class SavedState:
         self._tensors.read(prefix + key, box=box, into=into)
 
 
-class SavedWeights:
-    """The weights and buffers of a checkpoint, as a StateSource for a run that starts from them alone: fp32 masters
-    where there are some, else the weights as stored. buffers: the names of the model's buffers."""
-
-    def __init__(self, tensors: StoredTensors, *, buffers: Collection[str]) -> None:
-        self._tensors, self.updates, self.magnitudes = tensors, 0, torch.zeros(0)
-        stored = {key: entry.shape for key, entry in tensors.entries.items() if "/" not in key}
-        self._shapes = {
-            PARAMETER: {key: shape for key, shape in stored.items() if key not in buffers},
-            BUFFER: {key: shape for key, shape in stored.items() if key in buffers},
-        }
-
-    def shapes(self, kind: str) -> dict[str, tuple[int, ...]]:
-        """As StateSource."""
-        return self._shapes[kind]
-
-    def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
-        """As StateSource."""
-        master = MASTER_PREFIX + key
-        self._tensors.read(master if master in self._tensors.entries else key, box=box, into=into)
-
-
 def load_run(path: Path | str) -> LoadedRun:
     """Open everything that resuming needs, after checking the checksums of all files.
 
     Raises CheckpointError naming the damaged file and tensor.
     """
     loaded = open_run(path)
-    _refuse_damage(find_damage(loaded.directory, manifest=loaded.manifest), directory=loaded.directory)
+    refuse_damage(find_damage(loaded.directory, manifest=loaded.manifest), directory=loaded.directory)
     return loaded
 
 
@@ -110,8 +87,8 @@ def open_run(path: Path | str) -> LoadedRun:
     """Open a checkpoint to resume from, after checking that its files are there in full; `check_together` looks at
     their bytes once the ranks know each other. Raises CheckpointError."""
     directory = find_checkpoint(path)
-    manifest = _read_manifest(directory)
-    _refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
+    manifest = open_manifest(directory)
+    refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
     if not any(is_optimizer_file(name) for name in manifest.files):
         raise CheckpointError(
             f"{directory} has no optimizer state, so no run goes on from it. Start a new run from its weights: "
@@ -135,14 +112,6 @@ def check_together(directory: Path, *, manifest: Manifest, engine: Engine) -> No
         raise CheckpointError(f"{'; '.join(damage)}. {way}")
 
 
-def open_weights(path: Path | str, *, buffers: Collection[str]) -> tuple[SavedWeights, Path, Manifest]:
-    """The weights of a checkpoint for a new run, where they lie, and the manifest. Raises CheckpointError."""
-    directory = find_checkpoint(path)
-    manifest = _read_manifest(directory)
-    _refuse_damage(find_missing(directory, manifest=manifest, needed=(CONFIG_FILE,)), directory=directory)
-    return SavedWeights(StoredTensors(directory, manifest=manifest), buffers=buffers), directory, manifest
-
-
 def load_model(
     path: Path | str, *, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
 ) -> LoadedModel:
@@ -151,8 +120,8 @@ def load_model(
     dtype: of the parameters, by default as stored; buffers stay fp32. Raises CheckpointError.
     """
     directory = find_checkpoint(path)
-    manifest = _read_manifest(directory)
-    _refuse_damage(find_damage(directory, manifest=manifest, with_optimizer=False), directory=directory)
+    manifest = open_manifest(directory)
+    refuse_damage(find_damage(directory, manifest=manifest, with_optimizer=False), directory=directory)
     config = load_config(directory / CONFIG_FILE, schema=resolve("root", name="train"))
     model = build_model(config.model, seed=0)
     tensors = StoredTensors(directory, manifest=manifest)
@@ -184,18 +153,21 @@ def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
 
 
 def kept_folders(directory: Path) -> tuple[Path, ...]:
-    """Where the run of the checkpoint `directory` may have kept its tokenizers: beside the folder of checkpoints."""
-    return (directory.absolute().parent.parent / KEPT_FOLDER,)
+    """Where the tokenizers of the checkpoint `directory` may be: beside the folder of checkpoints, where its run keeps
+    them, or in the checkpoint, where `convert` and `reshard` put them."""
+    return (directory.absolute().parent.parent / KEPT_FOLDER, directory.absolute() / KEPT_FOLDER)
 
 
-def _read_manifest(directory: Path) -> Manifest:
+def open_manifest(directory: Path) -> Manifest:
+    """The manifest of a checkpoint. Raises CheckpointError with the way out."""
     try:
         return read_manifest(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_way_out(directory)}") from error
 
 
-def _refuse_damage(damage: list[str], *, directory: Path) -> None:
+def refuse_damage(damage: list[str], *, directory: Path) -> None:
+    """Raise CheckpointError with the way out where there is damage."""
     if damage:
         raise CheckpointError(f"{'; '.join(damage)}. {_way_out(directory)}")
 

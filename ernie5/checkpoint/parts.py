@@ -17,10 +17,12 @@ RECORD_PREFIX = ".part-"
 
 @dataclasses.dataclass(frozen=True)
 class Part:
-    """Files by name, and tensors by key with the slices that these files hold of them."""
+    """Files by name, and tensors by key with the slices that these files hold of them; known: keys of which the rank
+    holds something that others write."""
 
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    known: tuple[str, ...] = ()
 
 
 def write_record(folder: Path, *, part: Part, rank: int) -> None:
@@ -47,8 +49,10 @@ def join_records(folder: Path, *, ranks: int) -> Part:
         raise CheckpointError(f"rank {missing[0]} of {ranks} has written nothing into {folder}: this save is void")
     files: dict[str, FileEntry] = {}
     tensors: dict[str, TensorEntry] = {}
+    known: set[str] = set()
     for rank in range(ranks):
         values = json.loads(_record(folder, rank=rank).read_text(encoding="utf-8"))
+        known |= set(values["known"])
         files |= {name: FileEntry(**entry) for name, entry in values["files"].items()}
         for key, entry in values["tensors"].items():
             tensors[key] = _join(key, tensors.get(key), read_entry(key, entry, is_part=True))
@@ -56,6 +60,9 @@ def join_records(folder: Path, *, ranks: int) -> Part:
         path = folder / name
         if not path.is_file() or path.stat().st_size != entry.num_bytes:
             raise CheckpointError(f"{path} is not the file that its rank has written: this save is void")
+    lost = sorted(known - set(tensors))
+    if lost:
+        raise CheckpointError(f"no rank wrote {lost[0]}: this save is void. It is a fault of the program: report it")
     for key, entry in tensors.items():
         if not covers(entry.shape, boxes=[part.box for part in entry.slices]):
             found = ", ".join(f"{part.file} {part.box.describe()}" for part in entry.slices)

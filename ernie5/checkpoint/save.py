@@ -1,7 +1,7 @@
 """Writing a checkpoint so that a kill at any instant leaves either the old state or the new one, never a mixture.
 
-Order: all files of all ranks into a temporary directory beside the target, each flushed to disk; the manifest; rename the
-directory; then replace `latest`. A failure removes the temporary directory and leaves the previous checkpoint untouched.
+Order: all files of all ranks into a temporary directory beside the target, each flushed to disk; the manifest; rename
+the directory; then replace `latest`. A failure removes the temporary directory; the previous checkpoint is untouched.
 """
 
 from __future__ import annotations
@@ -9,7 +9,6 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
-import math
 import os
 import shutil
 from collections.abc import Iterator
@@ -18,7 +17,7 @@ from pathlib import Path
 import torch
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.manifest import FileEntry, Manifest, RunState, SliceEntry, TensorEntry, slice_name
+from ernie5.checkpoint.manifest import FileEntry, Manifest, RunState, TensorEntry
 from ernie5.checkpoint.names import (
     CONFIG_FILE,
     LATEST_FILE,
@@ -31,16 +30,18 @@ from ernie5.checkpoint.names import (
     rank_file,
     step_name,
 )
+from ernie5.checkpoint.outgoing import OutgoingSlice, write_slices
 from ernie5.checkpoint.parts import Part, join_records, sync_directory, sync_file, write_record
 from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
-from ernie5.checkpoint.tensor_file import LazyTensor, dtype_name, file_hash, write_tensor_file
+from ernie5.checkpoint.tensor_file import LazyTensor, file_hash
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.errors import EnvironmentFault
 
 
 @dataclasses.dataclass(frozen=True)
 class Contents:
-    """What one rank of `ranks` puts into a checkpoint: the slices that it writes, and what all ranks know.
+    """What one rank of `ranks` puts into a checkpoint: the slices that it holds, of which it writes those that are
+    marked, and what all ranks know.
 
     updates, magnitudes: of the engine; config_yaml: the resolved configuration; tokenizers: identities.
     """
@@ -88,13 +89,14 @@ def write_part(temporary: Path, *, contents: Contents) -> None:
     for name, slices in zip((MODEL_FILE, OPTIMIZER_FILE), split_slices(contents), strict=True):
         if slices or contents.ranks == 1:
             file = rank_file(name, rank=contents.rank, ranks=contents.ranks)
-            files[file] = _write_slices(temporary / file, slices=slices, entries=entries)
-    write_record(temporary, part=Part(files, entries), rank=contents.rank)
+            files[file] = write_slices(temporary / file, slices=slices, entries=entries)
+    known = tuple(sorted({part.key for part in contents.slices if not part.is_written}))
+    write_record(temporary, part=Part(files, entries, known), rank=contents.rank)
 
 
 def publish(temporary: Path, *, contents: Contents, config: CheckpointConfig) -> Path:
-    """Make a checkpoint of what all ranks have written: state, configuration, manifest, and only then its name, `latest`
-    and retention. Raises OSError, and CheckpointError where a rank's part is missing or does not fit the others."""
+    """Make a checkpoint of what all ranks have written: state, configuration, manifest, and only then its name,
+    `latest` and retention. Raises OSError, and CheckpointError where a rank's part is missing or does not fit."""
     folder, step = temporary.parent, contents.run.step
     part = join_records(temporary, ranks=contents.ranks)
     files = part.files
@@ -159,50 +161,25 @@ def _failure_text(folder: Path, *, error: Exception) -> str:
     return f"saving to {folder} failed: {error}. {stands}. Free disk space or repair permissions and run again"
 
 
-def split_slices(contents: Contents) -> tuple[dict[str, SavedSlice], dict[str, SavedSlice]]:
-    """What goes into model.safetensors (weights in training precision, buffers) and into optimizer.safetensors, by name
-    in the file.
+def split_slices(contents: Contents) -> tuple[list[OutgoingSlice], list[OutgoingSlice]]:
+    """What goes into model.safetensors (weights in training precision, buffers) and into optimizer.safetensors.
 
     With bf16 the fp32 masters go to the optimizer file; with fp32 the weights are the masters and are stored once.
     """
     is_bf16 = contents.precision == "bf16"
-    weights: dict[str, SavedSlice] = {}
-    optimizer: dict[str, SavedSlice] = {}
-    for part in contents.slices:
-        target = optimizer if part.kind == MOMENT else weights
+    weights: list[OutgoingSlice] = []
+    optimizer: list[OutgoingSlice] = []
+    for part in (part for part in contents.slices if part.is_written):
         dtype = torch.bfloat16 if part.kind == PARAMETER and is_bf16 else part.values.dtype
-        target[slice_name(part.key, box=part.box, shape=part.shape)] = SavedSlice(part.key, part, dtype)
+        (optimizer if part.kind == MOMENT else weights).append(_outgoing(part, key=part.key, dtype=dtype))
         if part.kind == PARAMETER and is_bf16:
-            key = MASTER_PREFIX + part.key
-            optimizer[slice_name(key, box=part.box, shape=part.shape)] = SavedSlice(key, part, part.values.dtype)
+            optimizer.append(_outgoing(part, key=MASTER_PREFIX + part.key, dtype=part.values.dtype))
     return weights, optimizer
 
 
-@dataclasses.dataclass(frozen=True)
-class SavedSlice:
-    """A slice of the engine under the key and in the dtype in which it is saved."""
-
-    key: str
-    part: StateSlice
-    dtype: torch.dtype
-
-    def lazy(self) -> LazyTensor:
-        """For the writer of files."""
-        return LazyTensor(self.dtype, self.part.box.shape, lambda: self.part.values.detach().cpu())
-
-
-def _write_slices(path: Path, *, slices: dict[str, SavedSlice], entries: dict[str, TensorEntry]) -> FileEntry:
-    written = write_tensor_file(path, tensors={name: saved.lazy() for name, saved in slices.items()})
-    for name, saved in slices.items():
-        shape, box = saved.part.shape, saved.part.box
-        held = entries[saved.key].slices if saved.key in entries else ()
-        entries[saved.key] = TensorEntry(
-            shape=shape,
-            dtype=dtype_name(saved.dtype),
-            num_bytes=math.prod(shape) * saved.dtype.itemsize,
-            slices=(*held, SliceEntry(path.name, box.start, box.shape, written.crcs[name])),
-        )
-    return written.file
+def _outgoing(part: StateSlice, *, key: str, dtype: torch.dtype) -> OutgoingSlice:
+    lazy = LazyTensor(dtype, part.box.shape, lambda: part.values.detach().cpu())
+    return OutgoingSlice(key, part.shape, part.box, lazy)
 
 
 def _replace_text(path: Path, *, text: str) -> None:

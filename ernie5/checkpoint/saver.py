@@ -1,4 +1,4 @@
-"""One checkpoint by all ranks at once, behind the training: each writes its own files, rank 0 makes a checkpoint of them.
+"""One checkpoint by all ranks, behind the training: each writes its own files, rank 0 makes a checkpoint of them.
 
 What is left to agree on goes through the folder (a rank's record says that its files stand) and through one small sum
 per step while a save is in flight (whether a rank has failed, whether the checkpoint stands).
@@ -19,9 +19,10 @@ from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
 from ernie5.engine.interface import Engine
 from ernie5.errors import EnvironmentFault
 
-POLL_SECONDS = 0.02
+POLL_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.3
 # Without the others' word, rank 0 gives up on a checkpoint into which nobody has written for so long.
 STILL_SECONDS = 5.0
+ELSEWHERE = "saving failed on another rank; its message names the checkpoint that stands"
 
 
 class Saver:
@@ -52,11 +53,12 @@ class Saver:
             except EnvironmentFault as error:
                 problem = error
         if self._engine.total(float(problem is not None)):
-            raise problem or EnvironmentFault("saving failed on rank 0; its message names the checkpoint that stands")
+            raise problem or EnvironmentFault(ELSEWHERE)
         self._writer.start(self._job(contents, temporary=temporary))
 
     def settle(self, *, wait: bool) -> SaveStatus:
         """How the save in flight stands, the same on every rank; collective."""
+        pause = POLL_SECONDS
         while True:
             status = self._writer.status(wait=False)
             if not self._engine.is_main and status == SaveStatus.DONE:
@@ -68,13 +70,14 @@ class Saver:
                 return SaveStatus.FAILED
             if agreed == SaveStatus.DONE or not wait:
                 return SaveStatus(agreed)
-            time.sleep(POLL_SECONDS)
+            time.sleep(pause)
+            pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 
     def result(self) -> Path:
         """The checkpoint, on rank 0 and once it is settled. Raises what this rank's part ended in, or EnvironmentFault
         where it was another rank's."""
         if self._writer.error is None and self._is_void.is_set():
-            raise EnvironmentFault("saving failed on another rank; its message names the checkpoint that stands")
+            raise EnvironmentFault(ELSEWHERE)
         return self._writer.result()
 
     def finish(self) -> Path:
@@ -84,10 +87,10 @@ class Saver:
 
     def _job(self, contents: Contents, *, temporary: Path) -> Callable[[], Path]:
         def part() -> Path:
-            with failures_explained(self._folder, temporary=temporary if contents.rank == 0 else None):
+            if contents.rank > 0:
+                return _write_own(temporary, contents=contents)
+            with failures_explained(self._folder, temporary=temporary):
                 write_part(temporary, contents=contents)
-                if contents.rank > 0:
-                    return temporary
                 self._await_others(temporary, ranks=contents.ranks)
                 return publish(temporary, contents=contents, config=self._config)
 
@@ -97,7 +100,7 @@ class Saver:
         size, since = -1, time.monotonic()
         while missing := missing_ranks(temporary, ranks=ranks):
             if self._is_void.is_set():
-                raise EnvironmentFault("saving failed on another rank; its message names the checkpoint that stands")
+                raise EnvironmentFault(ELSEWHERE)
             found = sum(path.stat().st_size for path in temporary.iterdir())
             if found != size:
                 size, since = found, time.monotonic()
@@ -107,3 +110,15 @@ class Saver:
                     "it stands"
                 )
             time.sleep(POLL_SECONDS)
+
+
+def _write_own(temporary: Path, *, contents: Contents) -> Path:
+    """The part of another rank than 0, which removes the folder when it fails."""
+    with failures_explained(temporary.parent, temporary=None):
+        try:
+            write_part(temporary, contents=contents)
+        except FileNotFoundError as error:
+            if temporary.is_dir():
+                raise
+            raise EnvironmentFault(ELSEWHERE) from error
+    return temporary

@@ -1,4 +1,4 @@
-"""The tensors of a checkpoint by name, read box by box: from one file or from those of many ranks, it does not matter."""
+"""The tensors of a checkpoint by name, read box by box, from one file or from those of many ranks."""
 
 from __future__ import annotations
 

@@ -40,8 +40,8 @@ def main(argv: Sequence[str]) -> int:
         description="Compare checkpoints with their checksums: the one that is given, or all of a run.",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint, folder of checkpoints, run or model directory")
-    parser.add_argument("--all", action="store_true", help="every checkpoint of the folder or run (the default for them)")
-    parser.add_argument("--latest", action="store_true", help="of a folder or run, only the checkpoint that `latest` names")
+    parser.add_argument("--all", action="store_true", help="every checkpoint of a folder or run: the default for them")
+    parser.add_argument("--latest", action="store_true", help="of a folder or run, only the one that `latest` names")
     options = parser.parse_args(argv)
     if _is_foreign(options.checkpoint):
         print(_verify_foreign(options.checkpoint))
@@ -84,8 +84,8 @@ def is_whole(directory: Path) -> bool:
         manifest = read_manifest(directory)
     except CheckpointError:
         return False
-    needed = (STATE_FILE, CONFIG_FILE)
-    return not find_missing(directory, manifest=manifest, needed=needed) and not find_damage(directory, manifest=manifest)
+    missing = find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE))
+    return not missing and not find_damage(directory, manifest=manifest)
 
 
 def find_missing(directory: Path, *, manifest: Manifest, needed: Sequence[str] = ()) -> list[str]:

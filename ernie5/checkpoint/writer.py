@@ -14,7 +14,7 @@ from pathlib import Path
 
 
 class SaveStatus(enum.IntEnum):
-    """How the save in flight stands. Ranks add theirs up: only rank 0 ever says DONE, so 1 is done and more is failed."""
+    """How the save in flight stands. Ranks add theirs up; only rank 0 says DONE, so 1 is done and more is failed."""
 
     RUNNING = 0
     DONE = 1

@@ -130,7 +130,8 @@ class StepSettings:
 class Engine(abc.ABC):
     """Interface of `local.py`, `grid.py` and `deepspeed_engine.py`, which are tested to be equal.
 
-    updates: optimizer steps applied. dp_rank of dp_size: which streams of data this rank reads; ranks of one tp, cp or pp group read the same.
+    updates: optimizer steps applied. dp_rank of dp_size: which streams of data this rank reads; ranks of one tp, cp or
+    pp group read the same.
     """
 
     model: torch.nn.Module

@@ -210,7 +210,9 @@ def plan_shards(model: torch.nn.Module, *, state: ParallelState, stages: StagePl
     for name, parameter in model.named_parameters():
         (placement,) = placements_of(name)
         holders = stages.holders(name, placement=placement)
-        shards[name] = _plan_shard(name, placement, shape=tuple(parameter.shape), state=state, stages=holders)
+        shards[name] = plan_shard(
+            name, placement=placement, shape=tuple(parameter.shape), state=state, stages=holders
+        )
     return shards
 
 
@@ -235,9 +237,10 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
         layout.install(layer, "dispatcher", made)
 
 
-def _plan_shard(
-    name: str, placement: Placement, *, shape: tuple[int, ...], state: ParallelState, stages: tuple[int, ...]
+def plan_shard(
+    name: str, *, placement: Placement, shape: tuple[int, ...], state: ParallelState, stages: tuple[int, ...]
 ) -> Shard:
+    """The shard of one parameter of `shape` that `stages` hold; of `state`, only sizes of axes matter."""
     is_expert = placement.ep_dim is not None
     wanted = [Cut(placement.ep_dim, "ep", 1)] if is_expert else []
     if placement.tp_dim is not None:

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import heapq
 import math
-from collections.abc import Collection
+from collections.abc import Collection, Mapping
 
-from ernie5.parallel.apply import Layout
+from ernie5.model.shard_plan import placements_of
+from ernie5.parallel.apply import Layout, plan_shard
 from ernie5.parallel.boxes import Held, HeldCut
 from ernie5.parallel.collectives import even_sizes
+from ernie5.parallel.dims import GridDims
+from ernie5.parallel.stages import StagePlan
+from ernie5.parallel.state import Axis, Traffic
 
 
 def held_parts(layout: Layout) -> dict[str, Held]:
@@ -49,3 +53,25 @@ def written_names(layout: Layout, *, parts: dict[str, Held], partition_axes: Col
             if index == own:
                 mine.add(name)
     return mine
+
+
+class GridPlace:
+    """One rank's coordinates in grids that do not run: what a Layout needs to say who would hold what."""
+
+    def __init__(self, dims: GridDims, *, rank: int) -> None:
+        self.dims, self.rank = dims, rank
+
+    def axis(self, name: str) -> Axis:
+        """The rank's place along an axis, without a process group."""
+        ranks = self.dims.group(self.rank, axis=name)
+        return Axis(name, ranks, ranks.index(self.rank), None, Traffic(), ranks)
+
+
+def planned_layout(shapes: Mapping[str, tuple[int, ...]], *, place: GridPlace, stages: StagePlan) -> Layout:
+    """The layout of the parameters of `shapes` as the rank at `place` would see it."""
+    shards = {}
+    for name, shape in shapes.items():
+        (placement,) = placements_of(name)
+        holders = stages.holders(name, placement=placement)
+        shards[name] = plan_shard(name, placement=placement, shape=shape, state=place, stages=holders)
+    return Layout(place, stages=stages, shards=shards)

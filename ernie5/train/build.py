@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders
+from ernie5.checkpoint.origin import open_origin, start_from
 from ernie5.checkpoint.save import point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
@@ -71,15 +72,16 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
     loaded = open_newest(resume_from)
-    places = config.tokenizers
-    if loaded is not None:
-        folders = (run_dir / KEPT_FOLDER, *kept_folders(loaded.directory))
-        places = prefer_kept(places, identities=loaded.manifest.tokenizers, folders=folders)
+    origin = None if loaded is not None or config.train.init_from is None else open_origin(config.train.init_from)
+    places, known = config.tokenizers, loaded or origin
+    if known is not None:
+        folders = (run_dir / KEPT_FOLDER, *kept_folders(known.directory))
+        places = prefer_kept(places, identities=known.manifest.tokenizers, folders=folders)
     tokenizers = load_tokenizers(places)
     check_widths(config, tokenizers=tokenizers)
     identities = dataclasses.asdict(tokenizers.identities)
-    if loaded is not None:
-        check_tokenizers(loaded.manifest, identities=identities)
+    if known is not None:
+        check_tokenizers(known.manifest, identities=identities)
     model = build_model(config.model, seed=config.train.seed)
     engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
     loader = open_loader(config, tokenizers=tokenizers, split="train", engine=engine)
@@ -87,6 +89,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     loaded = agree(loaded, source=resume_from, engine=engine)
     if loaded is not None:
         restore(loaded, engine=engine, loader=loader, progression=progression)
+    elif origin is not None:
+        start_from(origin, config=config, engine=engine)
     if engine.is_main:
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
     checkpoints = checkpoint_folder(config, run_dir=run_dir)

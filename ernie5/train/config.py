@@ -39,6 +39,10 @@ class TrainConfig(Config):
         REQUIRED, doc="directory of the run: config, metrics, checkpoints, samples, report", kind="logging"
     )
     seed: int = field(0, doc="seed of initialisation, data order and every draw", check=non_negative, kind="numerics")
+    init_from: str | None = field(
+        None, doc="checkpoint whose weights a new run starts from, with a new optimizer, at step 0 and the beginning of "
+        "the data; a run that has a checkpoint of its own goes on from that", kind="numerics",
+    )
     eval_every_steps: int = field(
         0, doc="distance between passes over the fixed validation batches; 0: none", unit="steps",
         check=non_negative, kind="logging",

@@ -53,13 +53,16 @@ class Snapshot:
         self._identity, self._records = identity, records
 
     def take(self, *, copies: bool) -> Contents:
-        """The slices that this rank writes; collective. copies: in CPU memory of their own, because training goes on;
+        """This rank's slices; collective. copies: those that it writes in CPU memory of their own, as training goes on;
         else views, which cost nothing while it waits."""
         self._records.metrics.flush()
         self._records.routing.save_now()
-        slices = (part for part in self._engine.slices() if part.is_written)
+        slices = list(self._engine.slices())
         if copies:
-            slices = (dataclasses.replace(p, values=p.values.detach().to("cpu", copy=True)) for p in slices)
+            slices = [
+                dataclasses.replace(part, values=part.values.to("cpu", copy=True)) if part.is_written else part
+                for part in slices
+            ]
         return Contents(
             slices=tuple(slices),
             updates=self._engine.updates,

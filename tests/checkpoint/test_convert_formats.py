@@ -58,7 +58,8 @@ def save(folder: Path, *, model: ModelConfig, precision: str = "fp32", tokenizer
         values["data"] = {"mixture": {"text": 1.0, **dict.fromkeys(tasks, 0.0)}}
     config = config_from_dict(values, schema=RootConfig)
     run = RunState(step=5, tokens=70, data={}, rng={})
-    contents = Contents(tuple(engine.slices()), 5, engine.magnitudes, run, config_to_yaml(config), precision, {"text": tokenizer})
+    text, slices = config_to_yaml(config), tuple(engine.slices())
+    contents = Contents(slices, 5, engine.magnitudes, run, text, precision, {"text": tokenizer})
     return save_checkpoint(folder / "checkpoints", contents=contents, config=CheckpointConfig())
 
 

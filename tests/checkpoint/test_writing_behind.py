@@ -34,7 +34,7 @@ def contents_of(step: int, *, size: int = 64) -> Contents:
         magnitudes=torch.zeros(4, dtype=torch.float64),
     )
     run = RunState(step=step, tokens=step, data={}, rng={})
-    return Contents(tuple(engine.slices()), step, engine.magnitudes, run, config_yaml="", precision="fp32", tokenizers={})
+    return Contents(tuple(engine.slices()), step, engine.magnitudes, run, "", "fp32", {})
 
 
 def test_the_streamed_file_is_the_librarys_byte_for_byte(tmp_path: Path) -> None:

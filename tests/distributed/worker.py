@@ -153,7 +153,7 @@ def third_step(row: dict, *, engine: Engine, folder: Path) -> dict[str, object]:
 def save(engine: Engine, *, folder: Path) -> Path:
     """A checkpoint of all ranks in `folder`."""
     contents = Contents(
-        tuple(part for part in engine.slices() if part.is_written), engine.updates, engine.magnitudes,
+        tuple(engine.slices()), engine.updates, engine.magnitudes,
         RunState(step=engine.updates, tokens=0, data={}, rng={}), "train: {}\n", "fp32", {}, engine.rank,
         engine.world_size,
     )

@@ -12,6 +12,7 @@ import types
 from collections.abc import Sequence
 
 COLLECTIVES = "torch.distributed.distributed_c10d"
+OWN_COLLECTIVES = "ernie5.parallel.collectives"
 PACKAGE = "ernie5"
 
 
@@ -63,7 +64,8 @@ def _standing(frames: Sequence[types.FrameType], *, lines: dict[int, int]) -> St
             collective, ranks = name, _members(frame.f_locals)
         elif module.split(".")[0] == PACKAGE:
             place = f"{module.replace('.', '/')}.py:{lines.get(id(frame), frame.f_lineno)} ({name})"
-            collective, ranks = "", ()
+            is_ours = module == OWN_COLLECTIVES and "axis" in frame.f_locals  # also while it waits for one it began
+            collective, ranks = (name, frame.f_locals["axis"].ranks) if is_ours else ("", ())
     return Standing(collective, ranks, place)
 
 

@@ -56,7 +56,7 @@ def main(argv: list[str]) -> int:
         print(f"{arguments.config} is valid: {total:,} parameters, {active:,} active per text token")
         return 0
     if arguments.preflight or config.train.preflight:
-        _check_hosts(config)
+        _check_hosts(config, goes_on=not arguments.preflight)
     if arguments.preflight:
         return 0
     return run_training(config, fresh=arguments.fresh, resume=arguments.resume)
@@ -176,12 +176,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
     return arguments
 
 
-def _check_hosts(config: RootConfig) -> None:
+def _check_hosts(config: RootConfig, *, goes_on: bool) -> None:
     """The preflight; what it ends in is left in exit.json, where the storage allows it, for whoever starts runs."""
-    from ernie5.train.preflight import Preflight
+    from ernie5.train.preflight import Preflight, leave
 
     try:
         Preflight(config).run()
+        if not goes_on:
+            leave()
     except Ernie5Error as error:
         run_dir, rank = Path(config.train.run_dir), int(os.environ.get("RANK", "0"))
         record = fault_record(classify(error), step=0, checkpoint="", rank=rank)

@@ -116,6 +116,13 @@ class Preflight:
             self.say(f"preflight: {line}")
 
 
+def leave() -> None:
+    """End the process group, together: a rank that left others behind would be missed by them."""
+    if dist.is_initialized():
+        dist.barrier()
+        dist.destroy_process_group()
+
+
 def read_versions() -> dict[str, str]:
     """What has to be the same on every host; `source` digests the files of the package, which an editable install of
     another checkout changes without changing its version."""

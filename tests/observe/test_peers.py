@@ -109,6 +109,18 @@ def test_a_failed_collective_says_its_name_its_ranks_and_who_of_ours_called_it()
     assert str(standing) == "all_gather_into_tensor over ranks 0 in ernie5/parallel/made_up.py:2 (send)"
 
 
+def test_a_wait_for_a_collective_that_was_begun_before_is_named_by_our_function() -> None:
+    class Axis:
+        ranks = (2, 3)
+
+    ours = {"__name__": "ernie5.parallel.collectives"}
+    exec("def finish_exchange(work, axis):\n    raise RuntimeError('Connection closed by peer')\n", ours)
+    with pytest.raises(RuntimeError) as caught:
+        ours["finish_exchange"](None, Axis)
+    named = "finish_exchange over ranks 2-3 in ernie5/parallel/collectives.py:2 (finish_exchange)"
+    assert str(standing_of_error(caught.value)) == named
+
+
 def test_a_thread_outside_of_collectives_says_where_it_is() -> None:
     ours = {"__name__": "ernie5.data.made_up", "event": threading.Event(), "started": threading.Event()}
     exec("def read():\n    started.set()\n    event.wait(60)\n", ours)

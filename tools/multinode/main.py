@@ -5,8 +5,9 @@
 
 equal: the figures of every step are compared with the same ranks on one host. cut: the cable between two hosts is
 pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to reach
-the same figures. preflight: a sound cluster passes, and a host with a slow cable is named. Needs root, and Debian's
-openssh-server, pdsh and iproute2. Ends with 1 if anything differs.
+the same figures. supervised: an agent on every host around torchrun, one rank killed. preflight: a sound cluster passes,
+and a host with a slow cable is named. Needs root, and Debian's openssh-server, pdsh and iproute2. Ends with 1 if anything
+differs.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
@@ -26,6 +28,7 @@ from runs import (
     largest_difference,
     messages_of,
     run_here,
+    start_agents,
     start_on_hosts,
     wait_for_step,
 )
@@ -80,17 +83,34 @@ def cut(cluster: Cluster, *, case: Case, out: Path) -> dict:
             "passed": named and record["exit_code"] == 5 and again == 0 and difference == 0.0}
 
 
-def ranks_alive(run_dir: Path) -> list[int]:
-    """Process ids of the run's ranks on all hosts, seen from this machine."""
-    found = []
+def supervised(cluster: Cluster, *, case: Case, out: Path) -> dict:
+    """An agent on every host around torchrun; a rank of node1 is killed, the agents bring the whole run back."""
+    run_dir = out / case.name / "supervised"
+    agents = start_agents(cluster, case=case, run_dir=run_dir, settings=CUT_SETTINGS[-1:])
+    wait_for_step(run_dir, step=CUT_STEP, launcher=agents[0])
+    victim = max(ranks_alive(run_dir).items())[1]
+    os.kill(victim, signal.SIGKILL)
+    codes = [agent.wait() for agent in agents]
+    difference = largest_difference(run_dir, whole=out / case.name / "one_host")
+    journals = {path.name: [json.loads(line)["reason"] for line in path.read_text("utf-8").splitlines()]
+                for path in sorted(run_dir.glob("supervise*.jsonl"))}
+    return {"part": "supervised", "case": case.name, "slots": case.slots, "codes": codes, "journals": journals,
+            "largest_difference": difference, "passed": codes == [0] * len(agents) and difference == 0.0}
+
+
+def ranks_alive(run_dir: Path) -> dict[int, int]:
+    """Process id by rank, of the run's ranks on all hosts, seen from this machine."""
+    found = {}
     for entry in Path("/proc").iterdir():
         try:
             words = (entry / "cmdline").read_bytes().split(b"\0") if entry.name.isdigit() else []
+            variables = (entry / "environ").read_bytes().split(b"\0") if words else []
         except OSError:
             continue
         script = words[2:3] if words[1:2] == [b"-u"] else words[1:2]
         if script and script[0].endswith(b"pretrain.py") and f"train.run_dir={run_dir}".encode() in words:
-            found.append(int(entry.name))
+            rank = next(value for value in variables if value.startswith(b"RANK="))
+            found[int(rank.removeprefix(b"RANK="))] = int(entry.name)
     return found
 
 
@@ -109,7 +129,7 @@ def preflight(cluster: Cluster, *, case: Case, out: Path) -> dict:
             "passed": codes == [0, 0]}
 
 
-PARTS = {"equal": equal, "cut": cut, "preflight": preflight}
+PARTS = {"equal": equal, "cut": cut, "supervised": supervised, "preflight": preflight}
 
 
 def main() -> int:
@@ -118,7 +138,8 @@ def main() -> int:
     parser.add_argument("--out", type=Path, required=True, help="folder for all runs and multinode.json")
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
-    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS), help="cut needs the runs of equal")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
+                        help="cut and supervised need what equal has left")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -46,6 +46,27 @@ def start_on_hosts(
         )
 
 
+def start_agents(
+    cluster: Cluster, *, case: Case, run_dir: Path, settings: Sequence[str]
+) -> list[subprocess.Popen]:
+    """launch/supervise.py on every host, around that host's share of launch/torchrun.sh; started by hand, no ssh."""
+    if len(set(case.slots)) > 1:
+        raise RuntimeError(f"torchrun starts the same number of ranks on every host, and {case.name} has {case.slots}")
+    hosts = cluster.hosts[: len(case.slots)]
+    run_dir.mkdir(parents=True)
+    agents = []
+    for index, host in enumerate(hosts):
+        variables = [f"NODES={len(hosts)}", f"NODE_RANK={index}", f"HEAD={hosts[0].name}", f"PYTHON={sys.executable}",
+                     f"PROCESSES={case.slots[index]}"]
+        command = ["env", *variables, sys.executable, str(ROOT / "launch" / "supervise.py"), "--run-dir", str(run_dir),
+                   "--", "bash", str(ROOT / "launch" / "torchrun.sh"),
+                   *arguments(case, run_dir=run_dir, settings=settings)]
+        with (run_dir.parent / f"{run_dir.name}.{host.name}.log").open("wb") as log:
+            agents.append(subprocess.Popen(host.command(command, folder=run_dir.parent), stdout=log, stderr=log,
+                                           env=environment()))
+    return agents
+
+
 def run_here(case: Case, *, run_dir: Path) -> None:
     """The same ranks on this machine, by launch/spawn.py. Raises RuntimeError if the run does not end with 0."""
     command = [sys.executable, str(ROOT / "launch" / "spawn.py"), str(sum(case.slots)),

@@ -24,7 +24,8 @@ from ernie5.evaluate.subject import Subject
 from ernie5.generate.load import load_generation
 from ernie5.generate.media import write_file
 
-OVERRIDES = ("loss_samples", "text_bytes", "caption_samples", "match_samples", "batch_rows", "guidance", "seed")
+OVERRIDES = ("loss_samples", "text_bytes", "caption_samples", "match_samples", "batch_rows", "guidance",
+             "audio_guidance", "seed")
 
 
 def build_parser() -> argparse.ArgumentParser:
@@ -41,7 +42,7 @@ def build_parser() -> argparse.ArgumentParser:
                         help="measure nothing; write the fp32 text logits [B, T, V] of these ids (a LongTensor [B, T], "
                         "torch.save) to --out")
     for name in OVERRIDES:
-        kind = float if name == "guidance" else int
+        kind = float if "guidance" in name else int
         option = name.replace("_", "-")
         add_setting(parser, option, schema=EvaluateConfig, field=name, kind=kind, section="evaluate")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")
@@ -62,7 +63,7 @@ def main(argv: Sequence[str]) -> int:
     # Likeliest choices everywhere: a figure should not depend on the luck of a draw.
     greedy = dataclasses.replace(
         loaded.config.generate, temperature=0.0, beam=1, bit_temperature=0.0, audio_temperature=0.0,
-        guidance=config.guidance, max_text_tokens=config.caption_tokens,
+        guidance=config.guidance, audio_guidance=config.audio_guidance, max_text_tokens=config.caption_tokens,
     )
     generation = loaded.generation.with_config(greedy)
     corpus = corpus or open_corpus(list_shards(loaded.config.data.shards))

@@ -39,8 +39,13 @@ class EvaluateConfig(Config):
     match_samples: int = field(
         100, doc="training prompts of the nearest-target tests", unit="samples", check=positive, kind="logging"
     )
-    guidance: float = field(3.0, doc="guidance of the nearest-target tests; 1 uses the condition alone",
-                            check=non_negative, kind="logging")
+    guidance: float = field(
+        3.0, doc="guidance of the nearest-target test of pictures; 1 uses the condition alone", check=non_negative,
+        kind="logging",
+    )
+    audio_guidance: float = field(
+        1.0, doc="guidance of the nearest-target test of speech", check=non_negative, kind="logging"
+    )
     nearest_goal: float = field(
         0.8, doc="goal of the nearest-target tests; chance is one half", check=fraction, kind="logging"
     )

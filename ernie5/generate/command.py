@@ -29,6 +29,7 @@ SETTINGS = {
     "repetition-penalty": (float, "repetition_penalty"),
     "beam": (int, "beam"),
     "guidance": (float, "guidance"),
+    "audio-guidance": (float, "audio_guidance"),
     "bit-temperature": (float, "bit_temperature"),
     "audio-temperature": (float, "audio_temperature"),
     "max-tokens": (int, "max_text_tokens"),

@@ -19,8 +19,11 @@ class GenerateConfig(Config):
     )
     beam: int = field(1, doc="beams of text search; 1 is greedy or sampled", check=positive, kind="logging")
     guidance: float = field(
-        3.0, doc="classifier-free guidance of pictures, clips and speech; 1 uses the condition alone",
+        3.0, doc="classifier-free guidance of pictures and clips; 1 uses the condition alone",
         check=non_negative, kind="logging",
+    )
+    audio_guidance: float = field(
+        1.0, doc="classifier-free guidance of speech; 1 uses the condition alone", check=non_negative, kind="logging"
     )
     bit_temperature: float = field(
         0.5, doc="temperature of picture bits; 0 takes the likelier bit", check=non_negative, kind="logging"

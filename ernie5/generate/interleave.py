@@ -118,7 +118,7 @@ class Generation:
             documents, plain = self._conditioned(prompts[part], target="audio", speakers=speakers[part])
             choice = CodeChoice(
                 Sampling(config.audio_temperature, config.top_k, config.top_p), config.max_audio_frames,
-                guidance=config.guidance, seed=config.seed + part.start,
+                guidance=config.audio_guidance, seed=config.seed + part.start,
             )
             spoken += generate_speech(documents, unconditional=plain, decoder=self.decoder, choice=choice)
         return [Spoken(codes, self._sound(codes)) for codes in spoken]
@@ -148,7 +148,7 @@ class Generation:
             self._require_parts(prompt)
         build = self.maker.build_prompt
         documents = [build(prompt, target=target, speaker=speaker) for prompt, speaker in pairs]
-        if self.config.guidance == 1.0:
+        if (self.config.audio_guidance if target == "audio" else self.config.guidance) == 1.0:
             return documents, []
         return documents, [build((), target=target, speaker=speaker, drop_condition=True) for _, speaker in pairs]
 

@@ -10,7 +10,7 @@ import torch
 FULL = {"recompute": "full"}
 OPERATORS = {"recompute": "selective"}
 HOST = {"offload_optimizer": "cpu"}
-DEGREES = ("ep", "etp", "cp", "dispatcher", "node_size", "overlap")
+DEGREES = ("ep", "etp", "cp", "pp", "dispatcher", "node_size", "overlap")
 GROUPED = {"moe": {"num_groups": 2, "shared_experts": 1}}
 
 
@@ -47,6 +47,7 @@ SLOW_RANKS = {
         row("ep2-etp2-nodes", ep=2, etp=2, dispatcher="hierarchical", node_size=2),
         row("ep4-nodes-zero3-full", ep=4, dispatcher="hierarchical", node_size=2, stage=3, settings=FULL),
         row("ep2-dp4-zero2-host", ep=2, stage=2, settings=HOST),
+        row("pp2-ep2-full", pp=2, ep=2, settings=FULL),
     ],
 }
 SLOW = [(ranks, made) for ranks, rows in SLOW_RANKS.items() for made in rows]

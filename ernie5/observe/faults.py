@@ -6,6 +6,7 @@ import contextlib
 import dataclasses
 import errno
 import os
+import shutil
 import time
 import traceback
 from collections.abc import Iterator
@@ -15,6 +16,7 @@ from ernie5.errors import EXIT_BUG, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, Ernie5Er
 
 OUT_OF_MEMORY = "the machine is out of memory. Lower batch.micro_sequences, data.sequence_tokens or the model size"
 DISK_FULL = "the disk is full. Free some space, then run the same command again"
+FULL_BYTES = 1 << 20  # less room than this is a full disk
 ENVIRONMENT_ERRNOS = {
     errno.ENOSPC: DISK_FULL,
     errno.EDQUOT: "the disk quota is used up. Free some space, then run the same command again",
@@ -83,12 +85,22 @@ def save_traceback(error: BaseException, *, run_dir: Path) -> Path:
 
 @contextlib.contextmanager
 def keep_tracebacks(run_dir: Path) -> Iterator[None]:
-    """Let every exception pass; a bug's traceback is also saved, and a note in the exception says where."""
+    """Let every exception pass; a bug's traceback is also saved, and a note in the exception says where. A full disk
+    that names no file gets the run directory's name, where that disk is the full one."""
     try:
         yield
     except Exception as error:
+        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename and _is_full(run_dir):
+            error.filename = str(run_dir)
         if classify(error).is_bug:
             with contextlib.suppress(OSError):  # a full disk must not hide the bug itself
                 path = save_traceback(error, run_dir=run_dir)
                 error.add_note(f"This is a bug of ernie5; the traceback is kept in {path}")
         raise
+
+
+def _is_full(folder: Path) -> bool:
+    try:
+        return shutil.disk_usage(folder).free < FULL_BYTES
+    except OSError:
+        return False

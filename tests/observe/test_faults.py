@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import shutil
 from pathlib import Path
 
 import pytest
@@ -57,3 +58,17 @@ def test_a_bug_on_a_full_or_forbidden_disk_stays_the_bug(tmp_path: Path) -> None
     (tmp_path / "errors").write_text("a file in the way", encoding="utf-8")
     with pytest.raises(ZeroDivisionError), keep_tracebacks(tmp_path):
         print(1 / 0)
+
+
+def test_a_full_disk_that_names_no_file_is_named_by_the_run_directory_on_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usage = shutil.disk_usage(tmp_path)
+    lines = []
+    for free in (0, 1 << 30):
+        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
+        with pytest.raises(OSError) as caught, keep_tracebacks(tmp_path):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        lines.append(classify(caught.value).line())
+    assert lines[0].startswith(f"EnvironmentFault: {tmp_path}: the disk is full. Free some space")
+    assert lines[1].startswith("EnvironmentFault: the disk is full")

@@ -12,7 +12,7 @@ from collections.abc import Iterator
 
 import torch
 
-from ernie5.model.shard_plan import Placement, Section, placements_of
+from ernie5.model.shard_plan import Placement, placements_of
 from ernie5.objectives.next_token import TextLoss
 from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_part
 from ernie5.parallel.config import ParallelConfig
@@ -72,9 +72,9 @@ class Absence:
 
 class Layout:
     """How a model is spread: the sections of each stage, the shard of every parameter by name (those of all stages),
-    and the seams that were exchanged."""
+    and the seams that were exchanged. stages: None for a layout that does not run."""
 
-    def __init__(self, state: ParallelState, *, stages: StagePlan, shards: dict[str, Shard]) -> None:
+    def __init__(self, state: ParallelState, *, shards: dict[str, Shard], stages: StagePlan | None = None) -> None:
         self.state, self.stages, self.shards = state, stages, shards
         self._seams: list[Seam] = []
         self._absent: dict[str, Absence] = {}
@@ -96,11 +96,6 @@ class Layout:
     def is_here(self, name: str) -> bool:
         """Whether this rank's stage holds the parameter."""
         return self.state.axis("pp").coordinate in self.shards[name].stages
-
-    @property
-    def sections(self) -> tuple[Section, ...]:
-        """The sections of the model that this rank's stage runs."""
-        return self.stages.of_stage(self.state.axis("pp").coordinate)
 
     def sum_axes(self, name: str) -> tuple[Axis, ...]:
         """The axes over which gradients of `name` are summed."""

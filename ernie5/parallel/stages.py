@@ -70,13 +70,13 @@ class StagePlan:
 
 
 def plan_stages(model: ModelConfig, *, pp: int, vpp: int = 1, stage_layers: tuple[int, ...] = ()) -> StagePlan:
-    """Cut the model into pp * vpp sections: `stage_layers` layers each, or by the least cost of the dearest section."""
+    """Cut the model into pp * vpp sections of `stage_layers` layers each, or where stages cost alike."""
     layers = layer_costs(model)
     first, last = embedding_cost(model), head_cost(model)
     units = [layers[0] + first, *layers[1:]] if model.layers > 1 else [layers[0] + first + last]
     if model.layers > 1:
         units[-1] += last
-    sizes = stage_layers or balanced_sizes(units, parts=pp * vpp)
+    sizes = stage_layers or balance_stages(units, pp=pp, sizes=balanced_sizes(units, parts=pp * vpp))
     ends = list(itertools.accumulate(sizes))
     starts = [0, *ends[:-1]]
     return StagePlan(
@@ -131,6 +131,28 @@ def balanced_sizes(costs: list[float], *, parts: int) -> tuple[int, ...]:
     bottleneck = _best_cut(costs, parts=parts, limit=math.inf, value=lambda cost: cost, join=max)[0]
     limit = bottleneck * (1 + 1e-9)  # sums of the same numbers in another order
     return _best_cut(costs, parts=parts, limit=limit, value=lambda cost: cost * cost, join=lambda a, b: a + b)[1]
+
+
+def balance_stages(costs: list[float], *, pp: int, sizes: tuple[int, ...]) -> tuple[int, ...]:
+    """Move single layers between neighbouring sections while that evens out the stages, each a sum of its sections."""
+
+    def spread(cut: tuple[int, ...]) -> float:
+        ends = list(itertools.accumulate(cut))
+        sections = [sum(costs[end - size : end]) for end, size in zip(ends, cut, strict=True)]
+        return sum(sum(sections[stage::pp]) ** 2 for stage in range(pp))
+
+    best = spread(sizes)
+    while True:
+        moved = [
+            tuple(size + (i == taker) - (i == giver) for i, size in enumerate(sizes))
+            for left in range(len(sizes) - 1)
+            for giver, taker in ((left, left + 1), (left + 1, left))
+            if sizes[giver] > 1
+        ]
+        found = min(moved, key=spread, default=sizes)
+        if len(sizes) == pp or spread(found) >= best * (1 - 1e-9):
+            return sizes
+        sizes, best = found, spread(found)
 
 
 def _best_cut(costs, *, parts, limit, value, join) -> tuple[float, tuple[int, ...]]:

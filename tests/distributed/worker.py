@@ -7,14 +7,17 @@ another in the same processes, which start once.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib.util
 import json
 import os
 import sys
+import weakref
 from pathlib import Path
 
 import torch
+from torch.autograd.graph import saved_tensors_hooks
 
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_run
@@ -109,10 +112,12 @@ def run_row(row: dict, *, out: Path) -> dict[str, object]:
     result: dict[str, object] = {"losses": [], "norms": [], "loads": []}
     result["start"] = {name: value.clone() for name, value in engine.state().parameters.items()}
     pairs = count_pairs(engine, ranks=row["parallel"].get("ep", 1)) if row.get("count_bytes") else None
+    kept = Kept()
     for step in range(STEPS):
         batches = make_rows(step, rows=row["rows"], tasks=tuple(row.get("tasks", TASKS)))
         batches = batches[engine.dp_rank :: engine.dp_size]
-        sums = engine.accumulate(batches)
+        with kept.watch() if row.get("measure") else contextlib.nullcontext():
+            sums = engine.accumulate(batches)
         if step == 0:
             if pairs is not None:
                 result["bytes"] = add_bytes(engine, pairs=pairs)
@@ -122,6 +127,7 @@ def run_row(row: dict, *, out: Path) -> dict[str, object]:
         result["losses"].append([float(vars(sums.terms)[name]) for name in names] + [float(sums.objective)])
         result["norms"].append(float(report.grad_norm))
         result["loads"].append(sums.routing.group_loads)
+    result["kept_bytes"] = [one["most"] for one in engine.gather({"most": kept.most})]
     result["state"] = engine.state()
     if row["engine"] == "grid":  # copies of one part must not drift apart, those of two stages included
         check_copies(dict(engine.model.named_parameters()), layout=engine.layout)
@@ -162,6 +168,32 @@ def save(engine: Engine, *, folder: Path) -> Path:
     saver.settle(wait=True)
     saver.result()
     return find_checkpoint(folder)
+
+
+class Kept:
+    """Counts the bytes that autograd keeps for backward, parameters left out. most: at one time."""
+
+    def __init__(self) -> None:
+        self.most = self._now = 0
+
+    def watch(self) -> saved_tensors_hooks:
+        """Count what is saved within."""
+        return saved_tensors_hooks(self._pack, lambda holder: holder[0])
+
+    def _pack(self, tensor: torch.Tensor) -> list[torch.Tensor]:
+        holder = _Holder([tensor])
+        size = 0 if isinstance(tensor, torch.nn.Parameter) else tensor.numel() * tensor.element_size()
+        self._now += size
+        self.most = max(self.most, self._now)
+        weakref.finalize(holder, self._drop, size)
+        return holder
+
+    def _drop(self, size: int) -> None:
+        self._now -= size
+
+
+class _Holder(list):
+    """A list that can be referred to weakly."""
 
 
 def count_pairs(engine: GridEngine, *, ranks: int) -> list[int]:

@@ -10,7 +10,7 @@ import torch
 from ernie5.model.backbone import UnifiedModel
 from ernie5.model.config import AudioModelConfig, ModelConfig, MTPConfig
 from ernie5.model.shard_plan import placements_of
-from ernie5.parallel.stages import balanced_sizes, head_cost, layer_costs, plan_stages
+from ernie5.parallel.stages import balance_stages, balanced_sizes, head_cost, layer_costs, plan_stages
 
 MODEL = ModelConfig(layers=7, dense_layers=1, audio=AudioModelConfig(levels=4))
 
@@ -47,6 +47,19 @@ def test_a_large_head_stands_with_fewer_layers() -> None:
     assert head_cost(large) > 3 * layer_costs(large)[0]
     first, last = plan_stages(large, pp=2).sections
     assert last.stop - last.first < first.stop - first.first
+
+
+def test_stages_of_several_sections_are_evened_out_as_sums() -> None:
+    costs = [4.0, *[1.0] * 10, 6.0]
+    sections = balanced_sizes(costs, parts=4)
+    sizes = balance_stages(costs, pp=2, sizes=sections)
+
+    def stages(cut: tuple[int, ...]) -> list[float]:
+        ends = list(itertools.accumulate(cut))
+        sums = [sum(costs[end - size : end]) for end, size in zip(ends, cut, strict=True)]
+        return [sum(sums[0::2]), sum(sums[1::2])]
+
+    assert sum(sizes) == 12 and min(sizes) >= 1 and max(stages(sizes)) == 10.0 <= max(stages(sections))
 
 
 def test_explicit_layers_are_taken_as_they_are() -> None:

@@ -7,7 +7,7 @@ own: within one, the order of sends is the order of the receiver's receives, and
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Protocol
 
 import torch
@@ -131,7 +131,9 @@ class Pipeline:
             before = action.section - 1
             self._link(before, is_forward=False).send(flight.entered.grad, to=before % self._plan.pp)
 
-    def _received(self, actions: Sequence[Action], *, batches: Sequence[Batch]):
+    def _received(
+        self, actions: Sequence[Action], *, batches: Sequence[Batch]
+    ) -> Iterator[tuple[Action, torch.Tensor | None]]:
         """Each action with what it needs from its neighbour; the next one's message is on its way meanwhile."""
         posted = self._post(actions[0], batches=batches)
         for action, following in zip(actions, (*actions[1:], None), strict=True):

@@ -14,6 +14,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
+from collections.abc import Callable
 
 from ernie5.model.config import ModelConfig, attention_params, vit_hidden
 from ernie5.model.shard_plan import Placement, Section
@@ -155,7 +156,14 @@ def balance_stages(costs: list[float], *, pp: int, sizes: tuple[int, ...]) -> tu
         sizes, best = found, spread(found)
 
 
-def _best_cut(costs, *, parts, limit, value, join) -> tuple[float, tuple[int, ...]]:
+def _best_cut(
+    costs: list[float],
+    *,
+    parts: int,
+    limit: float,
+    value: Callable[[float], float],
+    join: Callable[[float, float], float],
+) -> tuple[float, tuple[int, ...]]:
     """(value, sizes) of the best cut, by dynamic programming over prefixes."""
     sums = [0.0, *itertools.accumulate(costs)]
     count = len(costs)

@@ -128,7 +128,8 @@ class RootConfig(Config):
             if self.engine.kind == "local" and vars(self.parallel)[axis] not in (None, 1):
                 self.fail(
                     f"parallel.{axis}",
-                    f"the local engine is one process. Set engine.kind: deepspeed (or grid) or parallel.{axis}: 1",
+                    "the local engine is one process. Set engine.kind: "
+                    + ("grid" if axis == "pp" else "deepspeed (or grid)") + f" or parallel.{axis}: 1",
                     error=LayoutError,
                 )
         if self.engine.kind == "deepspeed":

@@ -12,6 +12,7 @@ from ernie5.config.load import config_to_dict, load_config, peek_keys
 from ernie5.config.registry import resolve
 from ernie5.errors import EXIT_DONE
 from ernie5.model.config import flops_per_token, num_active_params, num_params, param_counts
+from ernie5.parallel.stages import plan_stages
 from ernie5.train.config import RootConfig
 
 UNITS = ((1e12, "T"), (1e9, "B"), (1e6, "M"), (1e3, "k"))
@@ -27,7 +28,8 @@ def main(argv: Sequence[str]) -> int:
         fields = [leaf.plain() for leaf in describe_fields(config)]
         print(json.dumps({"config": config_to_dict(config), **counts, "fields": fields}, indent=2, ensure_ascii=False))
     else:
-        print(describe_text(config) + (_counts_text(config) if isinstance(config, RootConfig) else ""), end="")
+        figures = _counts_text(config) + _stages_text(config) if isinstance(config, RootConfig) else ""
+        print(describe_text(config) + figures, end="")
     return EXIT_DONE
 
 
@@ -61,6 +63,15 @@ def _counts_text(config: RootConfig) -> str:
     lines[-1] += f" ({share:.2f} % of the total without MTP)"
     lines.append(f"training FLOPs per token at {config.data.sequence_tokens} tokens: {counts['flops_per_token']:.4g}")
     return "\n".join(lines) + "\n"
+
+
+def _stages_text(config: RootConfig) -> str:
+    """Which layers each pipeline stage would run; nothing without a pipeline."""
+    parallel = config.parallel
+    if parallel.pp == 1:
+        return ""
+    plan = plan_stages(config.model, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
+    return f"\n{plan.describe()}\n"
 
 
 def _parser() -> argparse.ArgumentParser:

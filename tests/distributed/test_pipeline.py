@@ -17,6 +17,9 @@ MODEL = {
 TIED = {"layers": 4, "query_heads": 4, "kv_heads": 2}
 OBJECTIVES = {"switch_weight": 0.1, "sequence_weight": 0.1, "z_weight": 0.01}
 
+# Muon raises every singular value of a gradient to one, those that are only rounding too: as in test_tensor_context
+MUON_TOLERANCE = 0.1
+
 
 def row(name: str, *, tied: bool = False, engine: str = "grid", rows: int = 4, **extra: object) -> dict:
     parallel = {key: value for key, value in extra.items() if key in DEGREES}
@@ -31,7 +34,7 @@ LOCAL_SLOW = [
     row("full-3", engine="local", rows=3),
     row("tied-1", engine="local", rows=1, tied=True),
     row("text-4", engine="local", tasks=["text"]),
-    row("muon-4", engine="local", optimizer="muon"),
+    row("muon-4", engine="local", optimizer="muon", tied=True),
     row("bf16-4", engine="local", precision="bf16"),
 ]
 BF16 = row("pp2-vpp2-bf16", pp=2, vpp=2, precision="bf16", yardstick="bf16-4")
@@ -47,7 +50,7 @@ SLOW_RANKS = {
         row("pp2-four-and-one-layers", pp=2, stage_layers=[4, 1]),
         row("pp2-one-and-four-layers", pp=2, stage_layers=[1, 4]),
         row("pp2-text-alone", pp=2, tasks=["text"], yardstick="text-4"),
-        row("pp2-muon", pp=2, optimizer="muon", yardstick="muon-4"),
+        row("pp2-muon", pp=2, optimizer="muon", tied=True, yardstick="muon-4"),
         row("pp2-vpp2", pp=2, vpp=2),
         row("pp2-vpp2-again", pp=2, vpp=2),
         row("pp2-vpp2-three-micro-batches", pp=2, vpp=2, rows=3),
@@ -69,7 +72,8 @@ SLOW_RANKS = {
     ],
 }
 MEASURED = [
-    row(f"pp2-{rows}-text-rows", pp=2, rows=rows, tasks=["text"], stage_layers=[3, 2], measure=True) for rows in (1, 4, 8)
+    row(f"pp2-{rows}-text-rows", pp=2, rows=rows, tasks=["text"], stage_layers=[3, 2], measure=True)
+    for rows in (1, 4, 8)
 ]
 SLOW = [(ranks, made) for ranks, rows in SLOW_RANKS.items() for made in rows]
 
@@ -112,7 +116,8 @@ def slow_ranks(run_rows: Callable) -> dict[str, dict]:
 def test_more_layouts_train_the_model_of_one_process(
     ranks: int, made: dict, slow_ranks: dict, all_local: dict, check_row: Callable
 ) -> None:
-    check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]])
+    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]], **tolerance)
 
 
 @pytest.mark.slow

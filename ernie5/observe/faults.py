@@ -12,7 +12,7 @@ import traceback
 from collections.abc import Iterator
 from pathlib import Path
 
-from ernie5.errors import EXIT_BUG, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, Ernie5Error
+from ernie5.errors import EXIT_BUG, EXIT_ENVIRONMENT, EXIT_INTERRUPTED, EnvironmentFault, Ernie5Error
 
 OUT_OF_MEMORY = "the machine is out of memory. Lower batch.micro_sequences, data.sequence_tokens or the model size"
 DISK_FULL = "the disk is full. Free some space, then run the same command again"
@@ -90,8 +90,8 @@ def keep_tracebacks(run_dir: Path) -> Iterator[None]:
     try:
         yield
     except Exception as error:
-        if isinstance(error, OSError) and error.errno == errno.ENOSPC and not error.filename and _is_full(run_dir):
-            error.filename = str(run_dir)
+        if classify(error).message.startswith(DISK_FULL) and _is_full(run_dir):
+            raise EnvironmentFault(f"{run_dir}: {DISK_FULL}.") from error
         if classify(error).is_bug:
             with contextlib.suppress(OSError):  # a full disk must not hide the bug itself
                 path = save_traceback(error, run_dir=run_dir)

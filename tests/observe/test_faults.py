@@ -60,15 +60,22 @@ def test_a_bug_on_a_full_or_forbidden_disk_stays_the_bug(tmp_path: Path) -> None
         print(1 / 0)
 
 
+def full_disk_line(error: Exception, *, run_dir: Path) -> str:
+    with pytest.raises(Exception, match="No space|disk is full") as caught, keep_tracebacks(run_dir):
+        raise error
+    return classify(caught.value).line()
+
+
+@pytest.mark.parametrize(
+    "error",
+    [OSError(errno.ENOSPC, "No space left on device"), RuntimeError("No space left on device (os error 28)")],
+)
 def test_a_full_disk_that_names_no_file_is_named_by_the_run_directory_on_it(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, error: Exception
 ) -> None:
     usage = shutil.disk_usage(tmp_path)
-    lines = []
-    for free in (0, 1 << 30):
-        monkeypatch.setattr(shutil, "disk_usage", lambda place, free=free: usage._replace(free=free))
-        with pytest.raises(OSError) as caught, keep_tracebacks(tmp_path):
-            raise OSError(errno.ENOSPC, "No space left on device")
-        lines.append(classify(caught.value).line())
-    assert lines[0].startswith(f"EnvironmentFault: {tmp_path}: the disk is full. Free some space")
-    assert lines[1].startswith("EnvironmentFault: the disk is full")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=0))
+    line = full_disk_line(error, run_dir=tmp_path)
+    assert line.startswith(f"EnvironmentFault: {tmp_path}: the disk is full. Free some space")
+    monkeypatch.setattr(shutil, "disk_usage", lambda place: usage._replace(free=1 << 30))
+    assert full_disk_line(error, run_dir=tmp_path).startswith("EnvironmentFault: the disk is full")

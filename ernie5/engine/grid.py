@@ -105,8 +105,10 @@ class GridEngine(Engine):
             run=functools.partial(self._run_section, counts=counts, builder=builder),
             after_backward=lambda: move_gradients(self.model, masters=self._masters),
         )
+        # sums first: of a group's first call NCCL wants all ranks, and only some stages share gradients
+        sums = builder.finish(reduce=self._sum_over_shares)
         sum_gradients(self._masters, layout=self._layout)
-        return builder.finish(reduce=self._sum_over_shares)
+        return sums
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip by the norm over all ranks, step, copy masters, move balance bias and magnitudes."""

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+from collections import deque
 
 
 @dataclasses.dataclass(frozen=True)
@@ -34,17 +35,12 @@ def most_in_flight(stage: int, *, stages: int, sections_per_stage: int) -> int:
 @functools.lru_cache(maxsize=32)
 def training_schedule(*, stages: int, sections_per_stage: int, micro_batches: int) -> tuple[tuple[Action, ...], ...]:
     """The actions of every stage, in order."""
-    forward = [
-        [Action(True, section, micro) for section, micro in _order(stages, sections_per_stage, micro_batches)
-         if section % stages == stage]
-        for stage in range(stages)
-    ]
     last = stages * sections_per_stage - 1
-    backward = [
-        [Action(False, last - section, micro) for section, micro in _order(stages, sections_per_stage, micro_batches)
-         if (last - section) % stages == stage]
-        for stage in range(stages)
-    ]
+    forward: list[deque[Action]] = [deque() for _ in range(stages)]
+    backward: list[deque[Action]] = [deque() for _ in range(stages)]
+    for section, micro in _order(stages, sections_per_stage, micro_batches):
+        forward[section % stages].append(Action(True, section, micro))
+        backward[(last - section) % stages].append(Action(False, last - section, micro))
     limits = [
         most_in_flight(stage, stages=stages, sections_per_stage=sections_per_stage) for stage in range(stages)
     ]
@@ -57,7 +53,7 @@ def training_schedule(*, stages: int, sections_per_stage: int, micro_batches: in
         ]
         for stage, action in enumerate(step):
             if action is not None:
-                (forward if action.is_forward else backward)[stage].pop(0)
+                (forward if action.is_forward else backward)[stage].popleft()
                 schedule[stage].append(action)
         done.update(action for action in step if action is not None)
     return tuple(map(tuple, schedule))
@@ -98,7 +94,7 @@ def _order(stages: int, sections_per_stage: int, micro_batches: int) -> list[tup
 
 
 def _choose(
-    forward: list[Action], backward: list[Action], *, done: set[Action], last: int, limit: int
+    forward: deque[Action], backward: deque[Action], *, done: set[Action], last: int, limit: int
 ) -> Action | None:
     """What a stage does in the next step, or None to wait."""
     in_flight = len(backward) - len(forward)

@@ -5,6 +5,8 @@ from __future__ import annotations
 from ernie5.config.base import Config, config
 from ernie5.config.field import field, non_negative, positive
 
+FORMATS = ("ernie5", "deepspeed")
+
 
 @config
 class CheckpointConfig(Config):
@@ -21,6 +23,11 @@ class CheckpointConfig(Config):
     replica_every_steps: int = field(
         1, doc="distance between copies in shared memory, which launch/supervise.py keeps; 0: none", unit="steps",
         check=non_negative, kind="performance",
+    )
+    format: str = field(
+        "ernie5", doc="ernie5: any layout reads it; deepspeed: beside it, in DIR/deepspeed, DeepSpeed's own files and "
+        "its zero_to_fp32.py, for whoever has tools for those; runs go on from the former", choices=FORMATS,
+        kind="logging",
     )
     dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")
     keep: int = field(2, doc="newest checkpoints that stay on disk", unit="checkpoints", check=positive,

@@ -161,6 +161,10 @@ class DeepSpeedEngine(Engine):
         self._state.adopt(updates=updates)
         self.updates, self.magnitudes = updates, magnitudes.to(self.device)
 
+    def save_native(self, folder: Path, *, name: str) -> None:
+        """DeepSpeed's own checkpoint, and the scripts that it leaves beside it; collective."""
+        self._engine.save_checkpoint(str(folder), tag=name)
+
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""
         return all_reduce(values, axis=self._data_axis)

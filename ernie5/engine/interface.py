@@ -11,6 +11,7 @@ import abc
 import contextlib
 import dataclasses
 from collections.abc import Iterator, Sequence
+from pathlib import Path
 from typing import Protocol
 
 import torch
@@ -247,6 +248,11 @@ class Engine(abc.ABC):
                     needed[kind] |= {key: tuple(shape) for key, shape in other[kind].items()}
         for kind in kinds:
             check_names(source.shapes(kind), expected=needed[kind], what=kind)
+
+    def save_native(self, folder: Path, *, name: str) -> None:
+        """Write the files of the library behind the engine as `folder`/`name`; collective. Only DeepSpeed has some; a
+        configuration that asks another engine for them is refused before it is built."""
+        raise NotImplementedError(f"{type(self).__name__} has no format of its own")
 
     @abc.abstractmethod
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:

@@ -40,7 +40,7 @@ class TrainConfig(Config):
     )
     seed: int = field(0, doc="seed of initialisation, data order and every draw", check=non_negative, kind="numerics")
     init_from: str | None = field(
-        None, doc="checkpoint whose weights a new run starts from, with a new optimizer, at step 0 and the beginning of "
+        None, doc="checkpoint whose weights a new run starts from, with a new optimizer, at step 0 and the start of "
         "the data; a run that has a checkpoint of its own goes on from that", kind="numerics",
     )
     eval_every_steps: int = field(
@@ -157,6 +157,26 @@ class RootConfig(Config):
                 )
         self.check_layout(self.parallel.dp or 1)
         self._refuse_unavailable()
+        if self.checkpoint.format == "deepspeed":
+            self._check_native_format()
+
+    def _check_native_format(self) -> None:
+        """Refuse DeepSpeed's own checkpoints where they lose something (tried with 0.19.8)."""
+        reason, experts = None, self.parallel.ep * self.parallel.etp
+        if self.engine.kind != "deepspeed":
+            reason = f"the {self.engine.kind} engine has no such files. Set engine.kind: deepspeed"
+        elif experts > 1:
+            reason = (
+                f"with ep x etp = {experts} DeepSpeed saves the experts of one rank and loses all others. Set "
+                "parallel.ep: 1 and parallel.etp: 1"
+            )
+        elif self.engine.zero_stage == 3:
+            reason = (
+                "in stage 3 DeepSpeed reads such a checkpoint back with one step counter and the first group's weight "
+                "decay for all groups of parameters. Set engine.zero_stage: 2 or less"
+            )
+        if reason is not None:
+            self.checkpoint.fail("format", f"{reason}, or checkpoint.format: ernie5, which holds everything")
 
     def _refuse_unavailable(self) -> None:
         """Refuse settings that this version would have to ignore."""

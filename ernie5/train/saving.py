@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import dataclasses
+import shutil
 import time
 from pathlib import Path
 from typing import Protocol
 
 from ernie5.checkpoint.config import CheckpointConfig
+from ernie5.checkpoint.names import list_checkpoints, step_name
 from ernie5.checkpoint.save import Contents
 from ernie5.checkpoint.saver import Saver
 from ernie5.checkpoint.writer import SaveStatus
 from ernie5.data.loader import merge_states
 from ernie5.engine.interface import Engine
+from ernie5.errors import EnvironmentFault
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Metrics
 from ernie5.train.hooks import FiguresBoard, RoutingHook
 from ernie5.train.hook import Hook, StepContext
 from ernie5.train.state import Progression
+
+
+NATIVE_FOLDER = "deepspeed"
 
 
 class Cursor(Protocol):
@@ -76,6 +82,22 @@ class Snapshot:
         )
 
 
+def save_native(folder: Path, *, engine: Engine, keep: int) -> None:
+    """DeepSpeed's files of the present step beside our own checkpoints, of which the newest `keep` stay; collective.
+
+    Raises EnvironmentFault on the rank whose disk refuses.
+    """
+    try:
+        engine.save_native(folder, name=step_name(engine.updates))
+        if engine.is_main:
+            for old in list_checkpoints(folder)[:-keep]:
+                shutil.rmtree(old, ignore_errors=True)
+    except OSError as error:
+        raise EnvironmentFault(
+            f"saving DeepSpeed's files to {folder} failed: {error}. Free disk space, or set checkpoint.format: ernie5"
+        ) from error
+
+
 class CheckpointHook(Hook):
     """Saves on the steps of the rhythm, at the end, and on request; every rank learns how a save ended."""
 
@@ -89,7 +111,7 @@ class CheckpointHook(Hook):
         snapshot: Snapshot,
         board: FiguresBoard,
     ) -> None:
-        self._config, self._engine, self._progression = config, engine, progression
+        self._folder, self._config, self._engine, self._progression = folder, config, engine, progression
         self._snapshot, self._board = snapshot, board
         self._saver = Saver(folder, config=config, engine=engine)
         self._begun_step: int | None = None
@@ -129,6 +151,8 @@ class CheckpointHook(Hook):
         if self._begun_step is None and self._saved_step != self._progression.step:
             self._saver.start(self._snapshot.take(copies=not wait))
             self._begun_step = self._progression.step
+            if self._config.format == "deepspeed":
+                save_native(self._folder / NATIVE_FOLDER, engine=self._engine, keep=self._config.keep)
             if wait:
                 self._settle(wait=True)
         self._board.stall_seconds += time.perf_counter() - started

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
+from transformers import AutoTokenizer
 
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_model
@@ -156,6 +157,32 @@ def test_the_tokenizer_travels_and_special_ids_with_it(convert: Callable, tmp_pa
     convert(tmp_path / "hub", tmp_path / "back", "ernie5")
     assert read_manifest(tmp_path / "back").tokenizers == {"text": tokenizer.identity}
     assert (tmp_path / "back" / "tokenizers" / "text" / "text.json").is_file()
+
+
+def test_the_exported_tokenizer_gives_our_ids_and_our_text(
+    convert: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+    tokenizer = train_text_tokenizer(["a red ball moves to the left", "мяч 红色的球 🎈🎈"] * 3, vocab_size=320)
+    tokenizer.save(tmp_path / "run" / "tokenizers" / "text")
+    own = save(tmp_path / "run", model=TEXT, tokenizer=tokenizer.identity)
+    convert(own, tmp_path / "hub", "ernie5-hf")
+    theirs = AutoTokenizer.from_pretrained(tmp_path / "hub", trust_remote_code=True)
+    texts = ["a red ball", "  two  spaces\n\nx", "мяч 12345 红色的球, 🎈👩\u200d👧!", "a" * 300, "\t\t", "half \ud83c pair"]
+    for text in texts:
+        ids = tokenizer.encode(text)
+        assert theirs(text)["input_ids"] == ids, text
+        assert theirs.decode(ids) == tokenizer.decode(ids, exact=False)
+    assert [theirs.pad_token_id, theirs.bos_token_id, theirs.eos_token_id] == [tokenizer.size + i for i in range(3)]
+    assert theirs("<bos>a<eos>")["input_ids"] == [tokenizer.size + 1, *tokenizer.encode("a"), tokenizer.size + 2]
+    half = tokenizer.encode("🎈".encode("utf-16-be")[:3])  # a limit on tokens may cut a character
+    assert theirs.decode(half) == "\ufffd\ufffd"
+    batch = theirs(["a", "a red ball"], padding=True)
+    assert len({len(row) for row in batch["input_ids"]}) == 1 and batch["input_ids"][0][-1] == tokenizer.size
+    theirs.save_pretrained(tmp_path / "again")
+    again = AutoTokenizer.from_pretrained(tmp_path / "again", trust_remote_code=True)
+    assert again(texts)["input_ids"] == theirs(texts)["input_ids"]
+
 
 
 def test_foreign_side_files_come_back_and_code_never_does(family, convert: Callable, tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from ernie5.checkpoint.convert.tokenizer_files import (
     copy_side_files,
     identify_foreign,
     keep_foreign,
+    restore_code,
     save_own,
 )
 from ernie5.checkpoint.manifest import FileEntry, Manifest, SliceEntry, TensorEntry
@@ -72,6 +73,7 @@ def _own_tokenizer(finished: Finished) -> KeptTokenizer | None:
     stash = source.directory / STASH if source.manifest is not None else source.directory
     copied = copy_side_files(stash, target=finished.folder) if stash.is_dir() else []
     if copied or source.root is None or source.manifest is None:
+        restore_code(finished.folder)
         return None
     return save_own(source, folder=finished.folder)
 

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import hashlib
+import json
 import shutil
+from importlib import resources
 from pathlib import Path
 
 from ernie5.checkpoint.convert.ernie45_config import SpecialIds
@@ -12,11 +14,13 @@ from ernie5.checkpoint.convert.source import Source
 from ernie5.errors import TokenizerError
 from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
 from ernie5.tokenizers.text import FILE_NAME, load_text_tokenizer
-from ernie5.tokenizers.vocab import Vocab
+from ernie5.tokenizers.vocab import SPECIALS, Vocab
 
 FOREIGN = "tokenizer.json"
+CODE, CONFIG = "tokenization_ernie5.py", "tokenizer_config.json"
+OWN_ALPHABET = "utf-16-be"
 SIDE_FILES = (
-    FOREIGN, "tokenizer.model", "tokenizer_config.json", "special_tokens_map.json", "added_tokens.json", "vocab.json",
+    FOREIGN, "tokenizer.model", CONFIG, "special_tokens_map.json", "added_tokens.json", "vocab.json",
     "merges.txt", "chat_template.jinja", "chat_template.json", "generation_config.json", "LICENSE", FILE_NAME,
 )
 
@@ -52,13 +56,48 @@ def save_own(source: Source, *, folder: Path) -> KeptTokenizer:
         return KeptTokenizer(none, "no tokenizer was written: the one that the model was trained with is not here")
     tokenizer.save(folder / FILE_NAME)
     vocab = Vocab(tokenizer.size, source.root.tokenizers.audio_levels, 2)
-    note = (
-        f"{FILE_NAME} is ernie5's own vocabulary ({tokenizer.alphabet}): AutoTokenizer cannot read it, make ids with "
-        "ernie5.tokenizers.text.load_text_tokenizer"
-    )
-    if vocab.size_head != source.model.vocab_size:
-        return KeptTokenizer(none, note)
-    return KeptTokenizer(SpecialIds(vocab.pad, vocab.bos, vocab.eos), note)
+    fits = vocab.size_head == source.model.vocab_size
+    if tokenizer.alphabet == OWN_ALPHABET:
+        write_code(folder, first_special=tokenizer.size if fits else None)
+        note = f"{FILE_NAME} is ernie5's own vocabulary: load it with AutoTokenizer and trust_remote_code=True"
+    else:
+        note = (
+            f"{FILE_NAME} is an external vocabulary ({tokenizer.alphabet}) as ernie5 keeps it: AutoTokenizer reads the "
+            "tokenizer.json that it was made of, ernie5.tokenizers.text.load_text_tokenizer this file"
+        )
+    return KeptTokenizer(SpecialIds(vocab.pad, vocab.bos, vocab.eos) if fits else none, note)
+
+
+def write_code(folder: Path, *, first_special: int | None) -> None:
+    """Let AutoTokenizer read the vocabulary of our own kind in `folder`: code, and a config that names it.
+
+    first_special: id of the first of SPECIALS, which follow one another; None: no ids of specials are known.
+    """
+    code = resources.files("ernie5.checkpoint.remote").joinpath(CODE).read_text("utf-8")
+    (folder / CODE).write_text(code, encoding="utf-8")
+    names = SPECIALS if first_special is not None else ()
+    values: dict[str, object] = {
+        "tokenizer_class": "Ernie5Tokenizer",
+        "auto_map": {"AutoTokenizer": [f"{CODE.removesuffix('.py')}.Ernie5Tokenizer", None]},
+        "added_tokens_decoder": {
+            str((first_special or 0) + index): {
+                "content": f"<{name}>", "lstrip": False, "normalized": False, "rstrip": False, "single_word": False,
+                "special": True,
+            }
+            for index, name in enumerate(names)
+        },
+        "clean_up_tokenization_spaces": False,
+        **{f"{name}_token": f"<{name}>" for name in ("pad", "bos", "eos") if name in names},
+    }
+    (folder / CONFIG).write_text(json.dumps(values, indent=2) + "\n", encoding="utf-8")
+
+
+def restore_code(folder: Path) -> None:
+    """Put the code beside a vocabulary of ours whose config came along from an earlier export: code is never copied."""
+    config = folder / CONFIG
+    if (folder / FILE_NAME).is_file() and config.is_file() and "Ernie5Tokenizer" in config.read_text("utf-8"):
+        code = resources.files("ernie5.checkpoint.remote").joinpath(CODE).read_text("utf-8")
+        (folder / CODE).write_text(code, encoding="utf-8")
 
 
 def keep_foreign(stash: Path, *, checkpoint: Path) -> str | None:

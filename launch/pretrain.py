@@ -15,6 +15,7 @@ from pathlib import Path
 from variables import adopt_launcher
 
 from ernie5.__main__ import main
+from ernie5.errors import EXIT_PEER
 
 PR_SET_PDEATHSIG = 1
 WATCH_SECONDS = 0.5
@@ -51,4 +52,9 @@ def _watch(middleman: int, runner: int) -> None:
 if __name__ == "__main__":
     arguments = adopt_launcher(sys.argv[1:])
     end_with_the_launcher()
-    sys.exit(main(["train", *arguments]))
+    code = main(["train", *arguments])
+    if code == EXIT_PEER:  # everything is written; libraries would wait at their end for the peer that is gone
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(code)
+    sys.exit(code)

@@ -4,10 +4,10 @@
     python tools/multinode/main.py --out runs/multinode --cases zero1_ep2 --parts equal cut
 
 equal: the figures of every step are compared with the same ranks on one host. cut: the cable between two hosts is
-pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to reach
-the same figures. supervised: an agent on every host around torchrun, one rank killed. preflight: a sound cluster passes,
-and a host with a slow cable is named. Needs root, and Debian's openssh-server, pdsh and iproute2. Ends with 1 if anything
-differs.
+pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to
+reach the same figures. supervised: an agent on every host around torchrun, one rank killed. preflight: a sound cluster
+passes, and a host with a slow cable is named. Needs root, and Debian's openssh-server, pdsh and iproute2. Ends with 1
+if anything differs.
 """
 
 from __future__ import annotations

@@ -43,8 +43,8 @@ class DeepSpeedState:
         return {name: self._read(parameter, key=None) for name, parameter in self._names.items()}
 
     def poison_gradient(self) -> None:
-        """NaN into the gradient of the smallest parameter, wherever the stage keeps it; where gradients are on the host,
-        into the norms that DeepSpeed took of them in backward, which alone it looks at."""
+        """NaN into the gradient of the smallest parameter, wherever the stage keeps it; where gradients are on the
+        host, into the norms that DeepSpeed took of them in backward, which alone it looks at."""
         from deepspeed.utils import safe_set_full_grad
 
         if self._engine.zero_use_cpu_optimizer():

@@ -85,9 +85,9 @@ class Repeated:
         """As the part itself; without gradients nothing is kept anyway."""
         if not torch.is_grad_enabled():
             return self._function(*args, **named)
-        return self.repeat(*args, **named)
+        return self._repeat(*args, **named)
 
-    def repeat(self, *args: object, **named: object) -> object:
+    def _repeat(self, *args: object, **named: object) -> object:
         """Run now, and again in backward; tensors are found among `args`."""
         return checkpoint(self._run, *args, use_reentrant=False, **named)
 
@@ -99,9 +99,9 @@ class Repeated:
 class RepeatedExperts(Repeated):
     """The experts of one rank; the tensors of the parcels are passed one by one, so that they are found and moved."""
 
-    def repeat(self, parcels: Parcels) -> torch.Tensor:
+    def _repeat(self, parcels: Parcels) -> torch.Tensor:
         """Parcels of this rank -> outputs [M, D]."""
-        return super().repeat(parcels.rows, parcels.ids, parcels.weights, parcels)
+        return super()._repeat(parcels.rows, parcels.ids, parcels.weights, parcels)
 
     def _run(self, rows: torch.Tensor, ids: torch.Tensor, weights: torch.Tensor, parcels: Parcels) -> torch.Tensor:
         return super()._run(dataclasses.replace(parcels, rows=rows, ids=ids, weights=weights))

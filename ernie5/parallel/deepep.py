@@ -29,10 +29,19 @@ COMPUTE_CAPABILITY = (9, 0)
 class Buffer(Protocol):
     """What is used of deep_ep.ElasticBuffer. A handle describes one dispatch; with it, the same way is gone again."""
 
-    def dispatch(self, x: torch.Tensor, **options: object) -> tuple:
+    def dispatch(
+        self,
+        x: torch.Tensor,
+        *,
+        topk_idx: torch.Tensor | None = None,
+        topk_weights: torch.Tensor | None = None,
+        num_experts: int | None = None,
+        num_max_tokens_per_rank: int | None = None,
+        handle: object = None,
+    ) -> tuple:
         """(rows, ids counted from the rank's first expert or -1, weights, handle, event)."""
 
-    def combine(self, x: torch.Tensor, **options: object) -> tuple:
+    def combine(self, x: torch.Tensor, *, handle: object, topk_weights: torch.Tensor | None = None) -> tuple:
         """(sums per token where the tokens came from, weights likewise, event)."""
 
 

@@ -1,10 +1,10 @@
 """Compare a mixture-of-experts layer or a whole training step with transformers' models on this CPU.
 
   python tools/bench_peers/main.py layer|step S|M|X [--rounds 3] [--threads 2] [--out FILE.json] [--layers N]
-  python tools/bench_peers/main.py scaling [--tokens 8192]
 
 First the gate: with the same weights our layer must give the peer's output and gradient. Then rounds in which every
-contestant runs once; ratios are medians over rounds.
+contestant runs once; ratios are medians over rounds. bench_step races whole steps one pair at a time, bench_kernels the
+kernels one by one.
 """
 
 from __future__ import annotations
@@ -13,41 +13,15 @@ import argparse
 import dataclasses
 import json
 import platform
-import sys
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from gate import gate_layer
 from measure import HEADER, race
 from ours import build_layer, build_step, layer_inputs
 from peers import FAMILIES, IMPLEMENTATIONS, build_peer_layer, build_peer_step, possible
 from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
-
-GATE_TOLERANCE = 1e-5  # fp32, another order of sums
-
-
-def gate(shape: Shape) -> None:
-    """Our layer with ERNIE 4.5's weights gives its output and its gradient; raises SystemExit otherwise."""
-    small = dataclasses.replace(shape, tokens=ROW_TOKENS)
-    peer = build_peer_layer("Ernie4_5_Moe", shape=small, implementation="eager", dtype=torch.float32)
-    ours = build_layer(small, dtype=torch.float32)
-    with torch.no_grad():
-        ours.router.weight.copy_(peer.gate.weight)
-        ours.experts.gate_up.copy_(peer.experts.gate_up_proj)
-        ours.experts.down.copy_(peer.experts.down_proj)
-    x = torch.randn(1, ROW_TOKENS, shape.width)
-    results = []
-    for run in (peer, lambda h: ours(h, inputs=layer_inputs(small))[0]):
-        leaf = x.clone().requires_grad_()
-        out = run(leaf)
-        out.square().mean().backward()
-        results.append((out.detach(), leaf.grad))
-    pairs = [*zip(*results, strict=True), (peer.experts.down_proj.grad, ours.experts.down.grad)]
-    worst = max(float((a - b).abs().max() / a.abs().max()) for a, b in pairs)
-    print(f"gate: layer {shape.name} equals Ernie4_5_MoeSparseMoeBlock to {worst:.1e} of the largest value")
-    if not worst < GATE_TOLERANCE:
-        sys.exit(f"the gate is {GATE_TOLERANCE}: no timing of something wrong")
-
 
 def layer_contestants(shape: Shape, *, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
     """Forward and backward of one layer, ours first."""
@@ -88,33 +62,10 @@ def step_contestants(shape: Shape, *, kinds: tuple[str, ...], only: str) -> dict
     return found
 
 
-def scaling(*, tokens: int, rounds: int) -> None:
-    """The layer alone from 16 to 512 experts at constant active parameters."""
-    names = {}
-    for experts in (16, 64, 128, 256, 512):
-        shape = Shape(f"{experts} experts", 512, 1, experts, 4, 128, 8, 2, tokens)
-        names[shape.name] = next(iter(our_layer(shape).values()))
-    timings = race(names, flops=shape.layer_flops, rounds=rounds)
-    print(HEADER, *(t.row(ours=timings[0]) for t in timings), sep="\n")
-
-
-def our_layer(shape: Shape) -> dict[str, Callable[[], object]]:
-    """Our layer in bf16 alone."""
-    layer, inputs = build_layer(shape, dtype=torch.bfloat16), layer_inputs(shape)
-    x = torch.randn(shape.tokens // ROW_TOKENS, ROW_TOKENS, shape.width).bfloat16().requires_grad_()
-    upstream = torch.randn(x.shape).bfloat16()
-
-    def run() -> None:
-        layer(x, inputs=inputs)[0].backward(upstream)
-        layer.zero_grad(set_to_none=True)
-
-    return {"ours": run}
-
-
 def main() -> None:
     """Parse, gate, race, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=("layer", "step", "scaling"))
+    parser.add_argument("what", choices=("layer", "step"))
     parser.add_argument("shape", nargs="?", default="S", choices=tuple(SHAPES))
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=2)
@@ -125,13 +76,11 @@ def main() -> None:
     parser.add_argument("--out", type=Path)
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    if arguments.what == "scaling":
-        return scaling(tokens=arguments.tokens or 8192, rounds=arguments.rounds)
     shape = SHAPES[arguments.shape]
     shape = dataclasses.replace(
         shape, tokens=arguments.tokens or shape.tokens, layers=arguments.layers or shape.layers
     )
-    gate(shape)
+    gate_layer(shape)
     if arguments.what == "layer":
         contestants, flops = layer_contestants(shape, kinds=tuple(arguments.kinds)), shape.layer_flops
     else:

@@ -24,7 +24,8 @@ def model_config(shape: Shape) -> ModelConfig:
     """The shape as a text-only model, softmax scores as the peers."""
     return ModelConfig(
         layers=shape.layers, width=shape.width, query_heads=shape.query_heads, kv_heads=shape.kv_heads,
-        head_width=HEAD_WIDTH, vocab_size=VOCABULARY, modalities=("text",), qk_norm=False, mtp=MTPConfig(depth=0),
+        head_width=HEAD_WIDTH, vocab_size=VOCABULARY, modalities=("text",), qk_norm=False, rope_base=5e5,
+        mtp=MTPConfig(depth=0),
         moe=MoEConfig(num_experts=shape.experts, top_k=shape.top_k, expert_width=shape.expert_width, score="softmax",
                       balance=BalanceConfig(speed=0.0)),
     )

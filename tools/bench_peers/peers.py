@@ -58,15 +58,20 @@ def build_peer_layer(family: str, *, shape: Shape, implementation: str, dtype: t
     return layer.to(dtype)
 
 
-def build_peer_step(
-    family: str, *, shape: Shape, implementation: str, dtype: torch.dtype, ids: torch.Tensor
-) -> Callable[[], float]:
-    """One step on `ids` with torch's fused AdamW on parameters of `dtype`, without fp32 masters or clipping."""
+def build_peer_model(family: str, *, shape: Shape, implementation: str, dtype: torch.dtype) -> torch.nn.Module:
+    """The family's causal language model, freshly initialised, in training mode."""
     folder = FAMILIES[family]
     module = importlib.import_module(f"transformers.models.{folder}.modeling_{folder}")
     config = peer_config(family, shape=shape, implementation=implementation)
     torch.manual_seed(0)
-    model = getattr(module, f"{family}ForCausalLM")(config).to(dtype).train()
+    return getattr(module, f"{family}ForCausalLM")(config).to(dtype).train()
+
+
+def build_peer_step(
+    family: str, *, shape: Shape, implementation: str, dtype: torch.dtype, ids: torch.Tensor
+) -> Callable[[], float]:
+    """One step on `ids` with torch's fused AdamW on parameters of `dtype`, without fp32 masters or clipping."""
+    model = build_peer_model(family, shape=shape, implementation=implementation, dtype=dtype)
     optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4, fused=True)
 
     def step() -> float:

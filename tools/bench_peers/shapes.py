@@ -27,6 +27,32 @@ class Shape:
         return 6.0 * self.tokens * self.width * (self.top_k * 3 * self.expert_width + self.experts)
 
     @property
+    def part_flops(self) -> dict[str, float]:
+        """`step_flops` by the part of the step that spends them."""
+        used = 6.0 * self.tokens * self.layers * self.width
+        projections = used * 2 * (self.query_heads + self.kv_heads) * HEAD_WIDTH
+        return {
+            "experts": used * self.top_k * 3 * self.expert_width,
+            "linear": projections + used * self.experts,
+            "attention": 6.0 * self.tokens * self.layers * 2 * self.query_heads * HEAD_WIDTH * (ROW_TOKENS + 1) / 2,
+            "text head and its loss": 6.0 * self.tokens * VOCABULARY * self.width,
+        }
+
+    @property
+    def parameters(self) -> int:
+        """Weights of the whole model, the embedding tied to the head."""
+        attention = 2 * (self.query_heads + self.kv_heads) * HEAD_WIDTH
+        layer = attention + self.experts * (1 + 3 * self.expert_width) + 2
+        return self.width * (self.layers * layer + VOCABULARY + 1)
+
+    @property
+    def least_bytes(self) -> float:
+        """What a step with fp32 masters and bf16 weights must move for its weights alone, 34 bytes each: weight read in
+        both passes (4), gradient written and read (4), master and two moments read and written (24), weight
+        written (2)."""
+        return 34.0 * self.parameters
+
+    @property
     def step_flops(self) -> float:
         """Forward and backward of the whole model, causal attention counted once, not twice."""
         projections = 2 * (self.query_heads + self.kv_heads) * HEAD_WIDTH * self.width

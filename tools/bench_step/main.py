@@ -1,0 +1,112 @@
+"""Race a whole training step (forward, backward, AdamW) against transformers' models, and say where its time goes.
+
+  python tools/bench_step/main.py [S M X] [--rounds 3] [--threads 2] [--layers N] [--out FOLDER]
+  python tools/bench_step/main.py --quick       a minute: one small shape, one round
+
+First the gate: with the weights of Ernie4_5_MoeForCausalLM our loss and gradients are its own. Then our step in bf16
+runs in turn with every other contestant, one at a time (memory); ratios are medians over rounds. FOLDER gets
+bench_step.json and bench_step.png. Malloc keeps freed memory for all contestants alike. Ours clips gradients and keeps
+fp32 masters; peers do neither, their parameters being of the dtype named.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import gc
+import json
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from gate import gate_step
+from machine import Machine, measure_machine
+from measure import HEADER, Timing, race
+from ours import build_step
+from parts import by_part
+from peers import FAMILIES, IMPLEMENTATIONS, build_peer_step, possible
+from picture import draw
+from results import ShapeResult
+from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
+
+from ernie5_kernels.native.memory import keep_freed_memory
+
+QUICK = Shape("quick", 64, 1, 8, 2, 32, 2, 1, ROW_TOKENS)
+
+
+def contestants(shape: Shape, *, kinds: tuple[str, ...], ids: torch.Tensor) -> dict[str, Callable[[], Callable]]:
+    """Name -> builder of everyone beside our bf16 step."""
+    found: dict[str, Callable] = {"ours float32": lambda: build_step(shape, precision="fp32", ids=ids)}
+    for family in FAMILIES:
+        for dtype in (torch.bfloat16, torch.float32):
+            for kind in (k for k in kinds if possible(shape, implementation=k, dtype=dtype)):
+                found[f"{family} {kind} {str(dtype).removeprefix('torch.')}"] = (
+                    lambda family=family, kind=kind, dtype=dtype: build_peer_step(
+                        family, shape=shape, implementation=kind, dtype=dtype, ids=ids
+                    )
+                )
+    return found
+
+
+def run_shape(shape: Shape, *, rounds: int, kinds: tuple[str, ...], machine: Machine) -> ShapeResult:
+    """Gate, race, take apart."""
+    difference = gate_step(shape)
+    ids = torch.randint(0, VOCABULARY, (shape.tokens // ROW_TOKENS, ROW_TOKENS))
+    ours = build_step(shape, precision="bf16", ids=ids)
+    ours()
+    first = race({"ours bfloat16": ours}, flops=shape.step_flops, rounds=rounds)[0]
+    print(f"\nstep {shape}\n{HEADER}\n{first.row(ours=first)}", flush=True)
+    pairs: list[tuple[Timing, Timing]] = []
+    for name, build in contestants(shape, kinds=kinds, ids=ids).items():
+        own, other = race({"ours bfloat16": ours, name: build()}, flops=shape.step_flops, rounds=rounds)
+        pairs.append((own, other))
+        print(other.row(ours=own), flush=True)
+        gc.collect()
+    started = time.process_time()
+    ours()
+    parts = by_part(ours, whole=time.process_time() - started)
+    result = ShapeResult.build(shape, machine=machine, gate=difference, ours=first, pairs=pairs, parts=parts)
+    print(result.summary(), flush=True)
+    return result
+
+
+def main() -> None:
+    """Parse, measure, write."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="S, M, X; all three by default")
+    parser.add_argument("--rounds", type=int, default=3, help="each after one that is not counted")
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's, where memory or time is short")
+    parser.add_argument("--kinds", nargs="+", default=("grouped_mm", "eager"), choices=IMPLEMENTATIONS)
+    parser.add_argument("--quick", action="store_true", help="one small shape and one round")
+    parser.add_argument("--out", type=Path, help="folder for bench_step.json and bench_step.png")
+    arguments = parser.parse_args()
+    unknown = [name for name in arguments.shapes if name not in SHAPES]
+    if unknown or arguments.rounds < 1:
+        parser.error(f"unknown shape {unknown[0]}; known: {', '.join(SHAPES)}" if unknown else "--rounds is at least 1")
+    torch.set_num_threads(arguments.threads)
+    keep_freed_memory()
+    shapes = [QUICK] if arguments.quick else [SHAPES[name] for name in arguments.shapes or SHAPES]
+    if arguments.layers:
+        shapes = [dataclasses.replace(shape, layers=arguments.layers) for shape in shapes]
+    machine = measure_machine(size=512 if arguments.quick else 4096, rounds=5)
+    print(machine)
+    rounds = 1 if arguments.quick else arguments.rounds
+    results = [run_shape(s, rounds=rounds, kinds=tuple(arguments.kinds), machine=machine) for s in shapes]
+    if arguments.out:
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        record = {
+            "date": time.strftime("%Y-%m-%d %H:%M"), "torch": torch.__version__, "machine": dataclasses.asdict(machine),
+            "shapes": [result.record() for result in results],
+        }
+        (arguments.out / "bench_step.json").write_text(json.dumps(record, indent=1), encoding="utf-8")
+        draw(results, path=arguments.out / "bench_step.png")
+
+
+if __name__ == "__main__":
+    main()

@@ -17,8 +17,9 @@ MODEL = {
 TIED = {"layers": 4, "query_heads": 4, "kv_heads": 2}
 OBJECTIVES = {"switch_weight": 0.1, "sequence_weight": 0.1, "z_weight": 0.01}
 
-# Muon raises every singular value of a gradient to one, those that are only rounding too: as in test_tensor_context
-MUON_TOLERANCE = 0.1
+# Muon raises every singular value of a gradient to one, those that are only rounding too: as in test_tensor_context;
+# measured 0.8 % of the movement, and 4e-3 in hidden states of order one
+MUON = {"parameter_tolerance": 0.1, "hidden_tolerance": 2e-2}
 
 
 def row(name: str, *, tied: bool = False, engine: str = "grid", rows: int = 4, **extra: object) -> dict:
@@ -116,7 +117,7 @@ def slow_ranks(run_rows: Callable) -> dict[str, dict]:
 def test_more_layouts_train_the_model_of_one_process(
     ranks: int, made: dict, slow_ranks: dict, all_local: dict, check_row: Callable
 ) -> None:
-    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    tolerance = MUON if "muon" in made["name"] else {}
     check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]], **tolerance)
 
 

@@ -68,8 +68,11 @@ class Saver:
                 self._is_void.set()
                 self._writer.status(wait=True)
                 return SaveStatus.FAILED
-            if agreed == SaveStatus.DONE or not wait:
-                return SaveStatus(agreed)
+            if agreed == SaveStatus.DONE:
+                self._writer.status(wait=True)  # its record stands, so the thread is at its very end
+                return SaveStatus.DONE
+            if not wait:
+                return SaveStatus.RUNNING
             time.sleep(pause)
             pause = min(2 * pause, LONGEST_PAUSE_SECONDS)
 

@@ -105,8 +105,8 @@ def _complaint(came: list[Place], *, missing: list[int], seconds: float) -> str:
     told = [f"{place.host} (rank {place.rank}): {place.world_size}" for place in came
             if place.world_size != came[0].world_size]
     if told:
-        return (f"LayoutError: rank 0 on {came[0].host} was told WORLD_SIZE={came[0].world_size}, and {', '.join(told)}. "
-                "Give every host the same list of hosts")
+        first = f"rank 0 on {came[0].host} was told WORLD_SIZE={came[0].world_size}"
+        return f"LayoutError: {first}, and {', '.join(told)}. Give every host the same list of hosts"
     if missing:
         present = ", ".join(f"{place.rank} on {place.host}" for place in came)
         return (f"PeerError: rank {', '.join(map(str, missing))} did not come within {seconds:g} s. There are: rank "

@@ -137,7 +137,7 @@ class RootConfig(Config):
         elif self.engine.zero_stage > EngineConfig.zero_stage:
             self.fail(
                 "engine.zero_stage",
-                f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and would ignore "
+                f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and ignores "
                 "it. Set engine.kind: deepspeed or leave engine.zero_stage out",
             )
         self.parallel.check_optimizer(self.optim.name)

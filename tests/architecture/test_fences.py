@@ -15,7 +15,8 @@ HOMES = {
     "av": MEDIA,
     "PIL": MEDIA,
     "soundfile": MEDIA,
-    "tokenizers": ("ernie5/tokenizers/text.py",),
+    # remote/ is what an exported directory carries along; it runs without this package.
+    "tokenizers": ("ernie5/tokenizers/text.py", "ernie5/checkpoint/remote/*"),
     "tensorboard": ("ernie5/observe/sinks.py",),
     "torch.utils.tensorboard": ("ernie5/observe/sinks.py",),
     "wandb": ("ernie5/observe/sinks.py",),

@@ -137,8 +137,8 @@ class RootConfig(Config):
         elif self.engine.zero_stage > EngineConfig.zero_stage:
             self.fail(
                 "engine.zero_stage",
-                f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and ignores "
-                "it. Set engine.kind: deepspeed or leave engine.zero_stage out",
+                f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and would "
+                "ignore it. Set engine.kind: deepspeed or leave engine.zero_stage out",
             )
         self.parallel.check_optimizer(self.optim.name)
         self.parallel.check_model(self.model)

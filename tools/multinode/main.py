@@ -145,6 +145,7 @@ def main() -> int:
     out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if case.name in options.cases]
     results = []
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))  # the hosts are taken away then, too
     try:
         with open_cluster(max(len(case.slots) for case in cases)) as cluster:
             for case in cases:

@@ -170,10 +170,10 @@ class RootConfig(Config):
                 f"with ep x etp = {experts} DeepSpeed saves the experts of one rank and loses all others. Set "
                 "parallel.ep: 1 and parallel.etp: 1"
             )
-        elif self.engine.zero_stage == 3:
+        elif self.engine.zero_stage > 1:
             reason = (
-                "in stage 3 DeepSpeed reads such a checkpoint back with one step counter and the first group's weight "
-                "decay for all groups of parameters. Set engine.zero_stage: 2 or less"
+                f"in stage {self.engine.zero_stage} DeepSpeed sees weights without their names, and reads stage 3 back "
+                "with one step counter and one weight decay for all groups of parameters. Set engine.zero_stage: 1"
             )
         if reason is not None:
             self.checkpoint.fail("format", f"{reason}, or checkpoint.format: ernie5, which holds everything")

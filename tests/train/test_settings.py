@@ -21,7 +21,7 @@ def debug(repository: Path) -> Path:
 def test_zero_stages_are_refused_where_the_engine_has_none(debug: Path, kind: str) -> None:
     for stage in (0, 1):  # 1 is the default, which a resolved config.yaml writes down for every engine
         load_config(debug, schema=RootConfig, overrides=(f"engine.kind={kind}", f"engine.zero_stage={stage}"))
-    with pytest.raises(ConfigError, match=f"engine.zero_stage = 2: the {kind} engine .* ignores it"):
+    with pytest.raises(ConfigError, match=f"engine.zero_stage = 2: the {kind} engine .* would ignore it"):
         load_config(debug, schema=RootConfig, overrides=(f"engine.kind={kind}", "engine.zero_stage=2"))
 
 

@@ -25,8 +25,8 @@ class CheckpointConfig(Config):
         check=non_negative, kind="performance",
     )
     format: str = field(
-        "ernie5", doc="ernie5: any layout reads it; deepspeed: beside it, in DIR/deepspeed, DeepSpeed's own files and "
-        "its zero_to_fp32.py, for whoever has tools for those; runs go on from the former", choices=FORMATS,
+        "ernie5", doc="ernie5: any layout reads it; deepspeed: beside it, in DIR/deepspeed, DeepSpeed's own files, "
+        "for whoever has tools for those; runs go on from the former", choices=FORMATS,
         kind="logging",
     )
     dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")

@@ -129,7 +129,7 @@ class DeepSpeedEngine(Engine):
         skipped = not math.isfinite(norm)
         if not skipped:
             self.updates += 1
-            self.follow(sums, learning_rate=learning_rate)
+            self.follow(sums)
         return StepReport(sums=sums, grad_norm=torch.tensor(norm), skipped=skipped)
 
     def poison(self) -> None:

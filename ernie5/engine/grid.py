@@ -121,7 +121,7 @@ class GridEngine(Engine):
             self._optimizer.step()
             self.updates += 1
             copy_masters(self._masters, model=self.model)
-            self.follow(sums, learning_rate=learning_rate)
+            self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
 

@@ -126,11 +126,6 @@ class StepSettings:
     clip_norm: float
     balance_speed: float
     magnitudes: torch.Tensor
-    peak_rate: float | None = None
-
-    def balance_step(self, learning_rate: float) -> float:
-        """Speed of the bias after a step at `learning_rate`: with a `peak_rate`, in proportion to it."""
-        return self.balance_speed * (1.0 if self.peak_rate is None else learning_rate / self.peak_rate)
 
 
 class Engine(abc.ABC):
@@ -163,11 +158,10 @@ class Engine(abc.ABC):
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, move balance bias and magnitudes, clear gradients."""
 
-    def follow(self, sums: StepSums, *, learning_rate: float) -> None:
+    def follow(self, sums: StepSums) -> None:
         """Move what follows an optimizer step that was not skipped: the balance bias and the running magnitudes."""
         settings = self.settings
-        speed = settings.balance_step(learning_rate)
-        update_balance(self.model.routers(), loads=sums.routing.loads, speed=speed)
+        update_balance(self.model.routers(), loads=sums.routing.loads, speed=settings.balance_speed)
         floor = settings.objectives.magnitude_floor * settings.magnitudes.to(self.magnitudes.device)
         self.magnitudes = update_magnitudes(
             self.magnitudes,

@@ -75,7 +75,7 @@ class LocalEngine(Engine):
             self.updates += 1
             copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
-            self.follow(sums, learning_rate=learning_rate)
+            self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)
 

@@ -25,10 +25,6 @@ class BalanceConfig(Config):
         None, doc="step u of the bias update; null means max(1e-4, 0.3 / train.steps); 0 switches it off",
         check=non_negative, kind="numerics",
     )
-    follows_rate: bool = field(
-        False, doc="shrink the bias update with the learning rate, so that loads come to rest as the weights do",
-        kind="numerics",
-    )
     switch_loss: bool = field(False, doc="compute the switch loss E * sum f_e P_e of a micro-batch", kind="numerics")
     sequence_loss: bool = field(False, doc="compute the same loss per row, then averaged", kind="numerics")
     z_loss: bool = field(False, doc="compute the router z-loss mean(logsumexp(logits)^2)", kind="numerics")

@@ -121,7 +121,6 @@ def build_engine(
         clip_norm=config.optim.clip_norm,
         balance_speed=max(1e-4, 0.3 / config.train.steps) if speed is None else speed,
         magnitudes=uniform_magnitudes(vocab_size=config.model.vocab_size, audio_codes=config.model.audio.codes),
-        peak_rate=config.optim.learning_rate if config.model.moe.balance.follows_rate else None,
     )
     engine_class = resolve("engine", name=config.engine.kind)
     if config.engine.kind == "local":

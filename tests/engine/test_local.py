@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import importlib.util
 import types
 from pathlib import Path
@@ -48,16 +47,3 @@ def test_evaluation_leaves_the_training_state_alone(tiny: types.ModuleType) -> N
     assert float(sums.terms.text) > 0 and not engine.gradients()
     assert all(torch.equal(after.parameters[name], value) for name, value in before.parameters.items())
     assert torch.equal(before.magnitudes, after.magnitudes)
-
-
-@pytest.mark.parametrize("peak_rate,moved", [(None, 0.01), (4e-2, 0.0025)])
-def test_the_bias_moves_at_its_speed_or_at_the_learning_rates_part_of_it(
-    tiny: types.ModuleType, peak_rate: float | None, moved: float
-) -> None:
-    engine = tiny.make_engine("local")
-    engine.settings = dataclasses.replace(engine.settings, peak_rate=peak_rate)
-    before = [router.balance_bias.clone() for router in engine.model.routers()]
-    engine.train_step(tiny.cut_rows([2]), learning_rate=1e-2)
-    for router, bias in zip(engine.model.routers(), before, strict=True):
-        steps = (router.balance_bias - bias).abs().unique()
-        assert float(steps.max()) == pytest.approx(moved, rel=1e-4)

@@ -26,8 +26,9 @@ def row(name: str, *, tied: bool = False, engine: str = "grid", case: str = "usu
 
 
 # Muon raises every singular value of a gradient to one, those that are only rounding too: measured 6 % of the movement
-# for a matrix whose gradient is nearly of rank one. Losses, norm and gradients keep the tight tolerances.
-MUON_TOLERANCE = 0.1
+# for a matrix whose gradient is nearly of rank one, and 4e-3 in hidden states of order one. Losses, norm and gradients
+# keep the tight tolerances.
+MUON = {"parameter_tolerance": 0.1, "hidden_tolerance": 2e-2}
 
 LOCAL = [row("full-usual", engine="local"), row("tied-usual", engine="local", tied=True),
          row("muon", engine="local", tied=True, optimizer="muon")]
@@ -111,7 +112,7 @@ def slow_ranks(run_rows: Callable) -> dict[str, dict]:
 def test_two_ranks_train_the_model_of_one_process(
     made: dict, two_ranks: dict, local: dict, check_row: Callable
 ) -> None:
-    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    tolerance = MUON if "muon" in made["name"] else {}
     check_row(two_ranks[made["name"]], expected=local[made["yardstick"]], **tolerance)
 
 
@@ -127,5 +128,5 @@ def test_four_ranks_train_the_model_of_one_process(
 def test_more_layouts_train_the_model_of_one_process(
     ranks: int, made: dict, slow_ranks: dict, all_local: dict, check_row: Callable
 ) -> None:
-    tolerance = {"parameter_tolerance": MUON_TOLERANCE} if "muon" in made["name"] else {}
+    tolerance = MUON if "muon" in made["name"] else {}
     check_row(slow_ranks[made["name"]], expected=all_local[made["yardstick"]], **tolerance)

@@ -60,7 +60,7 @@ def test_a_head_in_parts_has_the_loss_and_the_gradients_of_the_whole(
 
 def cut_and_gather(whole: torch.Tensor, cuts: tuple[Cut, ...], degrees: dict) -> tuple[torch.Tensor, torch.Tensor]:
     state = build_state(GridDims(**degrees))
-    shard = Shard("weight", tuple(whole.shape), cuts, sum_axes=(), copy_axes=())
+    shard = Shard("weight", tuple(whole.shape), cuts, sum_axes=(), copy_axes=(), stages=(0,))
     layout = Layout(state, shards={"weight": shard})
     part = layout.cut(whole, name="weight")
     return part, layout.gather(part, name="weight")

@@ -159,10 +159,7 @@ def test_the_tokenizer_travels_and_special_ids_with_it(convert: Callable, tmp_pa
     assert (tmp_path / "back" / "tokenizers" / "text" / "text.json").is_file()
 
 
-def test_the_exported_tokenizer_gives_our_ids_and_our_text(
-    convert: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr("transformers.dynamic_module_utils.HF_MODULES_CACHE", str(tmp_path / "modules"))
+def test_the_exported_tokenizer_gives_our_ids_and_our_text(convert: Callable, tmp_path: Path) -> None:
     tokenizer = train_text_tokenizer(["a red ball moves to the left", "мяч 红色的球 🎈🎈"] * 3, vocab_size=320)
     tokenizer.save(tmp_path / "run" / "tokenizers" / "text")
     own = save(tmp_path / "run", model=TEXT, tokenizer=tokenizer.identity)

@@ -108,13 +108,16 @@ def test_a_failed_collective_says_its_name_its_ranks_and_who_of_ours_called_it()
 
     ours = {"__name__": "ernie5.parallel.made_up", "dist": dist, "torch": torch}
     exec("def send():\n    dist.all_gather_into_tensor(torch.zeros(3), torch.zeros(2))\n", ours)
-    dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
+    is_first = not dist.is_initialized()  # DeepSpeed's tests leave their group of one behind
+    if is_first:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
     try:
         with pytest.raises(RuntimeError) as caught:
             ours["send"]()
         standing = standing_of_error(caught.value)
     finally:
-        dist.destroy_process_group()
+        if is_first:
+            dist.destroy_process_group()
     assert str(standing) == "all_gather_into_tensor over ranks 0 in ernie5/parallel/made_up.py:2 (send)"
 
 

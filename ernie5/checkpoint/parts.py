@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -37,6 +38,15 @@ def write_record(folder: Path, *, part: Part, rank: int) -> None:
 def missing_ranks(folder: Path, *, ranks: int) -> list[int]:
     """The ranks that have not written their record."""
     return [rank for rank in range(ranks) if not _record(folder, rank=rank).is_file()]
+
+
+def bytes_under(folder: Path) -> int:
+    """What the ranks have written so far, while they rename files."""
+    total = 0
+    for path in folder.iterdir():
+        with contextlib.suppress(FileNotFoundError):  # renamed since the folder was listed
+            total += path.stat().st_size
+    return total
 
 
 def join_records(folder: Path, *, ranks: int) -> Part:

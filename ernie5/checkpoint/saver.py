@@ -7,13 +7,14 @@ per step while a save is in flight (whether a rank has failed, whether the check
 from __future__ import annotations
 
 import os
+import shutil
 import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.parts import missing_ranks
+from ernie5.checkpoint.parts import bytes_under, missing_ranks
 from ernie5.checkpoint.save import Contents, failures_explained, prepare, publish, temporary_folder, write_part
 from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
 from ernie5.engine.interface import Engine
@@ -32,6 +33,7 @@ class Saver:
         self._folder, self._config, self._engine = folder, config, engine
         self._writer = BackgroundWriter()
         self._is_void, self._is_alone = threading.Event(), threading.Event()
+        self._temporary: Path | None = None
 
     @property
     def seconds(self) -> float:
@@ -54,6 +56,7 @@ class Saver:
                 problem = error
         if self._engine.total(float(problem is not None)):
             raise problem or EnvironmentFault(ELSEWHERE)
+        self._temporary = temporary
         self._writer.start(self._job(contents, temporary=temporary))
 
     def settle(self, *, wait: bool) -> SaveStatus:
@@ -67,6 +70,8 @@ class Saver:
             if agreed >= SaveStatus.FAILED:
                 self._is_void.set()
                 self._writer.status(wait=True)
+                self._engine.total(0.0)  # the others have stopped writing too: what is removed now stays removed
+                self._remove_half()
                 return SaveStatus.FAILED
             if agreed == SaveStatus.DONE:
                 self._writer.status(wait=True)  # its record stands, so the thread is at its very end
@@ -86,13 +91,21 @@ class Saver:
     def finish(self) -> Path:
         """As `result`, without asking other ranks, some of which may be gone: rank 0 waits while files still grow."""
         self._is_alone.set()
-        return self.result()
+        try:
+            return self.result()
+        except Exception:
+            self._remove_half()
+            raise
+
+    def _remove_half(self) -> None:
+        if self._engine.is_main and self._temporary is not None:
+            shutil.rmtree(self._temporary, ignore_errors=True)
 
     def _job(self, contents: Contents, *, temporary: Path) -> Callable[[], Path]:
         def part() -> Path:
             if contents.rank > 0:
                 return _write_own(temporary, contents=contents)
-            with failures_explained(self._folder, temporary=temporary):
+            with failures_explained(self._folder, temporary=None):
                 write_part(temporary, contents=contents)
                 self._await_others(temporary, ranks=contents.ranks)
                 return publish(temporary, contents=contents, config=self._config)
@@ -104,7 +117,7 @@ class Saver:
         while missing := missing_ranks(temporary, ranks=ranks):
             if self._is_void.is_set():
                 raise EnvironmentFault(ELSEWHERE)
-            found = sum(path.stat().st_size for path in temporary.iterdir())
+            found = bytes_under(temporary)
             if found != size:
                 size, since = found, time.monotonic()
             if self._is_alone.is_set() and time.monotonic() - since > STILL_SECONDS:
@@ -116,7 +129,7 @@ class Saver:
 
 
 def _write_own(temporary: Path, *, contents: Contents) -> Path:
-    """The part of another rank than 0, which removes the folder when it fails."""
+    """The part of another rank than 0. A folder that is gone was removed by a run that has started since."""
     with failures_explained(temporary.parent, temporary=None):
         try:
             write_part(temporary, contents=contents)

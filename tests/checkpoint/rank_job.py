@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import errno
 import importlib.util
+import time
 from pathlib import Path
 
 import torch
@@ -99,15 +100,20 @@ def reload_everywhere(source: str, folder: str, layouts: dict[str, dict], precis
 
 
 def fail_on_one_rank(folder: str, failing: int) -> tuple[str, list[str]]:
-    """A first save, then one whose writing fails on one rank; the message, and what is left in the folder."""
+    """A first save, then one whose writing fails on one rank while the other is still at its own; the message, and what
+    is left in the folder."""
     engine = make_engine({"ep": 2})
     save(engine, folder=Path(folder), step=1)
-    if engine.rank == failing:
-        def full(path: Path, *, tensors: object) -> None:
+    write_whole = outgoing.write_tensor_file
+
+    def write(path: Path, *, tensors: object) -> object:
+        if engine.rank == failing:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
+        time.sleep(0.3)
+        return write_whole(path, tensors=tensors)
 
-        outgoing.write_tensor_file = full
+    outgoing.write_tensor_file = write
     try:
         save(engine, folder=Path(folder), step=2)
         message = "saved"

@@ -14,6 +14,7 @@ import pytest
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_run
 from ernie5.checkpoint.manifest import read_manifest
+from ernie5.checkpoint.parts import bytes_under
 from ernie5.checkpoint.reshard import LayoutPlan, reshard
 from ernie5.checkpoint.save import prepare, publish, write_part
 from ernie5.errors import CheckpointError
@@ -122,6 +123,12 @@ def test_a_disk_that_is_full_for_one_rank_leaves_the_previous_checkpoint(
     assert "saving failed on another rank" in messages[1 - failing]
     assert sorted(path.name for path in tmp_path.iterdir()) == ["latest", "step-00000001"]
     assert load_run(tmp_path).run.step == 1
+
+
+def test_a_file_that_is_renamed_while_a_folder_is_read_counts_for_nothing(tmp_path: Path) -> None:
+    (tmp_path / "model.safetensors").write_bytes(b"abc")
+    (tmp_path / ".part-00001.new").symlink_to(tmp_path / "gone")  # listed, but not there when it is asked for its size
+    assert bytes_under(tmp_path) == 3
 
 
 def test_what_no_rank_wrote_never_becomes_a_checkpoint(run_ranks_once: Callable, tmp_path: Path) -> None:

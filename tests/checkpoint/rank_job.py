@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import errno
 import importlib.util
@@ -110,7 +111,10 @@ def fail_on_one_rank(folder: str, failing: int) -> tuple[str, list[str]]:
         if engine.rank == failing:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
-        time.sleep(0.3)
+        deadline = time.monotonic() + 0.3
+        while time.monotonic() < deadline and path.parent.is_dir():  # a folder in which files appear resists removal
+            with contextlib.suppress(FileNotFoundError):
+                path.with_suffix(f".{time.monotonic_ns()}").touch()
         return write_whole(path, tensors=tensors)
 
     outgoing.write_tensor_file = write

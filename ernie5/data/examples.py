@@ -13,6 +13,7 @@ document has none of them.
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 
 import torch
@@ -93,6 +94,12 @@ class ExampleMaker:
         self._training = training
         self._encoder = MediaEncoder(tokenizers)
         self.cache = FeatureCache(config.cache_megabytes << 20, store=open_store(config, tokenizers=tokenizers))
+
+    def with_draws(self) -> ExampleMaker:
+        """The same maker with training's random draws on; features are shared."""
+        other = copy.copy(self)
+        other._training = True
+        return other
 
     def build_documents(self, sample: Sample, *, task: str, epoch: int = 0) -> tuple[Document, ...]:
         """The documents of `sample` for a task of POOLS: one, but for a page as many as it takes for each to fit a row.

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+from collections.abc import Iterator
 
 import torch
 
@@ -14,17 +15,22 @@ from ernie5.evaluate import baselines
 from ernie5.evaluate.figures import Figure, Loss
 from ernie5.evaluate.subject import Subject, keep_text_targets
 from ernie5.objectives.mix import losses
-from ernie5.records import Modality
+from ernie5.records import Batch, Modality, ModelOutput
 from ernie5.tokenizers.visual.quantizer import quantize_bits
 from ernie5.tokenizers.visual.scales import resize_to, scale_schedule
 
 
 @dataclasses.dataclass(frozen=True)
 class Survey:
-    """Losses of the validation split and group_loads [L, 6, E], both weighted like the training mixture."""
+    """Losses of the validation split and group_loads [L, 6, E], both weighted like the training mixture.
+
+    group_loads: of the samples as they are; drawn_loads: of the same samples with training's random draws (BPE-dropout,
+    corruption, dropped conditions), which is the stream whose mean load the balance bias evens out.
+    """
 
     losses: tuple[Loss, ...]
     group_loads: torch.Tensor
+    drawn_loads: torch.Tensor
 
 
 def survey_validation(subject: Subject) -> Survey:
@@ -32,30 +38,42 @@ def survey_validation(subject: Subject) -> Survey:
 
     Shares are tokens per task, so sums over a task are divided by its tokens and multiplied by its share.
     """
-    nats, targets, raw_targets, loads = torch.zeros(4).double(), torch.zeros(4).double(), torch.zeros(4), None
+    nats, targets, raw_targets = torch.zeros(4).double(), torch.zeros(4).double(), torch.zeros(4)
+    loads, drawn_loads = torch.zeros(()), torch.zeros(())
     for task in POOLS:
-        share = mixture_share(subject.data, task)
-        media = [part for part in task.split("_to_") if part in ("image", "video", "audio")]
-        media += ["image"] if task == "page" else []
-        if share <= 0 or not all(subject.has(part) for part in media):
-            continue
-        documents = subject.documents(task, split="validation", count=subject.config.loss_samples)
-        if task == "text":
-            documents = [subject.cut(document)[0] for document in documents]
-        scale = share / max(sum(document.length for document in documents), 1)
-        for output, batch in subject.run(documents):
+        for output, batch, weight in _mixture_outputs(subject, task, has_draws=False):
             terms, counts = losses(output, batch), batch.counts()
             for modality in Modality:
                 name = modality.name.lower()
-                nats[modality] += scale * float(vars(terms)[name])
-                targets[modality] += scale * float(vars(counts)[name])
+                nats[modality] += weight * float(vars(terms)[name])
+                targets[modality] += weight * float(vars(counts)[name])
                 raw_targets[modality] += float(vars(counts)[name])
-            weighted = scale * output.routing.group_loads.double().cpu()
-            loads = weighted if loads is None else loads + weighted
+            loads = loads + weight * output.routing.group_loads.double().cpu()
+        for output, _, weight in _mixture_outputs(subject, task, has_draws=True):
+            drawn_loads = drawn_loads + weight * output.routing.group_loads.double().cpu()
     found = tuple(
         Loss(m.name.lower(), float(nats[m] / targets[m]), int(raw_targets[m])) for m in Modality if targets[m] > 0
     )
-    return Survey(found, torch.zeros(0, 6, 1) if loads is None else loads)
+    return Survey(found, loads, drawn_loads)
+
+
+def _mixture_outputs(
+    subject: Subject, task: str, *, has_draws: bool
+) -> Iterator[tuple[ModelOutput, Batch, float]]:
+    """Forward passes over the validation samples of a task, with what one of their tokens weighs in the mixture."""
+    share = mixture_share(subject.data, task)
+    media = [part for part in task.split("_to_") if part in ("image", "video", "audio")]
+    media += ["image"] if task == "page" else []
+    if share <= 0 or not all(subject.has(part) for part in media):
+        return
+    documents = subject.documents(
+        task, split="validation", count=subject.config.loss_samples, has_draws=has_draws
+    )
+    if task == "text":
+        documents = [subject.cut(document)[0] for document in documents]
+    weight = share / max(sum(document.length for document in documents), 1)
+    for output, batch in subject.run(documents):
+        yield output, batch, weight
 
 
 def mixture_share(data: DataConfig, task: str) -> float:

@@ -45,15 +45,20 @@ def evaluate(
         figures += found
         if not found:
             skipped.append(f"{name}: the model or the shards have none of it")
-    routing = describe_routing(survey.group_loads) if survey.group_loads.sum() > 0 else None
+    routing = describe_routing(survey.drawn_loads) if survey.drawn_loads.sum() > 0 else None
     if routing is not None:
-        figures.append(load_figure(routing))
+        figures += load_figures(routing, plain=describe_routing(survey.group_loads))
     return Evaluation(checkpoint, step, survey.losses, tuple(figures), routing, tuple(timings), tuple(skipped))
 
 
-def load_figure(routing: RoutingFigures) -> Figure:
-    """The busiest expert of the worst layer, over the mean; dead experts make it fail, whatever the ratio."""
-    worst = max(routing.max_load_ratio)
+def load_figures(routing: RoutingFigures, *, plain: RoutingFigures) -> list[Figure]:
+    """The busiest expert of the worst layer over the mean, on validation samples read as training reads them (the goal;
+    dead experts make it fail, whatever the ratio) and on `plain` ones."""
     title = "Experts: busiest over mean, worst layer"
     goal = None if routing.dead_experts == 0 else 0.0
-    return Figure("expert_load", title, worst, LOAD_LIMIT, "limit", "x mean", True, len(routing.loads), goal=goal)
+    return [
+        Figure("expert_load", title, max(routing.max_load_ratio), LOAD_LIMIT, "limit", "x mean", True,
+               len(routing.loads), goal=goal),
+        Figure("expert_load_plain", f"{title}, without training's draws", max(plain.max_load_ratio), LOAD_LIMIT,
+               "limit", "x mean", True, len(plain.loads), is_goal=False),
+    ]

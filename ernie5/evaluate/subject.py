@@ -54,12 +54,14 @@ class Subject:
         for index in torch.randperm(len(refs), generator=torch.Generator().manual_seed(self.config.seed)).tolist():
             yield self.corpus.read(refs[index])
 
-    def documents(self, task: str, *, split: str, count: int) -> list[Document]:
-        """Documents of a task of the mixture, without training draws; samples that do not fit are left out."""
+    def documents(self, task: str, *, split: str, count: int, has_draws: bool = False) -> list[Document]:
+        """Documents of a task of the mixture, with training's random draws or without; samples that do not fit are
+        left out."""
+        maker = self.generation.maker.with_draws() if has_draws else self.generation.maker
         documents = []
         for sample in self.samples(POOLS[task], split=split, count=count):
             try:
-                documents += self.generation.maker.build_documents(sample, task=task)
+                documents += maker.build_documents(sample, task=task)
             except DataError:
                 continue
         return documents

@@ -13,7 +13,7 @@ from ernie5.data.shards import list_shards, open_corpus
 from ernie5.evaluate.command import describe
 from ernie5.evaluate.config import EvaluateConfig
 from ernie5.evaluate.figures import Evaluation, parse_evaluation
-from ernie5.evaluate.likelihood import measure_text
+from ernie5.evaluate.likelihood import measure_text, survey_validation
 from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
 
@@ -21,6 +21,7 @@ KEYS = {
     "text_bits_per_byte_order2", "text_bits_per_byte_order3", "text_bits_per_byte_xz", "image_to_text_keywords",
     "audio_to_text_loss", "audio_to_text_words", "text_to_image_nearest", "text_to_audio_nearest",
     "video_next_frame_bits", "video_next_frame_bits_requantised", "expert_load",
+    "expert_load_plain",
 }
 
 
@@ -62,6 +63,21 @@ def test_bits_per_byte_do_not_depend_on_how_rows_are_batched(world: object) -> N
     many = measure_text(_subject(world, EvaluateConfig(batch_rows=7)))[0]
     assert one.value == pytest.approx(many.value, rel=1e-5)
     assert one.samples == sum(len(f"The {c} ball moves to the left. ") * 6 for c in ("red", "green", "blue"))
+
+
+def test_loads_are_measured_with_trainings_draws_and_losses_without(world: object) -> None:
+    """The bias evens out what training shows: most of its texts are cut by BPE-dropout."""
+    subject = _subject(world)
+
+    def lengths(*, has_draws: bool) -> list[int]:
+        found = subject.documents("text", split="validation", count=0, has_draws=has_draws)
+        return [document.length for document in found]
+
+    plain, drawn = lengths(has_draws=False), lengths(has_draws=True)
+    assert len(drawn) == len(plain) and sum(drawn) > sum(plain)  # dropped merges make more tokens
+    assert lengths(has_draws=True) == drawn and lengths(has_draws=False) == plain
+    survey = survey_validation(subject)
+    assert survey.group_loads.shape == survey.drawn_loads.shape and not survey.group_loads.equal(survey.drawn_loads)
 
 
 def test_a_model_without_media_is_measured_on_text_and_says_what_is_missing(

@@ -8,14 +8,19 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.config.arguments import CommandParser, add_overrides
-from ernie5.config.load import load_config
-from ernie5.errors import EXIT_DONE
+from ernie5.config.load import load_config, peek_keys
+from ernie5.errors import EXIT_DONE, ConfigError
 from ernie5.tokenizers.config import TokenizerRunConfig
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb and return the exit code. Raises Ernie5Error for anything the user can act on."""
     arguments = _parser().parse_intermixed_args(argv)
+    if "tokenizer" not in peek_keys(arguments.config) and "model" in peek_keys(arguments.config):
+        raise ConfigError(
+            f"{arguments.config} configures a pretraining run. Run it with `ernie5 train {arguments.config}`; tokenizers "
+            "are trained from a file with the section `tokenizer`, such as configs/tokenizer/visual.yaml"
+        )
     config = load_config(arguments.config, schema=TokenizerRunConfig, overrides=tuple(arguments.overrides))
     out = Path(arguments.out if arguments.out else f"runs/tokenizer_{config.tokenizer.kind}")
     if config.tokenizer.kind == "text":

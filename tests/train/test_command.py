@@ -137,6 +137,15 @@ def test_a_fragment_says_what_it_is_a_fragment_for(world: Path, tmp_path: Path) 
         main([str(tmp_path / "part.yaml"), "--validate"])
 
 
+def test_configs_of_the_other_kind_are_sent_to_the_right_verb(run_ernie5: Callable, repository: Path) -> None:
+    for verb, config, way_out in (
+        (("tokenizer", "train"), "pretrain/debug.yaml", "ernie5 train "),
+        (("train",), "tokenizer/visual.yaml", "ernie5 tokenizer train "),
+    ):
+        result = run_ernie5(*verb, repository / "configs" / config)
+        assert result.exit_code == 2 and f"`{way_out}{repository / 'configs' / config}`" in result.stderr, result
+
+
 def test_a_run_goes_on_with_the_tokenizers_it_kept_and_fresh_replaces_them(world: Path, tmp_path: Path) -> None:
     run_dir, mine = tmp_path / "run", tmp_path / "visual"
     shutil.copytree(world / "visual", mine)

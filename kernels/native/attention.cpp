@@ -1,5 +1,5 @@
-// Attention under row intervals (FlashMask): online softmax forward, scores made again backward, blocks that no query
-// of a block may see are skipped, and the mask is applied in those blocks alone that a border crosses.
+// Attention under row intervals (FlashMask): online softmax forward, scores made again backward, panels of keys that no
+// query of a block may see are skipped, and the mask is applied in those blocks alone that a border crosses.
 // Equations: Dao et al. 2022 (arXiv:2205.14135). One thread owns one key head of one row, so sums have one order.
 #include <limits>
 #include <vector>
@@ -9,15 +9,16 @@
 namespace {
 
 constexpr int64_t QUERIES = 48, KEYS = 64;  // small, because documents are short and a block is skipped whole
+constexpr float LOG2E = 1.44269504f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
 struct Shape {
   int64_t batch, queries, keys, heads, groups, width, start;
-  float scale;
+  float scale, scale2;  // of scores, and the same for powers of two
   int64_t shared() const { return heads / groups; }
 };
 
-struct Intervals {  // of one block of keys: extremes over its columns
+struct Intervals {  // of one panel of keys: extremes over its columns
   int from_least, from_most, until_least, until_most, hidden_least, hidden_most;
 };
 
@@ -33,6 +34,12 @@ Intervals extremes(const int32_t* columns, int64_t count) {
   return e;
 }
 
+bool sees(const Intervals& e, int64_t first, int64_t end) { return e.until_most > first && e.from_least < end; }
+bool sees_all(const Intervals& e, int64_t first, int64_t end) {
+  const bool hides = e.hidden_least < end && e.hidden_most > first;
+  return e.from_most <= first && e.until_least >= end && !hides;
+}
+
 // What the queries of one block see of one block of keys: first and count of either, and whether a mask is needed.
 struct Block {
   int64_t query, queries, key, keys;
@@ -43,24 +50,29 @@ class Mask {
  public:
   Mask(const int32_t* intervals, const Shape& s) : intervals_(intervals), shape_(s) {
     if (intervals_ == nullptr) return;
-    for (int64_t k = 0; k < s.keys; k += KEYS)
-      blocks_.push_back(extremes(intervals_ + 4 * k, std::min(KEYS, s.keys - k)));
+    for (int64_t k = 0; k < s.keys; k += PANEL)
+      panels_.push_back(extremes(intervals_ + 4 * k, std::min<int64_t>(PANEL, s.keys - k)));
   }
-  bool visit(Block& b) const {  // false: nothing is visible
-    if (intervals_ == nullptr) return true;
-    const Intervals& e = blocks_[b.key / KEYS];
-    const int64_t first = shape_.start + b.query, end = first + b.queries;
-    if (e.until_most <= first || e.from_least >= end) return false;
-    const bool hides = e.hidden_least < end && e.hidden_most > first;
-    const bool full = e.from_most <= first && e.until_least >= end && !hides;
-    b.columns = full ? nullptr : intervals_ + 4 * b.key;
-    return true;
+  bool next(Block& b) const {  // on to the next keys, whole panels, that a query of the block sees; false: no more
+    int64_t key = b.key + b.keys, end;
+    if (intervals_ == nullptr) {
+      b.key = key, b.keys = std::min(KEYS, shape_.keys - key);
+      return b.keys > 0;
+    }
+    const int64_t first = shape_.start + b.query, last = first + b.queries;
+    while (key < shape_.keys && !sees(panels_[key / PANEL], first, last)) key += PANEL;
+    bool full = true;
+    for (end = key; end < shape_.keys && end < key + KEYS && sees(panels_[end / PANEL], first, last); end += PANEL)
+      full &= sees_all(panels_[end / PANEL], first, last);
+    b.key = key, b.keys = std::min(end, shape_.keys) - key;
+    b.columns = full ? nullptr : intervals_ + 4 * key;
+    return b.keys > 0;
   }
 
  private:
   const int32_t* intervals_;
   const Shape& shape_;
-  std::vector<Intervals> blocks_;
+  std::vector<Intervals> panels_;
 };
 
 struct Columns {  // intervals of LANES columns, turned so that lanes are columns
@@ -95,15 +107,19 @@ void hide(float* scores, const Block& b, int64_t start) {
   }
 }
 
-// One row of scores [count] to weights exp(scale s - peak) in T, zero up to a whole number of vectors; their sum.
+// Columns past the last key to `value`, up to a whole number of vectors.
+void fill_rest(float* scores, const Block& b, float value) {
+  const int64_t whole = (b.keys + LANES - 1) / LANES * LANES;
+  for (int64_t m = 0; m < b.queries && b.keys < whole; ++m)
+    std::fill(scores + m * KEYS + b.keys, scores + m * KEYS + whole, value);
+}
+
+// One row of scores [count] to weights 2^(scale s - peak) in T; their sum.
 template <class T>
 float weigh(const float* scores, int64_t count, float scale, float peak, T* weights) {
   vfloat sum{};
   for (int64_t n = 0; n < count; n += LANES) {
-    vfloat s = load(scores + n, count - n);
-    if (count - n < LANES)
-      for (int64_t i = count - n; i < LANES; ++i) s[i] = NEVER;
-    const vfloat w = exponential(s * scale - peak);
+    const vfloat w = exponential2(load(scores + n) * scale - peak);
     sum += w;
     store(weights + n, w);
   }
@@ -156,6 +172,7 @@ void scores_of(const T* query, const Packed<T>& p, const Block& b, const Shape& 
   multiply<T, float>(b.queries, b.keys, s.width, rows_of(query, s.heads * s.width), p.columns(p.key_columns, b.key),
                      p.column_stride, scores, KEYS, false);
   if (b.columns != nullptr) hide(scores, b, s.start);
+  fill_rest(scores, b, NEVER);
 }
 
 template <class T>
@@ -163,20 +180,20 @@ void softmax_block(const Block& b, const Shape& s, const float* scores, float* p
                    T* weights) {
   for (int64_t m = 0; m < b.queries; ++m) {
     const float* row = scores + m * KEYS;
-    const float peak = std::max(peaks[m], row_peak(row, b.keys) * s.scale);
+    const float peak = std::max(peaks[m], row_peak(row, b.keys) * s.scale2);
     if (peak == NEVER) {  // nothing visible here, or nothing but NaN, which must not pass for that
       if (std::any_of(row, row + b.keys, [](float x) { return x != x; })) sums[m] = NAN;
       std::memset(static_cast<void*>(weights + m * KEYS), 0, KEYS * sizeof(T));
       continue;
     }
     if (peak > peaks[m] && sums[m] > 0) {
-      const float shrink = std::exp(peaks[m] - peak);
+      const float shrink = std::exp2(peaks[m] - peak);
       sums[m] *= shrink;
       for (int64_t c = 0; c < s.width; c += LANES)
         store(sum_out + m * s.width + c, load(sum_out + m * s.width + c, s.width - c) * shrink, s.width - c);
     }
     peaks[m] = peak;
-    sums[m] += weigh(row, b.keys, s.scale, peak, weights + m * KEYS);
+    sums[m] += weigh(row, b.keys, s.scale2, peak, weights + m * KEYS);
   }
 }
 
@@ -191,9 +208,7 @@ void forward_head(const T* query, const Packed<T>& p, const Mask& mask, const Sh
     std::fill_n(peaks, QUERIES, NEVER);
     Block b{q, std::min(QUERIES, s.queries - q), 0, 0, nullptr};
     std::memset(sum_out, 0, b.queries * s.width * sizeof(float));
-    for (b.key = 0; b.key < s.keys; b.key += KEYS) {
-      b.keys = std::min(KEYS, s.keys - b.key);
-      if (!mask.visit(b)) continue;
+    while (mask.next(b)) {
       scores_of(query + q * leading, p, b, s, scores);
       softmax_block(b, s, scores, peaks, sums, sum_out, weights);
       multiply<T, float>(b.queries, s.width, b.keys, rows_of(weights, KEYS), p.rows(p.value_rows, b.key),
@@ -201,26 +216,46 @@ void forward_head(const T* query, const Packed<T>& p, const Mask& mask, const Sh
     }
     for (int64_t m = 0; m < b.queries; ++m) {
       const float inverse = sums[m] > 0 ? 1.0f / sums[m] : 0.0f * sums[m];
-      lse[(q + m) * s.heads] = sums[m] == 0 ? -NEVER : peaks[m] + std::log(sums[m]);
+      lse[(q + m) * s.heads] = sums[m] == 0 ? -NEVER : peaks[m] + std::log2(sums[m]);
       for (int64_t c = 0; c < s.width; c += LANES)
         store(out + (q + m) * leading + c, load(sum_out + m * s.width + c, s.width - c) * inverse, s.width - c);
     }
   }
 }
 
-// Weights exp(scale s - lse) and changes of the scores scale * weights * (dP - delta), both in T.
+// Units of two neighbouring rows (bf16), or of one (fp32), as pack_left makes them.
+inline void zip(vfloat first, vfloat, float* out) { store(out, first); }
+inline void zip(vfloat first, vfloat second, Unit<bf16>* out) {
+#if defined(__AVX512BF16__)
+  const __m512i both = (__m512i)_mm512_cvtne2ps_pbh((__m512)second, (__m512)first);
+  const __m512i order = _mm512_set_epi16(31, 15, 30, 14, 29, 13, 28, 12, 27, 11, 26, 10, 25, 9, 24, 8, 23, 7, 22, 6, 21,
+                                         5, 20, 4, 19, 3, 18, 2, 17, 1, 16, 0);
+  _mm512_storeu_si512(out, _mm512_permutexvar_epi16(order, both));
+#else
+  bf16 rows[2][LANES];
+  store(rows[0], first), store(rows[1], second);
+  zip_rows(rows[0], rows[1], LANES, out);
+#endif
+}
+
+// Weights 2^(scale2 s - lse), turned; changes of the scores scale * weights * (dP - delta), as rows and turned. Columns
+// up to a whole number of vectors hold numbers, those past b.keys zeros.
 template <class T>
 void change_block(const Block& b, const Shape& s, const float* scores, const float* grads, const float* lse,
-                  const float* delta, T* weights, T* changes) {
-  for (int64_t m = 0; m < b.queries; ++m) {
-    const float mass = lse[(b.query + m) * s.heads];
-    weigh(scores + m * KEYS, b.keys, s.scale, mass, weights + m * KEYS);
+                  const float* delta, Unit<T>* weights, T* changes, Unit<T>* turned) {
+  constexpr int depth = depth_of<T>;
+  for (int64_t m = 0; m < b.queries; m += depth)
     for (int64_t n = 0; n < b.keys; n += LANES) {
-      const vfloat w = load(weights + m * KEYS + n);
-      const vfloat g = load(grads + m * KEYS + n, b.keys - n) - delta[m];
-      store(changes + m * KEYS + n, w * g * s.scale);
+      vfloat w[2] = {}, c[2] = {};
+      for (int i = 0; i < depth && m + i < b.queries; ++i) {
+        const int64_t at = (m + i) * KEYS + n;
+        w[i] = exponential2(load(scores + at) * s.scale2 - lse[(b.query + m + i) * s.heads]);
+        c[i] = w[i] * (load(grads + at) - delta[m + i]) * s.scale;
+        store(changes + at, c[i]);
+      }
+      zip(w[0], w[1], weights + m / depth * KEYS + n);
+      zip(c[0], c[1], turned + m / depth * KEYS + n);
     }
-  }
 }
 
 template <class T>
@@ -245,11 +280,11 @@ void row_deltas(const Gradients<T>& g, const Block& b, const Shape& s, float* de
 template <class T>
 void backward_head(const T* query, const Packed<T>& p, const Mask& mask, const Shape& s, const Gradients<T>& g) {
   float *scores = scratch<float>(5, QUERIES * KEYS), *grads = scratch<float>(6, QUERIES * KEYS);
-  T *weights = scratch<T>(7, QUERIES * KEYS), *changes = scratch<T>(8, QUERIES * KEYS);
+  Unit<T>*weights = scratch<Unit<T>>(7, QUERIES * KEYS), *turned = scratch<Unit<T>>(12, QUERIES * KEYS);
+  T* changes = scratch<T>(8, QUERIES * KEYS);
   float* grad_query = scratch<float>(9, QUERIES * s.width);
   const size_t packed = packed_size<T>(QUERIES, s.width);
   Unit<T>*query_rows = scratch<Unit<T>>(10, packed), *upstream_rows = scratch<Unit<T>>(11, packed);
-  Unit<T>* turned = scratch<Unit<T>>(12, QUERIES * KEYS);
   const int64_t leading = s.heads * s.width;
   float delta[QUERIES];
   for (int64_t q = 0; q < s.queries; q += QUERIES) {
@@ -260,19 +295,18 @@ void backward_head(const T* query, const Packed<T>& p, const Mask& mask, const S
     pack_rows(own, leading, b.queries, s.width, query_rows);
     pack_rows(upstream, leading, b.queries, s.width, upstream_rows);
     std::memset(grad_query, 0, b.queries * s.width * sizeof(float));
-    for (b.key = 0; b.key < s.keys; b.key += KEYS) {
-      b.keys = std::min(KEYS, s.keys - b.key);
-      if (!mask.visit(b)) continue;
+    while (mask.next(b)) {
       scores_of(own, p, b, s, scores);
       multiply<T, float>(b.queries, b.keys, s.width, rows_of(upstream, leading), p.columns(p.value_columns, b.key),
                          p.column_stride, grads, KEYS, false);
-      change_block(b, s, scores, grads, g.lse, delta, weights, changes);
+      fill_rest(grads, b, 0.0f);
+      change_block(b, s, scores, grads, g.lse, delta, weights, changes, turned);
       multiply<T, float>(b.queries, s.width, b.keys, rows_of(changes, KEYS), p.rows(p.key_rows, b.key),
                          p.row_stride, grad_query, s.width, true);
-      multiply<T, float>(b.keys, s.width, b.queries, pack_left(weights, KEYS, b.queries, b.keys, turned),
-                         upstream_rows, stride, g.value + b.key * s.width, s.width, true);
-      multiply<T, float>(b.keys, s.width, b.queries, pack_left(changes, KEYS, b.queries, b.keys, turned),
-                         query_rows, stride, g.key + b.key * s.width, s.width, true);
+      multiply<T, float>(b.keys, s.width, b.queries, {weights, 1, KEYS}, upstream_rows, stride,
+                         g.value + b.key * s.width, s.width, true);
+      multiply<T, float>(b.keys, s.width, b.queries, {turned, 1, KEYS}, query_rows, stride, g.key + b.key * s.width,
+                         s.width, true);
     }
     for (int64_t m = 0; m < b.queries; ++m)
       for (int64_t c = 0; c < s.width; c += LANES)
@@ -329,7 +363,7 @@ extern "C" {
 void ernie5_attention_forward(int narrow, const void* query, const void* key, const void* value,
                               const int32_t* intervals, void* out, float* lse, int64_t batch, int64_t queries,
                               int64_t keys, int64_t heads, int64_t groups, int64_t width, float scale, int threads) {
-  const Shape s{batch, queries, keys, heads, groups, width, keys - queries, scale};
+  const Shape s{batch, queries, keys, heads, groups, width, keys - queries, scale, scale * LOG2E};
   if (narrow)
     forward((const bf16*)query, (const bf16*)key, (const bf16*)value, intervals, (bf16*)out, lse, s, threads);
   else
@@ -340,7 +374,7 @@ void ernie5_attention_backward(int narrow, const void* query, const void* key, c
                                const int32_t* intervals, const void* out, const float* lse, const void* upstream,
                                void* grad_query, void* grad_key, void* grad_value, int64_t batch, int64_t queries,
                                int64_t keys, int64_t heads, int64_t groups, int64_t width, float scale, int threads) {
-  const Shape s{batch, queries, keys, heads, groups, width, keys - queries, scale};
+  const Shape s{batch, queries, keys, heads, groups, width, keys - queries, scale, scale * LOG2E};
   if (narrow)
     backward((const bf16*)query, (const bf16*)key, (const bf16*)value, intervals, (const bf16*)out, lse,
              (const bf16*)upstream, (bf16*)grad_query, (bf16*)grad_key, (bf16*)grad_value, s, threads);

@@ -85,23 +85,56 @@ inline float largest(vfloat x) {
 }
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
-// exp with Cephes' polynomial (relative error 2e-7): 2^n by the exponent's bits, the rest by degree six. NaN stays.
-inline vfloat exponential(vfloat x) {
+constexpr float C1 = 6.931469776e-1f, C2 = 2.402224209e-1f, C3 = 5.550733743e-2f, C4 = 9.671512645e-3f;
+constexpr float C5 = 1.326472712e-3f;
+
+// 2^(n + r) for whole n and |r| <= 1/2: a polynomial fitted to relative error 1e-7, then the exponent's bits.
+inline vfloat power_of_two(vfloat n, vfloat r) {
+  vfloat p = r * C5 + C4;
+  p = p * r + C3;
+  p = p * r + C2;
+  p = p * r + C1;
+  p = p * r + 1.0f;
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
+#else
+  n = n < splat(-126.0f) ? splat(-127.0f) : n;
+  n = n > splat(127.0f) ? splat(127.0f) : n;
+  return p * (vfloat)(((__builtin_convertvector(n, vint)) + 127) << 23);
+#endif
+}
+inline vfloat nearest_whole(vfloat x) {
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
+#else
   const vfloat magic = splat(12582912.0f);
-  const vfloat low = splat(-87.33654f), high = splat(88.37626f);
-  vfloat y = x < low ? low : x;
-  y = y > high ? high : y;
-  vfloat shifted = y * 1.44269504f + magic;
-  vfloat n = shifted - magic;
-  vfloat r = y - n * 0.693359375f - n * -2.12194440e-4f;
-  vfloat p = r * 1.9875691500e-4f + 1.3981999507e-3f;
-  p = p * r + 8.3334519073e-3f;
-  p = p * r + 4.1665795894e-2f;
-  p = p * r + 1.6666665459e-1f;
-  p = p * r + 5.0000001201e-1f;
-  p = p * (r * r) + r + 1.0f;
-  vfloat power = (vfloat)(((vint)shifted + 127) << 23);
-  return x < low ? vfloat{} : p * power;
+  return (x + magic) - magic;
+#endif
+}
+inline vfloat at_least(vfloat low, vfloat x) {  // a NaN stays one
+#if defined(__AVX512F__)
+  return (vfloat)_mm512_max_ps((__m512)low, (__m512)x);
+#else
+  return x < low ? low : x;
+#endif
+}
+// 2^x and e^x; -inf gives zero, what is too large infinity (3.4e38 without AVX-512), NaN stays.
+inline vfloat exponential2(vfloat x) {
+  x = at_least(splat(-160.0f), x);
+  const vfloat n = nearest_whole(x);
+  return power_of_two(n, x - n);
+}
+inline vfloat exponential(vfloat x) {
+  constexpr float log2e = 1.44269504f;
+  x = at_least(splat(-110.0f), x);
+  const vfloat n = nearest_whole(x * log2e);
+  vfloat r;
+#if defined(__AVX512F__)
+  r = (vfloat)_mm512_fmsub_ps((__m512)x, (__m512)splat(log2e), (__m512)n);  // GCC would round the product, used twice
+#else
+  for (int i = 0; i < LANES; ++i) r[i] = __builtin_fmaf(x[i], log2e, -n[i]);
+#endif
+  return power_of_two(n, r);
 }
 inline vfloat sigmoid(vfloat x) { return 1.0f / (1.0f + exponential(-x)); }
 

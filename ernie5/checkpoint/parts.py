@@ -40,13 +40,15 @@ def missing_ranks(folder: Path, *, ranks: int) -> list[int]:
     return [rank for rank in range(ranks) if not _record(folder, rank=rank).is_file()]
 
 
-def bytes_under(folder: Path) -> int:
-    """What the ranks have written so far, while they rename files."""
-    total = 0
+def activity(folder: Path) -> tuple[int, int]:
+    """What the ranks have written so far, while they rename files: bytes, and when the last was touched (ns). Another
+    value than before says that somebody is at work."""
+    size = newest = 0
     for path in folder.iterdir():
         with contextlib.suppress(FileNotFoundError):  # renamed since the folder was listed
-            total += path.stat().st_size
-    return total
+            found = path.stat()
+            size, newest = size + found.st_size, max(newest, found.st_mtime_ns)
+    return size, newest
 
 
 def join_records(folder: Path, *, ranks: int) -> Part:

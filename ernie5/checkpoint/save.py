@@ -30,7 +30,7 @@ from ernie5.checkpoint.names import (
     rank_file,
     step_name,
 )
-from ernie5.checkpoint.outgoing import OutgoingSlice, write_slices
+from ernie5.checkpoint.outgoing import OutgoingSlice, begin_slices, write_slices
 from ernie5.checkpoint.parts import Part, join_records, sync_directory, sync_file, write_record
 from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
 from ernie5.checkpoint.tensor_file import LazyTensor, file_hash
@@ -57,6 +57,15 @@ class Contents:
     ranks: int = 1
 
 
+@dataclasses.dataclass(frozen=True)
+class PartPlan:
+    """The files of one rank by name, with what they are to hold; known: as in Part."""
+
+    files: dict[str, tuple[OutgoingSlice, ...]]
+    known: tuple[str, ...]
+    rank: int
+
+
 def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfig) -> Path:
     """Write the `contents` of a single rank as `folder`/step-N, point `latest` to it, apply retention, and return its
     path; `saver` does it for many ranks.
@@ -66,7 +75,7 @@ def save_checkpoint(folder: Path, *, contents: Contents, config: CheckpointConfi
     temporary = temporary_folder(folder, step=contents.run.step, token=str(os.getpid()))
     with failures_explained(folder, temporary=temporary):
         prepare(temporary)
-        write_part(temporary, contents=contents)
+        write_part(temporary, plan=plan_part(contents))
         return publish(temporary, contents=contents, config=config)
 
 
@@ -82,16 +91,30 @@ def prepare(temporary: Path) -> None:
     temporary.mkdir()
 
 
-def write_part(temporary: Path, *, contents: Contents) -> None:
-    """Write one rank's files, one slice in memory at a time, and last what they hold. Raises OSError."""
+def plan_part(contents: Contents, *, behind: bool = False) -> PartPlan:
+    """What goes into which file of this rank. behind: training goes on meanwhile, so values on a device are copied into
+    CPU memory here, and those that are there already (no second copy of them fits) `begin_part` puts into the files."""
+    plan = {}
+    for name, slices in zip((MODEL_FILE, OPTIMIZER_FILE), _split_slices(contents, behind=behind), strict=True):
+        if slices or contents.ranks == 1:
+            plan[rank_file(name, rank=contents.rank, ranks=contents.ranks)] = tuple(slices)
+    known = tuple(sorted({part.key for part in contents.slices if not part.is_written}))
+    return PartPlan(plan, known, contents.rank)
+
+
+def begin_part(temporary: Path, *, plan: PartPlan) -> None:
+    """Write what the next step of training changes; it may go on afterwards. Raises OSError."""
+    for name, slices in plan.files.items():
+        begin_slices(temporary / name, slices=slices)
+
+
+def write_part(temporary: Path, *, plan: PartPlan) -> None:
+    """Complete one rank's files, one slice in memory at a time, and write last what they hold. Raises OSError."""
     files: dict[str, FileEntry] = {}
     entries: dict[str, TensorEntry] = {}
-    for name, slices in zip((MODEL_FILE, OPTIMIZER_FILE), split_slices(contents), strict=True):
-        if slices or contents.ranks == 1:
-            file = rank_file(name, rank=contents.rank, ranks=contents.ranks)
-            files[file] = write_slices(temporary / file, slices=slices, entries=entries)
-    known = tuple(sorted({part.key for part in contents.slices if not part.is_written}))
-    write_record(temporary, part=Part(files, entries, known), rank=contents.rank)
+    for name, slices in plan.files.items():
+        files[name] = write_slices(temporary / name, slices=slices, entries=entries)
+    write_record(temporary, part=Part(files, entries, plan.known), rank=plan.rank)
 
 
 def publish(temporary: Path, *, contents: Contents, config: CheckpointConfig) -> Path:
@@ -161,7 +184,7 @@ def _failure_text(folder: Path, *, error: Exception) -> str:
     return f"saving to {folder} failed: {error}. {stands}. Free disk space or repair permissions and run again"
 
 
-def split_slices(contents: Contents) -> tuple[list[OutgoingSlice], list[OutgoingSlice]]:
+def _split_slices(contents: Contents, *, behind: bool) -> tuple[list[OutgoingSlice], list[OutgoingSlice]]:
     """What goes into model.safetensors (weights in training precision, buffers) and into optimizer.safetensors.
 
     With bf16 the fp32 masters go to the optimizer file; with fp32 the weights are the masters and are stored once.
@@ -170,16 +193,21 @@ def split_slices(contents: Contents) -> tuple[list[OutgoingSlice], list[Outgoing
     weights: list[OutgoingSlice] = []
     optimizer: list[OutgoingSlice] = []
     for part in (part for part in contents.slices if part.is_written):
+        changes = behind and part.values.device.type == "cpu"
+        if behind and not changes:
+            part = dataclasses.replace(part, values=part.values.to("cpu", copy=True))
         dtype = torch.bfloat16 if part.kind == PARAMETER and is_bf16 else part.values.dtype
-        (optimizer if part.kind == MOMENT else weights).append(_outgoing(part, key=part.key, dtype=dtype))
+        own = optimizer if part.kind == MOMENT else weights
+        own.append(_outgoing(part, key=part.key, dtype=dtype, changes=changes))
         if part.kind == PARAMETER and is_bf16:
-            optimizer.append(_outgoing(part, key=MASTER_PREFIX + part.key, dtype=part.values.dtype))
+            master = _outgoing(part, key=MASTER_PREFIX + part.key, dtype=part.values.dtype, changes=changes)
+            optimizer.append(master)
     return weights, optimizer
 
 
-def _outgoing(part: StateSlice, *, key: str, dtype: torch.dtype) -> OutgoingSlice:
+def _outgoing(part: StateSlice, *, key: str, dtype: torch.dtype, changes: bool) -> OutgoingSlice:
     lazy = LazyTensor(dtype, part.box.shape, lambda: part.values.detach().cpu())
-    return OutgoingSlice(key, part.shape, part.box, lazy)
+    return OutgoingSlice(key, part.shape, part.box, lazy, changes)
 
 
 def _replace_text(path: Path, *, text: str) -> None:

@@ -14,8 +14,18 @@ from collections.abc import Callable
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.parts import bytes_under, missing_ranks
-from ernie5.checkpoint.save import Contents, failures_explained, prepare, publish, temporary_folder, write_part
+from ernie5.checkpoint.parts import activity, missing_ranks
+from ernie5.checkpoint.save import (
+    Contents,
+    PartPlan,
+    begin_part,
+    failures_explained,
+    plan_part,
+    prepare,
+    publish,
+    temporary_folder,
+    write_part,
+)
 from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
 from ernie5.engine.interface import Engine
 from ernie5.errors import EnvironmentFault
@@ -40,9 +50,10 @@ class Saver:
         """What the last save took on this rank, in the background."""
         return self._writer.seconds
 
-    def start(self, contents: Contents) -> None:
-        """Begin to save, on every rank; collective. Raises EnvironmentFault on every rank where rank 0 cannot make the
-        folder."""
+    def start(self, contents: Contents, *, behind: bool = False) -> None:
+        """Begin to save, on every rank; collective. behind: what training changes is safe when this returns; else it
+        must wait until the save is settled. Raises EnvironmentFault on every rank where rank 0 cannot make the
+        folder; what fails later, `settle` tells."""
         self._is_void.clear()
         self._is_alone.clear()
         token = self._engine.gather({"token": f"{os.getpid()}-{time.time_ns():x}"})[0]["token"]
@@ -57,7 +68,13 @@ class Saver:
         if self._engine.total(float(problem is not None)):
             raise problem or EnvironmentFault(ELSEWHERE)
         self._temporary = temporary
-        self._writer.start(self._job(contents, temporary=temporary))
+        plan = plan_part(contents, behind=behind)
+        begun: OSError | None = None
+        try:
+            begin_part(temporary, plan=plan)
+        except OSError as error:
+            begun = error  # the others are about to settle: they are told there
+        self._writer.start(self._job(contents, plan=plan, temporary=temporary, begun=begun))
 
     def settle(self, *, wait: bool) -> SaveStatus:
         """How the save in flight stands, the same on every rank; collective."""
@@ -101,25 +118,27 @@ class Saver:
         if self._engine.is_main and self._temporary is not None:
             shutil.rmtree(self._temporary, ignore_errors=True)
 
-    def _job(self, contents: Contents, *, temporary: Path) -> Callable[[], Path]:
+    def _job(
+        self, contents: Contents, *, plan: PartPlan, temporary: Path, begun: OSError | None
+    ) -> Callable[[], Path]:
         def part() -> Path:
-            if contents.rank > 0:
-                return _write_own(temporary, contents=contents)
             with failures_explained(self._folder, temporary=None):
-                write_part(temporary, contents=contents)
+                _complete(temporary, plan=plan, begun=begun)
+                if contents.rank > 0:
+                    return temporary
                 self._await_others(temporary, ranks=contents.ranks)
                 return publish(temporary, contents=contents, config=self._config)
 
         return part
 
     def _await_others(self, temporary: Path, *, ranks: int) -> None:
-        size, since = -1, time.monotonic()
+        seen, since = (-1, -1), time.monotonic()
         while missing := missing_ranks(temporary, ranks=ranks):
             if self._is_void.is_set():
                 raise EnvironmentFault(ELSEWHERE)
-            found = bytes_under(temporary)
-            if found != size:
-                size, since = found, time.monotonic()
+            found = activity(temporary)
+            if found != seen:
+                seen, since = found, time.monotonic()
             if self._is_alone.is_set() and time.monotonic() - since > STILL_SECONDS:
                 raise EnvironmentFault(
                     f"rank {missing[0]} is gone and has not written its part: this save is void. The checkpoint before "
@@ -128,13 +147,14 @@ class Saver:
             time.sleep(POLL_SECONDS)
 
 
-def _write_own(temporary: Path, *, contents: Contents) -> Path:
-    """The part of another rank than 0. A folder that is gone was removed by a run that has started since."""
-    with failures_explained(temporary.parent, temporary=None):
-        try:
-            write_part(temporary, contents=contents)
-        except FileNotFoundError as error:
-            if temporary.is_dir():
-                raise
-            raise EnvironmentFault(ELSEWHERE) from error
-    return temporary
+def _complete(temporary: Path, *, plan: PartPlan, begun: OSError | None) -> None:
+    """Write this rank's part, unless its beginning has failed. A folder that is gone was removed by a run that has
+    started since."""
+    try:
+        if begun is not None:
+            raise begun
+        write_part(temporary, plan=plan)
+    except FileNotFoundError as error:
+        if plan.rank == 0 or temporary.is_dir():
+            raise
+        raise EnvironmentFault(ELSEWHERE) from error

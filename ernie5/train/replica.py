@@ -45,7 +45,7 @@ class ReplicaHook(Hook):
             return
         self._settle()
         try:
-            self._saver.start(self._snapshot.take(copies=True))
+            self._saver.start(self._snapshot.take(), behind=True)
             self._is_begun = True
         except EnvironmentFault as error:
             self._warn(error)

@@ -1,4 +1,4 @@
-"""When checkpoints are written, while training goes on: the copy in memory is all that a step waits for."""
+"""When checkpoints are written, while training goes on: a step waits until its state is safe from the next one."""
 
 from __future__ import annotations
 
@@ -58,19 +58,12 @@ class Snapshot:
         self._engine, self._progression, self._data = engine, progression, data
         self._identity, self._records = identity, records
 
-    def take(self, *, copies: bool) -> Contents:
-        """This rank's slices; collective. copies: those that it writes in CPU memory of their own, as training goes on;
-        else views, which cost nothing while it waits."""
+    def take(self) -> Contents:
+        """This rank's slices, as views of live memory, and the rest of the state; collective."""
         self._records.metrics.flush()
         self._records.routing.save_now()
-        slices = list(self._engine.slices())
-        if copies:
-            slices = [
-                dataclasses.replace(part, values=part.values.to("cpu", copy=True)) if part.is_written else part
-                for part in slices
-            ]
         return Contents(
-            slices=tuple(slices),
+            slices=tuple(self._engine.slices()),
             updates=self._engine.updates,
             magnitudes=self._engine.magnitudes.cpu().clone(),
             run=self._progression.snapshot(data=merge_states(self._engine.gather(self._data.state_dict()))),
@@ -149,7 +142,7 @@ class CheckpointHook(Hook):
         if self._begun_step is not None:
             self._settle(wait=wait or self._begun_step != self._progression.step)
         if self._begun_step is None and self._saved_step != self._progression.step:
-            self._saver.start(self._snapshot.take(copies=not wait))
+            self._saver.start(self._snapshot.take(), behind=not wait)
             self._begun_step = self._progression.step
             if self._config.format == "deepspeed":
                 save_native(self._folder / NATIVE_FOLDER, engine=self._engine, keep=self._config.keep)

@@ -62,10 +62,19 @@ def contents_of(engine: Engine, *, step: int, precision: str = "fp32") -> Conten
                     engine.rank, engine.world_size)
 
 
-def save(engine: Engine, *, folder: Path, step: int = STEP, precision: str = "fp32") -> Path:
-    """A checkpoint of all ranks."""
+def save(
+    engine: Engine, *, folder: Path, step: int = STEP, precision: str = "fp32", behind: bool = False
+) -> Path:
+    """A checkpoint of all ranks. behind: the state is spoilt as soon as training might go on, and comes back later."""
     saver = Saver(folder, config=CheckpointConfig(keep=9), engine=engine)
-    saver.start(contents_of(engine, step=step, precision=precision))
+    saver.start(contents_of(engine, step=step, precision=precision), behind=behind)
+    if behind:
+        kept = [part.values.clone() for part in engine.slices()]
+        for part in engine.slices():
+            part.values.fill_(7)
+        saver.settle(wait=True)
+        for part, values in zip(engine.slices(), kept, strict=True):
+            part.values.copy_(values)
     saver.settle(wait=True)
     saver.result()
     return latest_checkpoint(folder)
@@ -93,21 +102,22 @@ def reload_everywhere(source: str, folder: str, layouts: dict[str, dict], precis
         after = [part.values.clone() for part in engine.slices()]
         other = make_engine(layout, seed=5, precision=precision)
         other.load_state(load_run(path).engine)
-        save(other, folder=Path(folder) / f"{name}-again", precision=precision)
+        save(other, folder=Path(folder) / f"{name}-again", precision=precision, behind=True)
         twice = train(other, seed=9)
         same = all(torch.equal(a, part.values) for a, part in zip(after, other.slices(), strict=True))
         results[name] = {"path": str(path), "once": once, "twice": twice, "same": same}
     return results
 
 
-def fail_on_one_rank(folder: str, failing: int) -> tuple[str, list[str]]:
+def fail_on_one_rank(folder: str, failing: int, phase: str) -> tuple[str, list[str]]:
     """A first save, then one whose writing fails on one rank while the other is still at its own; the message, and what
-    is left in the folder."""
+    is left in the folder. phase: behind the training, where the disk is full before it goes on, or while it waits."""
     engine = make_engine({"ep": 2})
     save(engine, folder=Path(folder), step=1)
-    write_whole = outgoing.write_tensor_file
+    name = "begin_tensor_file" if phase == "behind" else "write_tensor_file"
+    write_whole = getattr(outgoing, name)
 
-    def write(path: Path, *, tensors: object) -> object:
+    def write(path: Path, *, tensors: object, **options: object) -> object:
         if engine.rank == failing:
             path.write_bytes(b"half")
             raise OSError(errno.ENOSPC, "No space left on device", str(path))
@@ -115,11 +125,11 @@ def fail_on_one_rank(folder: str, failing: int) -> tuple[str, list[str]]:
         while time.monotonic() < deadline and path.parent.is_dir():  # a folder in which files appear resists removal
             with contextlib.suppress(FileNotFoundError):
                 path.with_suffix(f".{time.monotonic_ns()}").touch()
-        return write_whole(path, tensors=tensors)
+        return write_whole(path, tensors=tensors, **options)
 
-    outgoing.write_tensor_file = write
+    setattr(outgoing, name, write)
     try:
-        save(engine, folder=Path(folder), step=2)
+        save(engine, folder=Path(folder), step=2, behind=phase == "behind")
         message = "saved"
     except EnvironmentFault as error:
         message = str(error)

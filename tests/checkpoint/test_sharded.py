@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import importlib.util
 import json
+import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
@@ -14,9 +15,9 @@ import pytest
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_run
 from ernie5.checkpoint.manifest import read_manifest
-from ernie5.checkpoint.parts import bytes_under
+from ernie5.checkpoint.parts import activity
 from ernie5.checkpoint.reshard import LayoutPlan, reshard
-from ernie5.checkpoint.save import prepare, publish, write_part
+from ernie5.checkpoint.save import plan_part, prepare, publish, write_part
 from ernie5.errors import CheckpointError
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.stages import plan_stages
@@ -113,11 +114,12 @@ def test_bf16_masters_go_through_a_layout_too(run_ranks_once: Callable, tmp_path
         assert (back / path.name).read_bytes() == path.read_bytes(), path.name
 
 
+@pytest.mark.parametrize("phase", ["behind", "waiting"])
 @pytest.mark.parametrize("failing", [0, 1])
 def test_a_disk_that_is_full_for_one_rank_leaves_the_previous_checkpoint(
-    failing: int, run_ranks_once: Callable, tmp_path: Path
+    failing: int, phase: str, run_ranks_once: Callable, tmp_path: Path
 ) -> None:
-    results = run_ranks_once(JOB.fail_on_one_rank, 2, str(tmp_path), failing)
+    results = run_ranks_once(JOB.fail_on_one_rank, 2, str(tmp_path), failing, phase)
     messages = [message for message, _ in results]
     assert "No space left" in messages[failing] and "previous checkpoint stands" in messages[failing], results
     assert "saving failed on another rank" in messages[1 - failing]
@@ -128,7 +130,10 @@ def test_a_disk_that_is_full_for_one_rank_leaves_the_previous_checkpoint(
 def test_a_file_that_is_renamed_while_a_folder_is_read_counts_for_nothing(tmp_path: Path) -> None:
     (tmp_path / "model.safetensors").write_bytes(b"abc")
     (tmp_path / ".part-00001.new").symlink_to(tmp_path / "gone")  # listed, but not there when it is asked for its size
-    assert bytes_under(tmp_path) == 3
+    before = activity(tmp_path)
+    assert before[0] == 3 and before == activity(tmp_path)
+    os.utime(tmp_path / "model.safetensors")  # as a rank does that reads its file back
+    assert activity(tmp_path) != before
 
 
 def test_what_no_rank_wrote_never_becomes_a_checkpoint(run_ranks_once: Callable, tmp_path: Path) -> None:
@@ -208,7 +213,7 @@ def test_a_rank_that_writes_no_record_voids_the_save(tmp_path: Path) -> None:
     contents = dataclasses.replace(JOB.contents_of(JOB.make_engine(None), step=1), ranks=2)
     temporary = tmp_path / ".tmp-step-00000001-x"
     prepare(temporary)
-    write_part(temporary, contents=contents)
+    write_part(temporary, plan=plan_part(contents))
     with pytest.raises(CheckpointError, match="rank 1 of 2 has written nothing"):
         publish(temporary, contents=contents, config=CheckpointConfig())
     assert not (tmp_path / "latest").exists()

@@ -1,16 +1,8 @@
-"""Peak memory of every rank while a checkpoint is saved and loaded, beside the state that the rank itself holds.
-
-    python tools/checkpoint_memory.py --ranks 2 --layout ep=2 --width 512
-
-Forks the ranks of a grid engine, and prints what a save that waits, one behind the training, and a load add at their
-peak (VmHWM) to what stood before, beside a rank's state (fp32 weights, two moments). Exit code 1 beyond 1.2.
-"""
+"""One rank of a grid engine that saves and loads: bytes at the peak, and seconds."""
 
 import argparse
-import dataclasses
-import multiprocessing
-import sys
-import tempfile
+import statistics
+import time
 from collections.abc import Callable
 from pathlib import Path
 
@@ -31,27 +23,11 @@ from ernie5.objectives.config import ObjectivesConfig
 from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
 
-
-def main() -> int:
-    """Run the measurement; returns the exit code."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    for name, default in (("ranks", 2), ("width", 512), ("layers", 3), ("experts", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--layout", default="ep=2", help="degrees such as tp=2,ep=2")
-    parser.add_argument("--work", help="folder for the checkpoint")
-    options = parser.parse_args()
-    pool = multiprocessing.get_context("fork").Pool(options.ranks)
-    with tempfile.TemporaryDirectory(dir=options.work) as work, pool:
-        found = pool.starmap(run_rank, [(options, rank, Path(work)) for rank in range(options.ranks)], chunksize=1)
-    largest, whole = max(one["state"] for one in found), found[0]["whole"]
-    print(f"whole state {whole / 2**20:,.0f} MiB, largest rank {largest / 2**20:,.0f} MiB")
-    for phase, added in ((phase, max(one[phase] for one in found)) for phase in ("save", "save behind", "load")):
-        print(f"{phase}: {added / 2**20:,.1f} MiB added at the peak, {1 + added / largest:.3f} x the largest state")
-    return int(max(one[phase] for one in found for phase in ("save", "load")) > 0.2 * largest)
+ROUNDS = 5
 
 
-def run_rank(options: argparse.Namespace, rank: int, work: Path) -> dict[str, int]:
-    """One rank: build, save twice, load; bytes by phase."""
+def run_rank(options: argparse.Namespace, rank: int, work: Path) -> dict[str, float]:
+    """One rank: build, save, load; bytes by phase, and seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=options.ranks)
     width, experts = options.width, options.experts
@@ -69,16 +45,23 @@ def run_rank(options: argparse.Namespace, rank: int, work: Path) -> dict[str, in
     figures["state"] = sum(part.values.nbytes for part in engine.slices())
     saver = Saver(work / "checkpoints", config=CheckpointConfig(), engine=engine)
 
-    def save(step: int, *, copies: bool) -> None:
-        parts = [dataclasses.replace(part, values=part.values.clone()) if copies and part.is_written else part
-                 for part in engine.slices()]
+    stalls: list[tuple[float, float]] = []
+    copies: list[tuple[float, float]] = []
+
+    def save(step: int, *, behind: bool) -> None:
         run = RunState(step, 0, {}, {})
-        saver.start(Contents(tuple(parts), 0, engine.magnitudes, run, "", "fp32", {}, rank, options.ranks))
+        contents = Contents(tuple(engine.slices()), 0, engine.magnitudes, run, "", "fp32", {}, rank, options.ranks)
+        stalls.append(seconds(lambda: saver.start(contents, behind=behind)))
         saver.settle(wait=True)
         saver.result()
 
-    figures["save"] = peak(lambda: save(1, copies=False))
-    figures["save behind"] = peak(lambda: save(2, copies=True))
+    figures["save"] = peak(lambda: save(1, behind=False))
+    figures["save behind"] = peak(lambda: save(2, behind=True))
+    for step in range(3, 3 + ROUNDS):
+        copies.append(seconds(lambda: [part.values.clone() for part in engine.slices() if part.is_written]))
+        save(step, behind=True)
+    for name, found in (("stall", stalls[2:]), ("copy", copies)):
+        figures[name], figures[f"{name} cpu"] = (statistics.median(column) for column in zip(*found, strict=True))
     figures["load"] = peak(lambda: engine.load_state(open_run(work / "checkpoints").engine))
     dist.destroy_process_group()
     return figures
@@ -96,5 +79,10 @@ def resident(field: str) -> int:
     return 1024 * int(Path("/proc/self/status").read_text().split(f"{field}:")[1].split()[0])
 
 
-if __name__ == "__main__":
-    sys.exit(main())
+def seconds(run: Callable[[], object]) -> tuple[float, float]:
+    """Seconds on the clock, and those of this process's CPU time, until `run` returns."""
+    clock, cpu = time.perf_counter(), time.process_time()
+    kept = run()  # what it returns is freed outside of the figures
+    figures = time.perf_counter() - clock, time.process_time() - cpu
+    del kept
+    return figures

@@ -1,13 +1,15 @@
 """Which keys each chunk of query rows needs: made once per batch from row intervals, used by every layer.
 
 Chunks end at document borders where that leaves them large enough, so short packed documents cost their own length
-squared and no more. Building a plan reads the intervals on the host: one synchronisation per batch on a GPU.
+squared and no more. They are for the back end `torch` alone and made when it first asks, which reads the intervals on
+the host: one synchronisation per batch on a GPU.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import functools
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -51,15 +53,25 @@ class DenseMask:
 
 @dataclasses.dataclass(frozen=True)
 class AttentionPlan:
-    """intervals [B, S, 4] on the device of the tensors (None: everything is visible), and the chunks.
+    """intervals [B, S, 4] on the device of the tensors (None: everything is visible).
 
-    `dense` and `blocks` are the mask as PyTorch's own attention wants it, made on first use and kept for all layers.
+    `chunks`, `dense` and `blocks` are the mask as our own path in PyTorch and PyTorch's own attention want it, made on
+    first use and kept for all layers.
     """
 
     intervals: torch.Tensor | None
     query_start: int
     query_tokens: int
-    chunks: tuple[Chunk, ...]
+    make_chunks: Callable[[], list[Chunk]]
+
+    @functools.cached_property
+    def chunks(self) -> tuple[Chunk, ...]:
+        """The queries in runs, each with the keys it needs, masks on the device of the intervals."""
+        return tuple(
+            c if c.hidden is None
+            else dataclasses.replace(c, hidden=c.hidden.to(self.intervals.device, non_blocking=True))
+            for c in self.make_chunks()
+        )
 
     @functools.cached_property
     def dense(self) -> DenseMask | None:
@@ -109,20 +121,24 @@ def plan_attention(
     .Batch); None lets every query see every key, which is right for one token or one visual block after a cache.
     """
     query_start = key_tokens - query_tokens
-    if intervals is None:
-        chunks = [
+
+    def everything() -> list[Chunk]:
+        return [
             Chunk(row, start, min(start + chunk_rows, query_tokens), 0, key_tokens, start, True, None)
             for row in range(batch_rows)
             for start in range(0, query_tokens, chunk_rows)
         ]
-        return AttentionPlan(None, query_start, query_tokens, tuple(chunks))
-    host = intervals.detach().cpu()
-    keep = batch_rows * query_tokens * min(key_tokens, 4 * chunk_rows) <= KEPT_MASK_BYTES
-    chunks = []
-    for row in range(batch_rows):
-        for start, end in _cuts(host[row, :, 3], first=query_start, last=key_tokens, chunk_rows=chunk_rows):
-            chunks.append(_chunk(host[row], row=row, start=start, end=end, query_start=query_start, keep=keep))
-    return AttentionPlan(intervals, query_start, query_tokens, _moved(chunks, device=intervals.device))
+
+    def needed() -> list[Chunk]:
+        host = intervals.detach().cpu()
+        keep = batch_rows * query_tokens * min(key_tokens, 4 * chunk_rows) <= KEPT_MASK_BYTES
+        return [
+            _chunk(host[row], row=row, start=start, end=end, query_start=query_start, keep=keep)
+            for row in range(batch_rows)
+            for start, end in _cuts(host[row, :, 3], first=query_start, last=key_tokens, chunk_rows=chunk_rows)
+        ]
+
+    return AttentionPlan(intervals, query_start, query_tokens, everything if intervals is None else needed)
 
 
 def plan_piecewise(
@@ -137,26 +153,21 @@ def plan_piecewise(
     intervals [B, S, 4] of the selected columns, in the order of the keys; pieces: (first row, rows) of each run, which
     stand one after another among the queries. Every query is covered, also where none of these keys is visible.
     """
-    host = intervals.detach().cpu()
-    chunks: list[Chunk] = []
-    for row in range(host.shape[0]):
-        local = 0
-        for first, rows in pieces:
-            for start in range(0, rows, chunk_rows):
-                end = min(start + chunk_rows, rows)
-                chunk = _chunk(
-                    host[row], row=row, start=first + start, end=first + end, query_start=first - local, keep=keep_masks
-                )
-                chunks.append(chunk)
-            local += rows
-    return AttentionPlan(intervals, 0, local, _moved(chunks, device=intervals.device))
 
+    def chunks() -> list[Chunk]:
+        host = intervals.detach().cpu()
+        return [
+            _chunk(
+                host[row], row=row, start=first + start, end=first + min(start + chunk_rows, rows),
+                query_start=first - before, keep=keep_masks,
+            )
+            for row in range(host.shape[0])
+            for (first, rows), before in zip(pieces, local, strict=True)
+            for start in range(0, rows, chunk_rows)
+        ]
 
-def _moved(chunks: list[Chunk], *, device: torch.device) -> tuple[Chunk, ...]:
-    return tuple(
-        dataclasses.replace(c, hidden=None if c.hidden is None else c.hidden.to(device, non_blocking=True))
-        for c in chunks
-    )
+    local = [sum(rows for _, rows in pieces[:index]) for index in range(len(pieces))]
+    return AttentionPlan(intervals, 0, sum(rows for _, rows in pieces), chunks)
 
 
 def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int) -> list[tuple[int, int]]:

@@ -17,6 +17,7 @@ from transformers import AutoTokenizer
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_model
 from ernie5.checkpoint.manifest import RunState, read_manifest
+from ernie5.checkpoint.reshard import reshard
 from ernie5.checkpoint.save import Contents, save_checkpoint
 from ernie5.config.load import config_from_dict, config_to_dict, config_to_yaml
 from ernie5.engine.interface import EngineState
@@ -115,6 +116,32 @@ def test_our_own_checkpoint_of_any_precision_comes_back_from_the_hub_bit_for_bit
     assert torch.equal(masters["model.norm.weight"], wanted) and masters["model.norm.weight"].dtype == torch.float32
     name = "model.layers.0.self_attn.q_proj.weight"
     assert 0 < (masters[name] - read_all(tmp_path / "hub")[name].float()).abs().max() < 0.01
+
+
+@pytest.mark.parametrize(("precision", "ranks"), [("fp32", 1), ("bf16", 1), ("bf16", 3)])
+def test_the_fp32_weights_of_a_run_in_one_file_as_zero_to_fp32_gives_them(
+    precision: str, ranks: int, convert: Callable, verb: Callable, tmp_path: Path
+) -> None:
+    """Of a checkpoint by one rank or several: masters where there are some, every tensor fp32, media included."""
+    own = save(tmp_path, model=UNIFIED, precision=precision)
+    weights, optimizer = load_file(own / "model.safetensors"), load_file(own / "optimizer.safetensors")
+    wanted = {name: optimizer.get(f"master/{name}", value) for name, value in weights.items()}
+    if ranks > 1:
+        reshard(own, target=tmp_path / "parts", ranks=ranks, plan=None)
+        own = tmp_path / "parts"
+    convert(own, tmp_path / "fp32", "ernie5", "--masters", "--dtype", "fp32")
+    found = load_file(tmp_path / "fp32" / "model.safetensors")
+    assert equal(found, wanted) and {value.dtype for value in found.values()} == {torch.float32}
+    assert any(not torch.equal(found[name], weights[name].float()) for name in weights) == (precision == "bf16")
+    loaded = load_model(tmp_path / "fp32")
+    assert loaded.manifest.precision == "fp32" and not list((tmp_path / "fp32").glob("optimizer*"))
+    state = dict(loaded.model.named_parameters())
+    assert all(torch.equal(state[name], wanted[name]) for name in state)
+    part = sorted(own.glob("optimizer*"))[-1]
+    part.write_bytes(part.read_bytes()[:-1] + bytes([part.read_bytes()[-1] ^ 1]))
+    code, _, err = verb("convert", own, tmp_path / "damaged", "--to", "ernie5", "--masters")
+    assert code == 2 and part.name in err and "Take another checkpoint" in err
+    assert not (tmp_path / "damaged").exists()
 
 
 def test_a_model_that_ernie45_cannot_express_is_refused_by_setting_and_media_by_name(

@@ -64,7 +64,7 @@ def convert(request: Request) -> Report:
         raise CheckpointError(f"{request.source} does not exist. Give a checkpoint, a run or a model directory")
     source = open_source(request.source, masters=request.masters)
     check_target(request.target, source=source.directory, force=request.force)
-    _check_bytes(source.directory, manifest=source.manifest)
+    _check_bytes(source.directory, manifest=source.manifest, with_optimizer=request.masters)
     source = _chosen_part(source, request=request)
     if request.into is not None and request.format != VL_FORMAT:
         raise CheckpointError(f"--into belongs to --to {VL_FORMAT}")
@@ -101,10 +101,10 @@ def convert(request: Request) -> Report:
     return Report(source.format, len(copied), total_bytes(files), workspace.resumed, (*source.notes, *notes))
 
 
-def _check_bytes(directory: Path, *, manifest: Manifest | None) -> None:
+def _check_bytes(directory: Path, *, manifest: Manifest | None, with_optimizer: bool) -> None:
     """A flipped byte must not become a good-looking export: compare our own checkpoints with their checksums first."""
     if manifest is not None:
-        damage = find_damage(directory, manifest=manifest, with_optimizer=False)
+        damage = find_damage(directory, manifest=manifest, with_optimizer=with_optimizer)
         if damage:
             raise CheckpointError(f"{'; '.join(damage)}. Take another checkpoint")
 

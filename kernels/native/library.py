@@ -25,6 +25,7 @@ import torch
 
 SOURCES = (
     "gemm.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp", "optimizer.cpp",
+    "compact.cpp",
 )
 HEADERS = ("vector.h", "gemm.h", "swiglu.h")
 FLAGS = (

@@ -1,0 +1,65 @@
+"""AdamW with less state: moments of 8 bits, and bf16 weights without fp32 masters, rounded at random."""
+
+from __future__ import annotations
+
+import torch
+
+from ..adamw.reference import AdamWStep
+from ..checks import require, require_beside
+from ..dispatch import choose_backend
+from ..native.library import native_library
+from .native import adamw_compact_native
+from .reference import CompactTensors, Moment, adamw_compact_reference, count_blocks
+
+OFFERED = ("native", "reference")
+OP = "adamw_compact"
+
+__all__ = ["AdamWStep", "CompactTensors", "Moment", "adamw_compact", "count_blocks"]
+
+
+def adamw_compact(
+    tensors: CompactTensors,
+    *,
+    step: AdamWStep,
+    gradient_scale: torch.Tensor | None = None,
+    backend: str = "auto",
+) -> None:
+    """Update one tensor's parameter, moments and copy in place.
+
+    gradient_scale: one number, such as a clipping factor. The parameter is bf16 or fp32, the gradient either, a copy
+    bf16 and beside an fp32 parameter alone; all contiguous. Equal seeds and steps give equal bits, whatever the number
+    of threads. Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
+    """
+    _require(tensors)
+    device = tensors.parameter.device
+    native = device.type == "cpu" and native_library() is not None
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=device, native=native)
+    run = adamw_compact_native if chosen == "native" else adamw_compact_reference
+    run(tensors, step=step, gradient_scale=gradient_scale)
+
+
+def _require(one: CompactTensors) -> None:
+    parameter, either = one.parameter, (torch.float32, torch.bfloat16)
+    state = (torch.float32,) if one.first.scales is None else (torch.uint8,)
+    parts = [
+        ("parameter", parameter, either), ("gradient", one.gradient, either),
+        ("first moment", one.first.values, state), ("second moment", one.second.values, state),
+    ]
+    if one.copy is not None:
+        holds = parameter.dtype == torch.float32
+        require(holds, op=OP, name="parameter", tensor=parameter, rule="only float32 has a copy in bfloat16")
+        parts.append(("copy", one.copy, (torch.bfloat16,)))
+    for name, tensor, dtypes in parts:
+        rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
+        require(tensor.dtype in dtypes, op=OP, name=name, tensor=tensor, rule=rule)
+        rule = f"it must have the parameter's shape {tuple(parameter.shape)}"
+        require(tensor.shape == parameter.shape, op=OP, name=name, tensor=tensor, rule=rule)
+        require(tensor.is_contiguous(), op=OP, name=name, tensor=tensor, rule="it must be contiguous")
+        require_beside(tensor, first=parameter, op=OP, name=name)
+    if (one.first.scales is None) != (one.second.scales is None):
+        raise ValueError("adamw_compact: one moment has scales and the other has none; both are codes, or neither")
+    for name, scales in (("first scales", one.first.scales), ("second scales", one.second.scales)):
+        if scales is not None:
+            blocks = count_blocks(parameter.numel())
+            holds = scales.shape == (blocks,) and scales.dtype == torch.float32 and scales.is_contiguous()
+            require(holds, op=OP, name=name, tensor=scales, rule=f"it must be [{blocks}] of float32")

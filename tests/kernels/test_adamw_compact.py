@@ -105,7 +105,7 @@ def test_moments_of_8_bits_follow_those_of_fp32(backend: str) -> None:
     """Means over many equal elements: the codes' rounding has no drift, also when gradients stop and means decay."""
     count, steps = 8_192, 40
     coded, plain = (
-        CompactTensors(torch.ones(count), torch.zeros(count), moment((count,), coded=c), moment((count,), coded=c), 0, 1)
+        CompactTensors(torch.ones(count), torch.zeros(count), *(moment((count,), coded=c) for _ in range(2)), 0.0, 1)
         for c in (True, False)
     )
     sizes = torch.tensor([1.0, 0.3, 0.01, 1e-3]).repeat(count // 4)

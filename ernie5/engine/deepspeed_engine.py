@@ -162,8 +162,12 @@ class DeepSpeedEngine(Engine):
         self.updates, self.magnitudes = updates, magnitudes.to(self.device)
 
     def save_native(self, folder: Path, *, name: str) -> None:
-        """DeepSpeed's own checkpoint, and the scripts that it leaves beside it; collective."""
-        self._engine.save_checkpoint(str(folder), tag=name)
+        """DeepSpeed's own checkpoint, which its ds_to_universal.py takes as it is, and the scripts that it leaves
+        beside it; collective."""
+        from deepspeed.checkpoint import constants as keys
+
+        version = {keys.UNIVERSAL_CHECKPOINT_VERSION_KEY: keys.UNIVERSAL_CHECKPOINT_VERSION_VALUE}
+        self._engine.save_checkpoint(str(folder), tag=name, client_state={keys.UNIVERSAL_CHECKPOINT_INFO: version})
 
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""

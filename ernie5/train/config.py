@@ -165,6 +165,11 @@ class RootConfig(Config):
         reason, experts = None, self.parallel.ep * self.parallel.etp
         if self.engine.kind != "deepspeed":
             reason = f"the {self.engine.kind} engine has no such files. Set engine.kind: deepspeed"
+        elif self.parallel.tp > 1:
+            reason = (
+                f"with tp = {self.parallel.tp} DeepSpeed's ds_to_universal.py joins every weight of the tensor ranks "
+                "along its first axis, even what all of them hold whole, and zero_to_fp32.py stops. Set parallel.tp: 1"
+            )
         elif experts > 1:
             reason = (
                 f"with ep x etp = {experts} DeepSpeed saves the experts of one rank and loses all others. Set "

@@ -33,9 +33,9 @@ def deepspeed_config(
 ) -> dict[str, object]:
     """Return DeepSpeed's JSON configuration; raises ConfigError for combinations that would not equal `local`.
 
-    Stage 0 clips by itself in the engine (DeepSpeed clips there by other rules); stages 1 to 3 clip inside DeepSpeed,
-    where the norm over shards is known. Buckets are no larger than the model: stage 2 allocates them whole. In bf16,
-    DeepSpeed would add up the gradients of stage 0 in bf16: it then holds fp32 parameters, the step runs on copies.
+    DeepSpeed clips where it has cut gradients into pieces, by the norm of `deepspeed_norm`. Buckets are no larger than
+    the model: stage 2 allocates them whole. In bf16, DeepSpeed would add up the gradients of stage 0 in bf16: it then
+    holds fp32 parameters, the step runs on copies.
     """
     check_combination(engine, optim=optim)
     if engine.offload_optimizer != "none":
@@ -45,7 +45,7 @@ def deepspeed_config(
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.micro_batches,
         "train_batch_size": plan.micro_sequences * plan.micro_batches * plan.dp,
-        "gradient_clipping": optim.clip_norm if engine.zero_stage > 0 else 0.0,
+        "gradient_clipping": 0.0 if clips_by_itself(engine) else optim.clip_norm,
         "zero_allow_untested_optimizer": True,
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
@@ -65,6 +65,13 @@ def deepspeed_config(
         result["bf16"] = {"enabled": True}
         result["data_types"] = {"grad_accum_dtype": "fp32"}
     return result
+
+
+def clips_by_itself(engine: EngineConfig) -> bool:
+    """Whether gradients stay whole, so that the engine clips them: stage 0, and DeepSpeed's optimizer for stage 1 in
+    bf16 (it is another one where the optimizer's state is on the host)."""
+    is_bf16_optimizer = engine.zero_stage == 1 and engine.precision == "bf16" and engine.offload_optimizer == "none"
+    return engine.zero_stage == 0 or is_bf16_optimizer
 
 
 def _whole_while_used(layer_params: int) -> dict[str, object]:

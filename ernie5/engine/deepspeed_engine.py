@@ -8,6 +8,7 @@ micro-batches is switched off for the same reason.
 from __future__ import annotations
 
 import contextlib
+import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -20,22 +21,27 @@ from ernie5.engine.clipping import clip_over_ranks
 from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
 from ernie5.engine.deepspeed_experts import ExpertPlacement
 from ernie5.engine.deepspeed_launch import start_processes
+from ernie5.engine.deepspeed_norm import own_norm, whole_gradients
 from ernie5.engine.deepspeed_order import OrderedStep
+from ernie5.engine.deepspeed_pipe import StagedPasses
 from ernie5.engine.deepspeed_state import DeepSpeedState
-from ernie5.engine.deepspeed_topology import place_tensor
+from ernie5.engine.deepspeed_topology import place_parts
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
 from ernie5.engine.recompute import install_recompute
+from ernie5.model.shard_plan import Section
+from ernie5.observe.log import get_log
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
-from ernie5.parallel.apply import apply_layout
+from ernie5.parallel.apply import Layout, apply_layout
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.pipeline import Passed, Pipeline
 from ernie5.parallel.state import build_state
 from ernie5.parallel.verify import check_copies
-from ernie5.records import Batch
+from ernie5.records import Batch, TargetCounts
 
 
 class DeepSpeedEngine(Engine):
@@ -59,17 +65,17 @@ class DeepSpeedEngine(Engine):
 
         self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
-        parallel.check_zero()
+        parallel.check_zero(engine.zero_stage)
         parallel.check_optimizer(optim.name)
         parallel_state = build_state(parallel.derive_dims(self.world_size), node_size=parallel.node_size)
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage, self.updates = engine.zero_stage, 0
         self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
-        self._data_axis = parallel_state.dp_cp
+        self._data_axis, self._pp_axis = parallel_state.dp_cp, parallel_state.pp
         model.to(device)
         install_recompute(model, engine=engine, device=device)
-        topology = place_tensor(model, layout=self._layout)
+        topology = place_parts(model, layout=self._layout)
         placement = ExpertPlacement(self._layout, stage=self._stage)
         placement.mark(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
@@ -80,6 +86,7 @@ class DeepSpeedEngine(Engine):
             model, config=settings.objectives, compute_dtype=torch.bfloat16 if casts else None
         )
         step.text_loss = self._layout.text_loss(vocab_size=model.config.vocab_size)
+        self._step = step
         self._ordered = OrderedStep(step) if self._stage >= 2 else None
         plan = DeepSpeedPlan(
             micro_batches=micro_batches,
@@ -101,6 +108,11 @@ class DeepSpeedEngine(Engine):
             dist_init_required=False,
         )
         _restore_buffers(model, buffers=buffers)
+        named = dict(model.named_parameters())
+        self._sums = whole_gradients(self._engine, parameters=named)
+        if self._stage and self._sums is None:
+            own_norm(self._engine, parameters=named, layout=self._layout)
+        self._staged = self._stage_passes(model) if parallel.pp > 1 else None
         self._state = DeepSpeedState(self._engine, model=model, stage=self._stage, layout=self._layout)
         check_copies(self._state.parts(), layout=self._layout)
 
@@ -111,13 +123,16 @@ class DeepSpeedEngine(Engine):
         batches = [self._layout.take(batch.to(self.device)) for batch in micro_batches]
         counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
+        if self._staged is not None:
+            self._staged.train(batches, run=functools.partial(self._run_section, counts=counts, builder=builder))
+            return builder.finish(reduce=self._sum_over_shares)
         for index, batch in enumerate(batches):
             # DeepSpeed's own count of micro-batches is fixed at its start, that of a step is not (batch.ramp).
             self._engine.set_gradient_accumulation_boundary(index == len(batches) - 1)
             share, terms, routing = self._engine(batch, counts, self.magnitudes)
             self._engine.backward(share * self._data_axis.size, scale_wrt_gas=False)
             builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
-        return builder.finish(reduce=self.sum_over_ranks)
+        return builder.finish(reduce=self._sum_over_shares)
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
         """Clip, step, move balance bias and magnitudes; a norm that is not finite skips all of it on every rank."""
@@ -148,9 +163,12 @@ class DeepSpeedEngine(Engine):
         batch = self._layout.take(batch.to(self.device))
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
+        if self._staged is not None:
+            self._staged.evaluate([batch], run=functools.partial(self._run_section, counts=counts, builder=builder))
+            return builder.finish(reduce=self._sum_over_shares)
         share, terms, routing = self._engine(batch, counts, self.magnitudes)
         builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
-        return builder.finish(reduce=self.sum_over_ranks)
+        return builder.finish(reduce=self._sum_over_shares)
 
     def slices(self) -> Iterator[StateSlice]:
         """What DeepSpeed keeps on this rank."""
@@ -172,6 +190,11 @@ class DeepSpeedEngine(Engine):
     def sum_over_ranks(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that see other data (dp x cp)."""
         return all_reduce(values, axis=self._data_axis)
+
+    @property
+    def layout(self) -> Layout:
+        """How the model is spread."""
+        return self._layout
 
     def gather(self, value: dict) -> list[dict]:
         """Collect a small value from every rank."""
@@ -196,6 +219,37 @@ class DeepSpeedEngine(Engine):
         """Leave the process group (a group of one has nothing to leave)."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _stage_passes(self, model: torch.nn.Module) -> StagedPasses:
+        """What runs the sections of this pipeline stage; collective."""
+        pipeline = Pipeline(
+            self._layout.state,
+            stages=self._layout.stages,
+            width=model.config.width,
+            dtype=next(model.parameters()).dtype,
+            device=self.device,
+        )
+        if self.is_main:
+            get_log().info("%s", self._layout.stages.describe())
+        parameters = dict(model.named_parameters())
+        return StagedPasses(self._engine, pipeline=pipeline, parameters=parameters, layout=self._layout)
+
+    def _run_section(
+        self,
+        batch: Batch,
+        *,
+        section: Section,
+        hidden: torch.Tensor | None,
+        counts: TargetCounts,
+        builder: SumsBuilder,
+    ) -> Passed:
+        step = self._step.run_section(batch, counts=counts, divisors=self.magnitudes, section=section, hidden=hidden)
+        builder.add(step.share, terms=step.terms, routing=step.routing, tokens=batch.counts().tokens)
+        return Passed(hidden=step.hidden, share=step.share * self._data_axis.size)
+
+    def _sum_over_shares(self, values: torch.Tensor) -> torch.Tensor:
+        """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""
+        return all_reduce(self.sum_over_ranks(values), axis=self._pp_axis)
 
     def _prepare(self, step: torch.nn.Module) -> torch.nn.Module:
         """The module that DeepSpeed wraps: stages 2 and 3 need one order of gradients on all ranks."""
@@ -226,9 +280,15 @@ class DeepSpeedEngine(Engine):
         return norm
 
     def _step_sharded(self) -> float:
+        if self._sums is None:
+            self._engine.step()
+            norm = self._engine.get_global_grad_norm()
+            return float(norm) if self._engine.was_step_applied() else math.inf
+        norm = float(clip_over_ranks(self._sums, layout=self._layout, max_norm=self.settings.clip_norm))
+        if not math.isfinite(norm):  # what is not finite may stand in the part of another rank alone
+            next(iter(self._sums.values())).fill_(math.nan)
         self._engine.step()
-        norm = self._engine.get_global_grad_norm()
-        return float(norm) if self._engine.was_step_applied() else math.inf
+        return norm
 
 
 def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:

@@ -20,14 +20,15 @@ from ernie5.parallel.state import real_group
 
 
 class ExpertPlacement:
-    """Prepares model, groups and step for DeepSpeed; does nothing where every rank holds all of every expert."""
+    """Prepares model, groups and step for DeepSpeed; does nothing where every rank holds all of every expert, or none
+    of any."""
 
     def __init__(self, layout: Layout, *, stage: int) -> None:
         block = layout.state.dims.ep * layout.state.dims.etp
         self._layout, self._stage = layout, stage
-        self._names = layout.experts if block > 1 else ()
+        self._names = tuple(filter(layout.is_here, layout.experts)) if block > 1 else ()
         self._group_name = f"ep_size_{block}"
-        if self._names:
+        if block > 1:  # also on a pipeline stage without experts: groups are made by all ranks
             self._replicas = _register_groups(layout, name=self._group_name)
 
     def mark(self, model: torch.nn.Module) -> None:

@@ -13,6 +13,7 @@ from collections.abc import Iterator
 import torch
 import torch.distributed as dist
 
+from ernie5.engine.deepspeed_norm import PARTITION_AXES
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.engine.slices import buffer_slices, part_slices
 from ernie5.optim.adamw import MOMENTS, create_state
@@ -32,11 +33,12 @@ class DeepSpeedState:
             self._optimizer()._lazy_init_hp_params_optimizer_state()
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Full fp32 gradients, before clipping."""
-        return {
-            name: self._layout.gather(self._gradient(parameter).float(), name=name).clone()
-            for name, parameter in self._names.items()
-        }
+        """Full fp32 gradients of all pipeline stages, before clipping."""
+        found = {}
+        for name in self._layout.shards:
+            own = self._gradient(self._names[name]).float() if name in self._names else None
+            found[name] = self._layout.collect(own, name=name, dtype=torch.float32, device=self._engine.device).clone()
+        return found
 
     def parts(self) -> dict[str, torch.Tensor]:
         """This rank's part of every parameter as the next step will use it, whole within DeepSpeed's partitions."""
@@ -58,7 +60,7 @@ class DeepSpeedState:
     def slices(self) -> Iterator[StateSlice]:
         """This rank's masters and moments where DeepSpeed keeps them, and the buffers; no collective."""
         parts = held_parts(self._layout)
-        partition = ("dp_cp", "edp") if self._stage else ()
+        partition = PARTITION_AXES if self._stage else ()
         written = written_names(self._layout, parts=parts, partition_axes=partition)
         for name, parameter in self._names.items():
             for key in (None, *self._keys(parameter)):
@@ -71,7 +73,7 @@ class DeepSpeedState:
                     is_written=name in written,
                     first=first,
                 )
-        yield from buffer_slices(self._model, is_written=self._layout.state.stage.coordinate == 0)
+        yield from buffer_slices(self._model, is_written=self._layout.state.world.coordinate == 0)
 
     @torch.no_grad()
     def adopt(self, *, updates: int) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 
 import torch
 
@@ -84,9 +84,10 @@ class Layout:
         """Names of the parameters that are spread over the expert grid."""
         return tuple(name for name, shard in self.shards.items() if "edp" in shard.copy_axes)
 
-    def is_counted_here(self, name: str) -> bool:
-        """Whether this rank is the one of all equal copies that counts in a norm."""
-        copies = self.shards[name].copy_axes
+    def is_counted_here(self, name: str, *, partition_axes: Collection[str] = ()) -> bool:
+        """Whether this rank is the one of all equal copies that counts in a norm. partition_axes: axes whose ranks do
+        not hold copies after all, because an optimizer is partitioned over them."""
+        copies = [axis for axis in self.shards[name].copy_axes if axis not in partition_axes]
         return self.is_first_stage(name) and all(self.state.axis(axis).coordinate == 0 for axis in copies)
 
     def is_first_stage(self, name: str) -> bool:
@@ -242,6 +243,8 @@ def plan_shard(
         wanted.append(Cut(placement.tp_dim, "etp" if is_expert else "tp", placement.fused))
     cuts = tuple(cut for cut in wanted if state.axis(cut.axis).size > 1)
     if is_expert:
-        return Shard(name, shape, cuts, sum_axes=("edp",), copy_axes=("edp",), stages=stages)
+        # experts that no axis cuts are copies like any whole parameter, and ZeRO partitions them like one
+        copies = ("edp",) if cuts else ("dp_cp", "tp")
+        return Shard(name, shape, cuts, sum_axes=("edp",), copy_axes=copies, stages=stages)
     copies = ("dp_cp",) if cuts else ("dp_cp", "tp")
     return Shard(name, shape, cuts, sum_axes=("dp_cp",), copy_axes=copies, stages=stages)

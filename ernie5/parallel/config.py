@@ -134,20 +134,15 @@ class ParallelConfig(Config):
                 f"{_nearest(heads, wanted=self.cp)}, or set parallel.context: ring",
             )
 
-    def check_zero(self) -> None:
-        """Refuse what DeepSpeed's ZeRO would run with other results than the grid engine, or not at all."""
-        if self.pp > 1:
+    def check_zero(self, stage: int) -> None:
+        """Refuse what DeepSpeed's ZeRO would not run: its stages 2 and 3 hook into one backward pass of a whole model,
+        and its stage 0 adds up the gradients of such passes."""
+        if self.pp > 1 and stage != 1:
             self._refuse(
                 "pp",
-                "DeepSpeed's ZeRO hooks into one backward pass of a whole model, and stages run theirs in pieces. Set "
-                "engine.kind: grid, or parallel.pp: 1",
-            )
-        if self.tp > 1 and self.ep * self.etp > 1:
-            self._refuse(
-                "tp",
-                f"with ep x etp = {self.ep * self.etp}, DeepSpeed would complete the norm of expert groups over dp x "
-                "cp alone, and with tp experts are spread over tensor-parallel ranks too. Set engine.kind: grid, "
-                "parallel.tp: 1, or parallel.ep: 1 and parallel.etp: 1",
+                f"engine.zero_stage is {stage}, and beside pipeline stages DeepSpeed partitions optimizer state alone: "
+                "a stage runs its backward passes in pieces. Set engine.zero_stage: 1, engine.kind: grid (without "
+                "ZeRO), or parallel.pp: 1",
             )
 
     def check_optimizer(self, name: str) -> None:

@@ -23,6 +23,7 @@ AXES = {
     "tp": (ATTENTION_GRID, ("tp",)),
     "dp_cp": (ATTENTION_GRID, ("dp", "cp")),
     "stage": (ATTENTION_GRID, ("dp", "cp", "tp")),
+    "model": (ATTENTION_GRID, ("pp", "tp")),
     "block": (EXPERT_GRID, ("ep", "etp")),
     "edp": (EXPERT_GRID, ("edp",)),
     "ep": (EXPERT_GRID, ("ep",)),

@@ -60,6 +60,7 @@ class ParallelState:
     dp_cp: Axis
     pp: Axis
     stage: Axis
+    model: Axis
     block: Axis
     ep: Axis
     etp: Axis

@@ -128,12 +128,11 @@ class RootConfig(Config):
             if self.engine.kind == "local" and vars(self.parallel)[axis] not in (None, 1):
                 self.fail(
                     f"parallel.{axis}",
-                    "the local engine is one process. Set engine.kind: "
-                    + ("grid" if axis == "pp" else "deepspeed (or grid)") + f" or parallel.{axis}: 1",
+                    f"the local engine is one process. Set engine.kind: deepspeed (or grid) or parallel.{axis}: 1",
                     error=LayoutError,
                 )
         if self.engine.kind == "deepspeed":
-            self.parallel.check_zero()
+            self.parallel.check_zero(self.engine.zero_stage)
         elif self.engine.zero_stage > EngineConfig.zero_stage:
             self.fail(
                 "engine.zero_stage",
@@ -174,6 +173,11 @@ class RootConfig(Config):
             reason = (
                 f"with ep x etp = {experts} DeepSpeed saves the experts of one rank and loses all others. Set "
                 "parallel.ep: 1 and parallel.etp: 1"
+            )
+        elif self.parallel.pp > 1:
+            reason = (
+                f"with pp = {self.parallel.pp} every stage writes files of its own weights, and DeepSpeed's "
+                "zero_to_fp32.py stops at any but the first's. Set parallel.pp: 1"
             )
         elif self.engine.zero_stage > 1:
             reason = (

@@ -71,9 +71,12 @@ def test_more_sections_than_layers(degrees: dict, message: str) -> None:
     assert MODEL.layers == 6
 
 
-def test_deepspeed_refuses_stages_and_says_who_runs_them() -> None:
-    with pytest.raises(LayoutError, match="pp = 2: .*Set engine.kind: grid"):
-        ParallelConfig(pp=2).check_zero()
+@pytest.mark.parametrize("stage", [0, 2, 3])
+def test_beside_pipeline_stages_zero_is_refused_but_stage_1(stage: int) -> None:
+    with pytest.raises(LayoutError, match=f"pp = 2: engine.zero_stage is {stage}, .*Set engine.zero_stage: 1"):
+        ParallelConfig(pp=2).check_zero(stage)
+    ParallelConfig(pp=2, tp=2, ep=2).check_zero(1)
+    ParallelConfig(tp=2, ep=2).check_zero(stage)
 
 
 def test_dispatchers_that_cannot_run_are_refused_not_replaced() -> None:

@@ -118,13 +118,6 @@ def test_degrees_that_do_not_fit_the_heads_are_refused_with_the_nearest_that_do(
     ParallelConfig(tp=2, cp=2).check_model(model)
 
 
-def test_zero_refuses_experts_spread_over_tensor_ranks() -> None:
-    with pytest.raises(LayoutError, match="with ep x etp = 2, DeepSpeed .* Set engine.kind: grid"):
-        ParallelConfig(tp=2, ep=2).check_zero()
-    ParallelConfig(tp=2, cp=2).check_zero()
-    ParallelConfig(cp=2, ep=2).check_zero()
-
-
 @pytest.mark.parametrize("axis", ["tp", "etp"])
 def test_muon_is_refused_where_matrices_are_cut(axis: str) -> None:
     with pytest.raises(LayoutError, match=f"optim.name = muon needs whole matrices, and {axis} cuts them"):

@@ -16,6 +16,7 @@ from ernie5.train.config import RootConfig
     [
         (["engine.kind=local"], "the local engine has no such files"),
         (["engine.kind=deepspeed", "parallel.ep=2"], "saves the experts of one rank and loses all others"),
+        (["engine.kind=deepspeed", "parallel.pp=2"], "with pp = 2 every stage writes files of its own weights"),
         (["engine.kind=deepspeed", "parallel.tp=2", "model.kv_heads=2"], "joins every weight of the tensor ranks"),
         (["engine.kind=deepspeed", "engine.zero_stage=2"], "in stage 2 DeepSpeed sees weights without their names"),
         (["engine.kind=deepspeed", "engine.zero_stage=3"], "one step counter"),

@@ -188,9 +188,9 @@ class GridEngine(Engine):
         return Passed(hidden=step.hidden, share=step.share)
 
     def _collect(self, part: torch.Tensor | None, *, name: str) -> torch.Tensor:
-        """The whole of an fp32 tensor that goes with parameter `name`; None on stages without it. Collective."""
-        part = None if part is None else part.detach()
-        return self._layout.collect(part, name=name, dtype=torch.float32, device=self.device)
+        """The whole of a tensor like the master of `name`; None on stages without it. Collective."""
+        part, like = None if part is None else part.detach(), next(iter(self._masters.values()))
+        return self._layout.collect(part, name=name, dtype=like.dtype, device=self.device)
 
     def gather(self, value: dict) -> list[dict]:
         """Collect a small value from every rank."""

@@ -46,6 +46,8 @@ class LocalEngine(Engine):
         ]
         copies = {self._masters[name]: weight for name, weight in model.named_parameters() if name in self._masters}
         copies = copies if precision == "bf16" else {}
+        if any(master.dtype == torch.float64 for master in self._masters.values()):
+            copies = None  # a model cast to fp64 shows what is rounding; our AdamW kernel does not take it, torch's does
         self._optimizer = build_optimizer(groups, config=optim, copies=copies)
         self._step = MicroStep(model, config=settings.objectives)
         self.updates = 0
@@ -84,9 +86,9 @@ class LocalEngine(Engine):
         poison_gradients(self._masters)
 
     def gradients(self) -> dict[str, torch.Tensor]:
-        """Copies of the accumulated fp32 gradients."""
+        """Copies of the accumulated gradients, fp32 at least."""
         return {
-            name: master.grad.to(torch.float32, copy=True)
+            name: master.grad.to(torch.promote_types(master.grad.dtype, torch.float32), copy=True)
             for name, master in self._masters.items()
             if master.grad is not None
         }

@@ -104,7 +104,8 @@ def combine(
 def combine_routing(
     routing: RoutingStats, *, tokens: torch.Tensor, total_tokens: torch.Tensor, config: ObjectivesConfig
 ) -> torch.Tensor:
-    """This micro-batch's share of the routing losses, weighted by its part of the step's tokens; 0-d fp32.
+    """This micro-batch's share of the routing losses, weighted by its part of the step's tokens; 0-d, of the
+    losses' dtype.
 
     Each is a mean over layers and over the micro-batch's tokens, so weighting by tokens makes the z-loss independent
     of how rows are split into micro-batches; switch and sequence losses are defined on what one pass sees.
@@ -114,7 +115,7 @@ def combine_routing(
         + config.sequence_weight * routing.sequence_loss
         + config.z_weight * routing.z_loss
     )
-    return (value * (tokens / total_tokens.clamp(min=1))).float()
+    return (value * (tokens / total_tokens.clamp(min=1))).to(value.dtype)
 
 
 def _share(nats: torch.Tensor, count: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:

@@ -13,7 +13,7 @@ EPSILON = 1e-6
 
 
 def global_norm(gradients: Iterable[torch.Tensor], *, reduce: Reduce | None = None) -> torch.Tensor:
-    """Euclidean norm over all gradients, 0-d fp32.
+    """Euclidean norm over all gradients, 0-d fp32 (fp64 of fp64 gradients).
 
     reduce: maps this rank's sum of squares to the sum over the ranks that hold different parameters (the caller
     counts replicated parameters once); None where one process holds everything.

@@ -15,21 +15,21 @@ OFFERED = ("native", "torch", "reference")
 
 
 def sum_squares(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> torch.Tensor:
-    """Sum over all elements of all `tensors` of x^2, 0-d fp32; no autograd.
+    """Sum over all elements of all `tensors` of x^2, 0-d fp32, or fp64 where the first tensor is; no autograd.
 
-    native sums in fp32 within 16,384 elements and in fp64 over them; torch in fp32. Tensors may mix fp32 and bf16.
-    Raises KernelError for a backend that cannot run.
+    native sums in fp32 within 16,384 elements and in fp64 over them; torch in the result's dtype. Tensors may
+    mix fp32 and bf16. Raises KernelError for a backend that cannot run.
     """
     if not tensors:
         return torch.zeros(())
     tensors = [tensor.detach() for tensor in tensors]
-    device = tensors[0].device
+    device, wide = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
     native = all(t.dtype in NATIVE_TYPES and t.device.type == "cpu" for t in tensors) and native_library() is not None
     chosen = choose_backend(backend, op="sum_squares", offered=OFFERED, device=device, native=native)
     if chosen == "reference":
-        return sum_squares_reference(tensors).float()
+        return sum_squares_reference(tensors).to(wide)
     if chosen == "torch":
-        return torch.stack(torch._foreach_norm([tensor.float() for tensor in tensors])).square().sum()
+        return torch.stack(torch._foreach_norm([tensor.to(wide) for tensor in tensors])).square().sum()
     kept = [tensor.contiguous() for tensor in tensors]
     total = native_library().ernie5_sum_squares(
         ctypes.c_int64(len(kept)), int64s(t.numel() for t in kept),

@@ -15,12 +15,12 @@ from collections.abc import Iterator, Sequence
 import torch
 import torch.distributed as dist
 
-from ernie5.engine.clipping import clip_over_ranks
+from ernie5.engine.clipping import norm_over_ranks
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.local import (
     adopt_masters,
-    copy_masters,
+    copies_of,
     make_masters,
     move_gradients,
     poison_gradients,
@@ -33,6 +33,7 @@ from ernie5.model.shard_plan import Section
 from ernie5.observe.log import get_log
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
+from ernie5.optim.clip import clip_factor
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import build_groups
 from ernie5.parallel.apply import Layout, apply_layout
@@ -78,7 +79,8 @@ class GridEngine(Engine):
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
             for group in groups
         ]
-        self._optimizer = build_optimizer(groups, config=optim, peers=find_peers(self._parallel))
+        copies = copies_of(self._masters, model=model)
+        self._optimizer = build_optimizer(groups, config=optim, peers=find_peers(self._parallel), copies=copies)
         if optim.name == "adamw":
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)
@@ -111,16 +113,15 @@ class GridEngine(Engine):
         return sums
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
-        """Clip by the norm over all ranks, step, copy masters, move balance bias and magnitudes."""
+        """Clip by the norm over all ranks, step masters and the model, move balance bias and magnitudes."""
         gradients = {name: master.grad for name, master in self._masters.items()}
-        norm = clip_over_ranks(gradients, layout=self._layout, max_norm=self.settings.clip_norm)
+        norm = norm_over_ranks(gradients, layout=self._layout)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-            self._optimizer.step()
+            self._optimizer.step(gradient_scale=clip_factor(norm, max_norm=self.settings.clip_norm))
             self.updates += 1
-            copy_masters(self._masters, model=self.model)
             self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
         return StepReport(sums=sums, grad_norm=norm, skipped=skipped)

@@ -12,10 +12,10 @@ from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.model.moe.balance import orthogonality_step
+from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
-from ernie5.optim.clip import global_norm
+from ernie5.optim.clip import clip_factor, global_norm
 from ernie5.optim.config import OptimConfig
-from ernie5.optim.fused import step_clipped
 from ernie5.optim.groups import build_groups
 from ernie5.parallel.boxes import Held
 from ernie5.records import Batch
@@ -44,11 +44,11 @@ class LocalEngine(Engine):
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
             for group in groups
         ]
-        copies = {self._masters[name]: weight for name, weight in model.named_parameters() if name in self._masters}
-        copies = copies if precision == "bf16" else {}
-        if any(master.dtype == torch.float64 for master in self._masters.values()):
-            copies = None  # a model cast to fp64 shows what is rounding; our AdamW kernel does not take it, torch's does
-        self._optimizer = build_optimizer(groups, config=optim, copies=copies)
+        self._optimizer = build_optimizer(groups, config=optim, copies=copies_of(self._masters, model=model))
+        if optim.name == "adamw":
+            materialise_state(self._optimizer)
+            for master in self._masters.values():
+                master.grad_dtype = None  # a step of one micro-batch never makes an fp32 copy of a bf16 gradient
         self._step = MicroStep(model, config=settings.objectives)
         self.updates = 0
 
@@ -66,16 +66,15 @@ class LocalEngine(Engine):
         return builder.finish(reduce=self.sum_over_ranks)
 
     def update(self, sums: StepSums, *, learning_rate: float) -> StepReport:
-        """Clip, step, copy masters to the model, move balance bias and magnitudes."""
+        """Clip, step masters and the model, move balance bias and magnitudes."""
         gradients = [master.grad for master in self._masters.values() if master.grad is not None]
         norm = global_norm(gradients)
         skipped = not bool(torch.isfinite(norm))
         if not skipped:
             for group in self._optimizer.param_groups:
                 group["lr"] = learning_rate
-            step_clipped(self._optimizer, gradients=gradients, norm=norm, max_norm=self.settings.clip_norm)
+            self._optimizer.step(gradient_scale=clip_factor(norm, max_norm=self.settings.clip_norm))
             self.updates += 1
-            copy_masters(self._masters, model=self.model)
             self._orthogonalise(learning_rate)
             self.follow(sums)
         self._optimizer.zero_grad(set_to_none=True)
@@ -150,6 +149,14 @@ def move_gradients(model: torch.nn.Module, *, masters: dict[str, torch.nn.Parame
         else:
             master.grad = master.grad.float().add_(parameter.grad)
         parameter.grad = None
+
+
+def copies_of(
+    masters: dict[str, torch.nn.Parameter], *, model: torch.nn.Module
+) -> dict[torch.nn.Parameter, torch.nn.Parameter]:
+    """The bf16 weight under each master that has one."""
+    weights = dict(model.named_parameters())
+    return {master: weights[name] for name, master in masters.items() if master is not weights[name]}
 
 
 @torch.no_grad()

@@ -6,9 +6,8 @@ from collections.abc import Mapping, Sequence
 
 import torch
 
-from ernie5.optim.adamw import build_adamw
+from ernie5.optim.adamw import AdamW
 from ernie5.optim.config import OptimConfig
-from ernie5.optim.fused import FusedAdamW
 from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.muon import ALONE, Muon, Peers
 
@@ -19,12 +18,11 @@ def build_optimizer(
     config: OptimConfig,
     peers: Peers = ALONE,
     copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] | None = None,
-) -> torch.optim.Optimizer:
+) -> AdamW | Muon:
     """AdamW or Muon over `groups` of fp32 parameters; `peers`, which hold the same ones, share Muon's iterations.
 
-    copies: the bf16 weight of each master, none for fp32 ones; with it AdamW is `FusedAdamW`, without it torch's, which
-    DeepSpeed knows.
+    copies: the bf16 weight of each master that has one, which steps write too.
     """
     if config.name == "muon":
-        return Muon(groups, config=config, peers=peers)
-    return build_adamw(groups, config=config) if copies is None else FusedAdamW(groups, config=config, copies=copies)
+        return Muon(groups, config=config, peers=peers, copies=copies)
+    return AdamW(groups, config=config, copies=copies)

@@ -37,10 +37,11 @@ def clip_gradients(
 
 def scale_gradients(gradients: list[torch.Tensor], *, norm: torch.Tensor, max_norm: float) -> None:
     """The second half of `clip_gradients`, for a norm over more than these gradients."""
-    if max_norm > 0:
-        torch._foreach_mul_(gradients, clip_factor(norm, max_norm=max_norm))
+    factor = clip_factor(norm, max_norm=max_norm)
+    if factor is not None:
+        torch._foreach_mul_(gradients, factor)
 
 
-def clip_factor(norm: torch.Tensor, *, max_norm: float) -> torch.Tensor:
-    """min(1, max_norm / (norm + 1e-6)), 0-d fp32."""
-    return (max_norm / (norm + EPSILON)).clamp(max=1.0)
+def clip_factor(norm: torch.Tensor, *, max_norm: float) -> torch.Tensor | None:
+    """min(1, max_norm / (norm + 1e-6)), 0-d; None for max_norm 0, which clips nothing."""
+    return (max_norm / (norm + EPSILON)).clamp(max=1.0) if max_norm > 0 else None

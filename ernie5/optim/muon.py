@@ -12,11 +12,11 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 
 import torch
 
-from ernie5.optim.adamw import build_adamw, materialise_state
+from ernie5.optim.adamw import AdamW, materialise_state
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
 
@@ -63,7 +63,14 @@ def _work_dtype(device: torch.device) -> torch.dtype:
 class Muon(torch.optim.Optimizer):
     """Muon for groups of hidden matrices, AdamW inside for all others; one `step`, one `param_groups` list."""
 
-    def __init__(self, groups: Sequence[ParameterGroup], *, config: OptimConfig, peers: Peers = ALONE) -> None:
+    def __init__(
+        self,
+        groups: Sequence[ParameterGroup],
+        *,
+        config: OptimConfig,
+        peers: Peers = ALONE,
+        copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] | None = None,
+    ) -> None:
         super().__init__(
             [
                 {
@@ -75,9 +82,9 @@ class Muon(torch.optim.Optimizer):
             {"lr": config.learning_rate},
         )
         self._config = config
-        self._peers = peers
+        self._peers, self._copies = peers, dict(copies or {})
         others = [group for group in groups if not group.is_matrix]
-        self._adamw = build_adamw(others, config=config) if others else None
+        self._adamw = AdamW(others, config=config, copies=copies) if others else None
         if self._adamw is not None:
             self._adamw.state = self.state
 
@@ -93,24 +100,29 @@ class Muon(torch.optim.Optimizer):
             materialise_state(self._adamw)
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> None:
-        """Apply one update to every parameter that has a gradient."""
+    def step(
+        self, closure: Callable[[], float] | None = None, *, gradient_scale: torch.Tensor | None = None
+    ) -> None:
+        """Update every parameter that has a gradient, times `gradient_scale` (one number, such as a clip factor)."""
         if closure is not None:
             raise TypeError("Muon takes no closure")
-        self._step_matrices()
+        self._step_matrices(gradient_scale)
         if self._adamw is not None:
             rates = [group["lr"] for group in self.param_groups if not group["is_matrix"]]
             for group, rate in zip(self._adamw.param_groups, rates, strict=True):
                 group["lr"] = rate
-            self._adamw.step()
+            self._adamw.step(gradient_scale=gradient_scale)
 
-    def _step_matrices(self) -> None:
+    def _step_matrices(self, gradient_scale: torch.Tensor | None) -> None:
         stacks = [
             (parameter, fused, group)
             for group in self.param_groups
             if group["is_matrix"]
             for parameter, fused in zip(group["params"], group["fused"], strict=True)
         ]
+        gradients = [parameter.grad for parameter, _, _ in stacks if parameter.grad is not None]
+        if gradient_scale is not None and gradients:
+            torch._foreach_mul_(gradients, gradient_scale)
         # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
         shapes = [parameter.unflatten(-2, (fused, -1)).shape for parameter, fused, _ in stacks]
         directions = self._directions([parameter for parameter, _, _ in stacks], shapes=shapes)
@@ -118,6 +130,8 @@ class Muon(torch.optim.Optimizer):
             if parameter.grad is not None:
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
                 parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape[-2:])))
+                if parameter in self._copies:
+                    self._copies[parameter].copy_(parameter)
 
     def _directions(
         self, parameters: Sequence[torch.nn.Parameter], *, shapes: Sequence[torch.Size]

@@ -27,8 +27,8 @@ def adamw(
     """Update parameters, moments and copies in place.
 
     gradient_scale: one fp32 number on the device, such as a clipping factor, so that no host needs to know it.
-    Parameters and moments are fp32, gradients fp32 or bf16, copies bf16, everything contiguous. Raises KernelError for
-    a backend that cannot run, ValueError for tensors that do not fit.
+    Parameters and moments are fp32, gradients fp32 or bf16, copies bf16, everything contiguous. By reference all may be
+    fp64, the scale too. Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
     """
     if not tensors:
         return
@@ -36,12 +36,14 @@ def adamw(
     for one in tensors:
         _require(one, first=first)
     if gradient_scale is not None:
-        holds = gradient_scale.numel() == 1 and gradient_scale.dtype == torch.float32
+        holds = gradient_scale.numel() == 1 and gradient_scale.dtype in {torch.float32, first.dtype}
         rule = "it must be one number of float32"
         require(holds, op="adamw", name="gradient_scale", tensor=gradient_scale, rule=rule)
         require_beside(gradient_scale, first=first, op="adamw", name="gradient_scale")
-    native = first.device.type == "cpu" and native_library() is not None
-    chosen = choose_backend(backend, op="adamw", offered=OFFERED, device=first.device, native=native)
+    native = first.device.type == "cpu" and first.dtype == torch.float32 and native_library() is not None
+    chosen = choose_backend(
+        backend, op="adamw", offered=OFFERED, device=first.device, dtype=first.dtype, native=native
+    )
     if chosen == "triton":
         from .kernel import adamw_triton
 
@@ -53,7 +55,8 @@ def adamw(
 
 
 def _require(one: AdamWTensors, *, first: torch.Tensor) -> None:
-    wide, narrow = (torch.float32,), (torch.float32, torch.bfloat16)
+    wide = (torch.float64,) if first.dtype == torch.float64 else (torch.float32,)
+    narrow = (*wide, torch.bfloat16)
     parts = [
         ("parameter", one.parameter, wide), ("gradient", one.gradient, narrow),
         ("first_moment", one.first_moment, wide), ("second_moment", one.second_moment, wide),

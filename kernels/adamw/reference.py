@@ -10,7 +10,7 @@ import torch
 
 @dataclasses.dataclass(frozen=True)
 class AdamWTensors:
-    """What one tensor's update reads and writes: fp32 parameter and moments, a gradient, perhaps a bf16 copy."""
+    """What one tensor's update reads and writes: fp32 (fp64) parameter and moments, a gradient, perhaps a bf16 copy."""
 
     parameter: torch.Tensor
     gradient: torch.Tensor
@@ -37,7 +37,7 @@ def adamw_reference(
 ) -> None:
     """p <- p (1 - lr wd) - lr m^ / (sqrt v^ + eps) with bias-corrected moments; gradients times gradient_scale."""
     for one in tensors:
-        gradient = one.gradient.to(torch.float32)
+        gradient = one.gradient.to(one.parameter.dtype)
         if gradient_scale is not None:
             gradient = gradient * gradient_scale
         one.first_moment.mul_(step.beta1).add_(gradient, alpha=1 - step.beta1)

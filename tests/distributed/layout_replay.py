@@ -1,0 +1,130 @@
+"""Routing choices of one run noted by token, and made again in another layout, which then differs by rounding alone.
+
+Top-k amplifies rounding: where two experts have nearly the same preference, layouts choose differently, and from there
+on they train different models. A replayed run makes the choices of its yardstick and notes where its own would have
+been others; up to the first such place it is the free run, bit for bit.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Iterator
+
+import torch
+
+from ernie5.engine.interface import Engine
+from ernie5.model.interfaces import Routing
+from ernie5.parallel.apply import Layout
+from ernie5.parallel.collectives import even_sizes
+from ernie5.records import Batch, TokenKind
+from ernie5_kernels.router_topk import weigh_choices
+
+
+@dataclasses.dataclass(frozen=True)
+class Noted:
+    """One router's decision over a whole row: choices [T, K], ascending; preference [T, E]."""
+
+    choices: torch.Tensor
+    preference: torch.Tensor
+
+
+@dataclasses.dataclass(frozen=True, order=True)
+class Divergence:
+    """A token whose experts would have been others; gap: how much less the yardstick preferred them."""
+
+    step: int
+    micro_batch: int
+    layer: int
+    column: int
+    gap: float
+
+
+Notes = dict[tuple[int, int, int], Noted]
+"""By step, micro-batch of the step, and layer among those that route."""
+
+
+class Choices:
+    """Notes the choices of every router of `engine` in the steps that it watches; where `recorded` ones are given, it
+    makes those instead. Micro-batches hold one row each."""
+
+    def __init__(self, engine: Engine, *, layout: Layout | None, recorded: Notes | None) -> None:
+        self.noted: Notes = {}
+        self.divergences: set[Divergence] = set()
+        self._layout, self._recorded = layout, recorded
+        self._step = 0
+        self._known: dict[bytes, tuple[int, torch.Tensor]] = {}
+        self._now: tuple[int, torch.Tensor] | None = None
+        engine.model.register_forward_pre_hook(self._enter)
+        for layer, router in enumerate(engine.model.routers()):
+            router.register_forward_hook(self._hook(layer))
+
+    @contextlib.contextmanager
+    def watch(self, batches: list[Batch], *, step: int, first: int, stride: int) -> Iterator[None]:
+        """Within it this rank's `batches` run: the micro-batches first, first + stride, ... of the step."""
+        self._step = step
+        for index, batch in enumerate(batches):
+            columns = torch.arange(batch.token_ids.shape[1]).unsqueeze(0)
+            numbered = dataclasses.replace(batch, token_ids=columns)
+            part, own = (one if self._layout is None else self._layout.take(one) for one in (numbered, batch))
+            # padding decides nothing; under context parallelism it stands in for columns of other ranks
+            columns = torch.where(own.kinds == TokenKind.PADDING, -1, part.token_ids).flatten()
+            self._known[_key(own)] = (first + index * stride, columns)
+        yield
+        self._known, self._now = {}, None
+
+    def _enter(self, _model: torch.nn.Module, inputs: tuple) -> None:
+        self._now = self._known.get(_key(inputs[0]))
+
+    def _hook(self, layer: int):
+        def choose(router: torch.nn.Module, _inputs: tuple, routing: Routing) -> Routing | None:
+            if self._now is None:
+                return None
+            micro_batch, columns = self._now
+            preference = routing.scores.detach() + router.balance_bias
+            own = routing.choices.sort(1).values
+            if self._recorded is None:
+                self.noted[self._step, micro_batch, layer] = Noted(own, preference)
+                return None
+            columns = self._own_columns(columns, tokens=own.shape[0])
+            there = self._recorded[self._step, micro_batch, layer]
+            wanted = torch.where((columns < 0).unsqueeze(1), own, there.choices[columns])
+            differs = (own != wanted).any(1).nonzero().flatten()
+            if not differs.numel():
+                return None
+            for token in differs.tolist():
+                column = int(columns[token])
+                gap = _gap(there.preference[column], wanted=wanted[token], found=own[token])
+                self.divergences.add(Divergence(self._step, micro_batch, layer, column, gap))
+            preference[differs] = torch.full_like(preference[differs], -torch.inf).scatter(1, wanted[differs], 0.0)
+            choice = weigh_choices(routing.scores, preference=preference, top_k=own.shape[1], scale=router.scale)
+            return dataclasses.replace(routing, choices=choice.choices, weights=choice.weights)
+
+        return choose
+
+    def _own_columns(self, columns: torch.Tensor, *, tokens: int) -> torch.Tensor:
+        """Those of a rank that holds a part of the sequence, where it does."""
+        if tokens == columns.numel():
+            return columns
+        axis = self._layout.state.tp
+        return columns.split(even_sizes(columns.numel(), axis=axis))[axis.coordinate]
+
+
+def first_divergences(found: set[Divergence]) -> list[Divergence]:
+    """Those that no other one can have caused: of the first step, in the first layer of each micro-batch."""
+    step = min((one.step for one in found), default=0)
+    first = sorted(one for one in found if one.step == step)
+    layers = {micro: min(one.layer for one in first if one.micro_batch == micro) for micro in {
+        one.micro_batch for one in first
+    }}
+    return [one for one in first if one.layer == layers[one.micro_batch]]
+
+
+def _key(batch: Batch) -> bytes:
+    return batch.token_ids.numpy().tobytes() + batch.document_ids.numpy().tobytes()
+
+
+def _gap(preference: torch.Tensor, *, wanted: torch.Tensor, found: torch.Tensor) -> float:
+    """How much the best that was given up was preferred to the worst that took its place."""
+    given_up, taken = set(wanted.tolist()) - set(found.tolist()), set(found.tolist()) - set(wanted.tolist())
+    return float(max(preference[list(given_up)]) - min(preference[list(taken)]))

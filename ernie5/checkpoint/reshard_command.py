@@ -48,7 +48,8 @@ def main(argv: Sequence[str]) -> int:
     if degrees is not None:
         config = load_config(find_checkpoint(options.source) / CONFIG_FILE, schema=resolve("root", name="train"))
         degrees.check_model(config.model)
-        dims = degrees.derive_dims((degrees.dp or 1) * degrees.model_ranks)
+        world_size = (degrees.dp or 1) * degrees.model_ranks
+        dims = degrees.derive_dims(world_size, kv_heads=config.model.kv_heads)
         ranks, plan = dims.world_size, LayoutPlan(dims, plan_stages(config.model, pp=degrees.pp, vpp=degrees.vpp))
     manifest = reshard(options.source, target=options.target, ranks=ranks, plan=plan, force=options.force)
     total = sum(entry.num_bytes for entry in manifest.files.values())

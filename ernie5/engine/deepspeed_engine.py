@@ -67,7 +67,9 @@ class DeepSpeedEngine(Engine):
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         parallel.check_zero(engine.zero_stage)
         parallel.check_optimizer(optim.name)
-        parallel_state = build_state(parallel.derive_dims(self.world_size), node_size=parallel.node_size)
+        parallel.check_model(model.config)
+        dims = parallel.derive_dims(self.world_size, kv_heads=model.config.kv_heads)
+        parallel_state = build_state(dims, node_size=parallel.node_size)
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage, self.updates = engine.zero_stage, 0

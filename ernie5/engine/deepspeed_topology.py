@@ -81,7 +81,7 @@ def place_parts(model: torch.nn.Module, *, layout: Layout) -> Topology | None:
     if state.model.size == 1:
         return None
     for name, parameter in model.named_parameters():
-        if any(cut.axis == "tp" for cut in layout.shards[name].cuts):
+        if any(cut.axis in ("tp", "keys") for cut in layout.shards[name].cuts):
             parameter.model_parallel = True
     for layer in model.moe_layers() if state.tp.size > 1 and state.block.size == 1 else ():
         sum_gradients_over(layer.experts, axis=state.tp)

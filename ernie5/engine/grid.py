@@ -66,7 +66,8 @@ class GridEngine(Engine):
         self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         self.magnitudes = settings.magnitudes.to(device)
-        self._parallel = build_state(parallel.derive_dims(self.world_size), node_size=parallel.node_size)
+        dims = parallel.derive_dims(self.world_size, kv_heads=model.config.kv_heads)
+        self._parallel = build_state(dims, node_size=parallel.node_size)
         self.traffic = self._parallel.traffic
         self.dp_rank, self.dp_size = self._parallel.dp.coordinate, self._parallel.dp.size
         self._layout = apply_layout(model, state=self._parallel, parallel=parallel)

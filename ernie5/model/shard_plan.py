@@ -33,7 +33,7 @@ class Placement:
     """pattern: fnmatch over parameter names; tp_dim, ep_dim: the dim that is cut; pp: stage rule (embedding: first
     stage; ends: first stage, and last where a head or multi-token prediction reads it; layer: the stage of its layer;
     level: the stage of the layer that the audio level is read after; head: last stage); fused: parts of the tp dim;
-    reason: why so.
+    reason: why so; tp_axis: keys where tensor-parallel ranks share heads of which there may be fewer than ranks.
     """
 
     pattern: str
@@ -42,6 +42,7 @@ class Placement:
     pp: str
     fused: int
     reason: str
+    tp_axis: str = "tp"
 
 
 SHARD_PLAN = (
@@ -51,8 +52,8 @@ SHARD_PLAN = (
     Placement("embedding.audio.*", None, None, "embedding", 1, "small, summed into the sequence before any cut"),
     Placement("layers.*_norm.weight", None, None, "layer", 1, "norms are whole: D is not cut, nor is a head"),
     Placement("layers.*.attention.query.weight", 0, None, "layer", 1, "whole query heads"),
-    Placement("layers.*.attention.key.weight", 0, None, "layer", 1, "whole key heads"),
-    Placement("layers.*.attention.value.weight", 0, None, "layer", 1, "whole value heads"),
+    Placement("layers.*.attention.key.weight", 0, None, "layer", 1, "whole key heads", "keys"),
+    Placement("layers.*.attention.value.weight", 0, None, "layer", 1, "whole value heads", "keys"),
     Placement("layers.*.attention.output.weight", 1, None, "layer", 1, "rows of the same heads, then a sum"),
     Placement("layers.*.mlp.gate_up.weight", 0, None, "layer", 2, "columns of gate and of up"),
     Placement("layers.*.mlp.down.weight", 1, None, "layer", 1, "rows of the same columns, then a sum"),
@@ -70,8 +71,8 @@ SHARD_PLAN = (
     Placement("mtp.*_norm.weight", None, None, "head", 1, "norms are whole"),
     Placement("mtp.*.project.weight", None, None, "head", 1, "one matrix of 2 D^2 that feeds a whole norm"),
     Placement("mtp.*.block.attention.query.weight", 0, None, "head", 1, "as in a layer"),
-    Placement("mtp.*.block.attention.key.weight", 0, None, "head", 1, "as in a layer"),
-    Placement("mtp.*.block.attention.value.weight", 0, None, "head", 1, "as in a layer"),
+    Placement("mtp.*.block.attention.key.weight", 0, None, "head", 1, "as in a layer", "keys"),
+    Placement("mtp.*.block.attention.value.weight", 0, None, "head", 1, "as in a layer", "keys"),
     Placement("mtp.*.block.attention.output.weight", 1, None, "head", 1, "as in a layer"),
     Placement("mtp.*.block.mlp.gate_up.weight", 0, None, "head", 2, "as in a layer"),
     Placement("mtp.*.block.mlp.down.weight", 1, None, "head", 1, "as in a layer"),

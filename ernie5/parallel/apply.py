@@ -194,7 +194,7 @@ def apply_layout(model: torch.nn.Module, *, state: ParallelState, parallel: Para
     layout = Layout(state, stages=stages, shards=plan_shards(model, state=state, stages=stages))
     layout.leave_out(model)
     cut_parameters(model, layout=layout)
-    install_tensor(model, axis=state.tp, install=layout.install, is_sequence=parallel.sequence)
+    install_tensor(model, state=state, install=layout.install, is_sequence=parallel.sequence)
     install_context(model, axis=state.cp, install=layout.install, mode=parallel.context)
     install_dispatchers(model, layout=layout, parallel=parallel)
     return layout
@@ -240,11 +240,11 @@ def plan_shard(
     is_expert = placement.ep_dim is not None
     wanted = [Cut(placement.ep_dim, "ep", 1)] if is_expert else []
     if placement.tp_dim is not None:
-        wanted.append(Cut(placement.tp_dim, "etp" if is_expert else "tp", placement.fused))
+        wanted.append(Cut(placement.tp_dim, "etp" if is_expert else placement.tp_axis, placement.fused))
     cuts = tuple(cut for cut in wanted if state.axis(cut.axis).size > 1)
     if is_expert:
         # experts that no axis cuts are copies like any whole parameter, and ZeRO partitions them like one
         copies = ("edp",) if cuts else ("dp_cp", "tp")
         return Shard(name, shape, cuts, sum_axes=("edp",), copy_axes=copies, stages=stages)
-    copies = ("dp_cp",) if cuts else ("dp_cp", "tp")
-    return Shard(name, shape, cuts, sum_axes=("dp_cp",), copy_axes=copies, stages=stages)
+    inner = {(): ("tp",), ("keys",): ("key_copies",), ("tp",): ()}[tuple(cut.axis for cut in cuts)]
+    return Shard(name, shape, cuts, sum_axes=("dp_cp",), copy_axes=("dp_cp", *inner), stages=stages)

@@ -5,6 +5,8 @@ Every rule is checked before a process group exists; a LayoutError names the rul
 
 from __future__ import annotations
 
+import math
+
 from ernie5.config.base import Config, config
 from ernie5.config.field import field, positive
 from ernie5.errors import LayoutError
@@ -89,8 +91,9 @@ class ParallelConfig(Config):
         """Ranks that share one copy of the attention grid's model: pp x cp x tp."""
         return self.pp * self.cp * self.tp
 
-    def derive_dims(self, world_size: int) -> GridDims:
-        """The grids of `world_size` processes; raises LayoutError where the degrees do not factor them."""
+    def derive_dims(self, world_size: int, *, kv_heads: int) -> GridDims:
+        """The grids of `world_size` processes for a model of so many key heads; raises LayoutError where the degrees do
+        not factor them."""
         if world_size % self.model_ranks:
             axis = max(("pp", "cp", "tp"), key=lambda name: vars(self)[name])
             self._refuse(
@@ -114,17 +117,21 @@ class ParallelConfig(Config):
                 f"ep x etp = {self.ep} x {self.etp} does not divide dp x cp x tp = {stage}, out of which the expert "
                 f"grid is made. {_nearest(whole, wanted=vars(self)[axis])}, or change the number of processes",
             )
-        return GridDims(dp=dp, cp=self.cp, tp=self.tp, pp=self.pp, ep=self.ep, etp=self.etp)
+        copies = self.tp // math.gcd(self.tp, kv_heads)
+        return GridDims(dp=dp, cp=self.cp, tp=self.tp, pp=self.pp, ep=self.ep, etp=self.etp, key_copies=copies)
 
     def check_model(self, model: ModelConfig) -> None:
         """Check that the experts, heads and feed-forwards of `model` can be cut; raises LayoutError."""
         self._check_experts(model)
         self._check_stages(model)
-        if model.kv_heads % self.tp:
+        if not _shares_heads(model, tp=self.tp):
+            work = [degree for degree in range(1, model.query_heads + 1) if _shares_heads(model, tp=degree)]
+            near = [*[degree for degree in work if degree < self.tp][-1:], *[d for d in work if d > self.tp][:1]]
             self._refuse(
                 "tp",
-                f"does not divide model.kv_heads = {model.kv_heads}. Each rank must hold whole key heads together with "
-                f"their query heads. {_nearest(model.kv_heads, wanted=self.tp)}",
+                f"does not share out model.query_heads = {model.query_heads} and model.kv_heads = {model.kv_heads}. "
+                "Each rank must hold as many query heads, and whole key heads with them or, of fewer key heads than "
+                f"ranks, one that as many ranks hold. Nearest degrees that work: {', '.join(map(str, near))}",
             )
         if self.context == "ulysses" and (model.query_heads // self.tp) % self.cp:
             heads = model.query_heads // self.tp
@@ -198,6 +205,10 @@ class ParallelConfig(Config):
 
     def _refuse(self, axis: str, message: str) -> None:
         self.fail(axis, message, error=LayoutError)
+
+
+def _shares_heads(model: ModelConfig, *, tp: int) -> bool:
+    return model.query_heads % tp == 0 and (model.kv_heads % tp == 0 or tp % model.kv_heads == 0)
 
 
 def _nearest(number: int, *, wanted: int) -> str:

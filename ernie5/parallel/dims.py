@@ -2,10 +2,11 @@
 
 The same ranks are factored twice (parallel folding, arXiv:2504.14960), the last axis of each grid varying fastest:
 
-    attention grid   pp x dp  x cp x tp
+    attention grid   pp x dp  x cp x tp         with tp = keys * key_copies
     expert grid      pp x edp x ep x etp        with edp = dp * cp * tp / (ep * etp)
 
-Both grids have the same pipeline stages, so that a stage's experts and attention are on the same ranks.
+Both grids have the same pipeline stages, so that a stage's experts and attention are on the same ranks. A model with
+fewer key heads than tensor-parallel ranks has each of them on key_copies neighbouring ranks.
 """
 
 from __future__ import annotations
@@ -14,16 +15,18 @@ import dataclasses
 import itertools
 import math
 
-ATTENTION_GRID = ("pp", "dp", "cp", "tp")
+ATTENTION_GRID = ("pp", "dp", "cp", "keys", "key_copies")
 EXPERT_GRID = ("pp", "edp", "ep", "etp")
 AXES = {
     "pp": (ATTENTION_GRID, ("pp",)),
     "dp": (ATTENTION_GRID, ("dp",)),
     "cp": (ATTENTION_GRID, ("cp",)),
-    "tp": (ATTENTION_GRID, ("tp",)),
+    "tp": (ATTENTION_GRID, ("keys", "key_copies")),
+    "keys": (ATTENTION_GRID, ("keys",)),
+    "key_copies": (ATTENTION_GRID, ("key_copies",)),
     "dp_cp": (ATTENTION_GRID, ("dp", "cp")),
-    "stage": (ATTENTION_GRID, ("dp", "cp", "tp")),
-    "model": (ATTENTION_GRID, ("pp", "tp")),
+    "stage": (ATTENTION_GRID, ("dp", "cp", "keys", "key_copies")),
+    "model": (ATTENTION_GRID, ("pp", "keys", "key_copies")),
     "block": (EXPERT_GRID, ("ep", "etp")),
     "edp": (EXPERT_GRID, ("edp",)),
     "ep": (EXPERT_GRID, ("ep",)),
@@ -42,8 +45,11 @@ class GridDims:
     pp: int = 1
     ep: int = 1
     etp: int = 1
+    key_copies: int = 1
 
     def __post_init__(self) -> None:
+        if self.tp % self.key_copies:
+            raise ValueError(f"{self.key_copies} copies of every key head do not divide tp = {self.tp}")
         if self.stage_size % (self.ep * self.etp):
             raise ValueError(f"ep x etp = {self.ep} x {self.etp} does not divide dp x cp x tp = {self.stage_size}")
 
@@ -91,7 +97,7 @@ class GridDims:
         return f"{attention} | " + " ".join(f"{name}{self.size(name)}" for name in ("edp", "ep", "etp"))
 
     def _sizes(self, grid: tuple[str, ...]) -> tuple[int, ...]:
-        degrees = {**vars(self), "edp": self.edp}
+        degrees = {**vars(self), "edp": self.edp, "keys": self.tp // self.key_copies}
         return tuple(degrees[name] for name in grid)
 
 

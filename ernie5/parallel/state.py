@@ -55,6 +55,8 @@ class ParallelState:
     dims: GridDims
     rank: int
     tp: Axis
+    keys: Axis
+    key_copies: Axis
     cp: Axis
     dp: Axis
     dp_cp: Axis

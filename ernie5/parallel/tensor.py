@@ -2,8 +2,9 @@
 
 Hidden states are replicated over tp. A replicated tensor enters cut work through `copy_to` and leaves it through
 `reduce_from`; what every rank computes alike needs neither, and its gradients are equal on all ranks by themselves.
-The exceptions are parameters that are whole but meet only a part of the work, such as the norms of query and key
-heads: their gradients are summed over tp as autograd delivers them.
+The exceptions are parameters that meet only a part of the work of the ranks that hold them, such as the norms of query
+and key heads, or a key head that several ranks hold, each with other query heads: their gradients are summed over those
+ranks as autograd delivers them.
 
 With sequence parallelism (arXiv:2205.05198) the decoder layers keep the tokens of every row split over tp: the sums
 after cut work become reduce-scatters, the copies before it gatherings, and norms, routers and residuals work on
@@ -33,7 +34,7 @@ from ernie5.parallel.collectives import (
 )
 from ernie5.parallel.pools import SequencePool
 from ernie5.parallel.seams import Install
-from ernie5.parallel.state import Axis
+from ernie5.parallel.state import Axis, ParallelState
 from ernie5.records import AudioFrames
 from ernie5_kernels.linear_cross_entropy import CHUNK_BYTES
 from ernie5_kernels.linear_cross_entropy.vocabulary_parallel import VocabularyPart, vocabulary_parallel_cross_entropy
@@ -41,8 +42,9 @@ from ernie5_kernels.linear_cross_entropy.vocabulary_parallel import VocabularyPa
 TOKEN_DIM = 1
 
 
-def install_tensor(model: torch.nn.Module, *, axis: Axis, install: Install, is_sequence: bool) -> None:
-    """Wrap the parts of a model whose parameters are cut over `axis`; on one rank nothing is changed."""
+def install_tensor(model: torch.nn.Module, *, state: ParallelState, install: Install, is_sequence: bool) -> None:
+    """Wrap the parts of a model whose parameters are cut over tp; on one rank nothing is changed."""
+    axis = state.tp
     if axis.size == 1:
         return
     region = SequenceRegion(model, axis=axis) if is_sequence else None
@@ -52,6 +54,8 @@ def install_tensor(model: torch.nn.Module, *, axis: Axis, install: Install, is_s
             install(part, "forward", _CutWork(part.forward, axis=axis, at=its_region))
         for norm in (block.attention.query_norm, block.attention.key_norm):
             sum_gradients_over(norm, axis=axis)
+        for shared in (block.attention.key, block.attention.value) if state.key_copies.size > 1 else ():
+            sum_gradients_over(shared, axis=state.key_copies)
     for head in model.audio_head.heads if model.audio_head is not None else ():
         install(head, "forward", _GatheredHead(head.forward, axis=axis, width=model.audio_head.num_classes, at=region))
     if region is not None:

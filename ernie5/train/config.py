@@ -140,6 +140,7 @@ class RootConfig(Config):
                 "ignore it. Set engine.kind: deepspeed or leave engine.zero_stage out",
             )
         self.parallel.check_optimizer(self.optim.name)
+        self.optim.check_engine(kind=self.engine.kind, precision=self.engine.precision)
         self.parallel.check_model(self.model)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:
             self.fail(
@@ -248,6 +249,6 @@ class RootConfig(Config):
 
     def derive_dp(self, world_size: int) -> int:
         """Return the data-parallel degree of `world_size` processes; raises LayoutError where the layout is illegal."""
-        dims = self.parallel.derive_dims(world_size)
+        dims = self.parallel.derive_dims(world_size, kv_heads=self.model.kv_heads)
         self.check_layout(dims.dp)
         return dims.dp

@@ -56,7 +56,7 @@ class Preflight:
         rank; leaves the process group to the engine."""
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.config.derive_dp(world_size)
-        dims = self.config.parallel.derive_dims(world_size)
+        dims = self.config.parallel.derive_dims(world_size, kv_heads=self.config.model.kv_heads)
         device = choose_device(self.config.engine.device)
         meet(device, seconds=COME_SECONDS)
         join_processes(device)

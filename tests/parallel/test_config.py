@@ -26,7 +26,7 @@ MODEL = ModelConfig(moe=MoEConfig(num_experts=64, top_k=4, expert_width=96))
 def test_degrees_that_do_not_factor_the_processes(degrees: dict, world: int, message: str) -> None:
     groups = dist.is_initialized()
     with pytest.raises(LayoutError, match=message):
-        ParallelConfig(**degrees).derive_dims(world)
+        ParallelConfig(**degrees).derive_dims(world, kv_heads=2)
     assert dist.is_initialized() == groups
 
 
@@ -106,5 +106,5 @@ def test_an_overlap_without_anything_to_overlap_is_refused(degrees: dict, messag
 
 
 def test_a_legal_layout_derives_dp_and_replicas() -> None:
-    dims = ParallelConfig(ep=4, etp=2).derive_dims(16)
+    dims = ParallelConfig(ep=4, etp=2).derive_dims(16, kv_heads=1)
     assert (dims.dp, dims.edp, dims.ep, dims.etp) == (16, 2, 4, 2)

@@ -16,6 +16,9 @@ GRIDS = [
 ]
 
 
+GRIDS += [GridDims(dp=dp, tp=tp, pp=pp, key_copies=copies) for dp, pp, tp, copies in ((2, 2, 4, 2), (1, 1, 6, 3))]
+
+
 @pytest.mark.parametrize("dims", GRIDS, ids=lambda dims: dims.describe())
 def test_every_axis_partitions_all_ranks(dims: GridDims) -> None:
     for axis in AXES:
@@ -63,3 +66,11 @@ def test_nearest_divisors() -> None:
 def test_a_grid_of_two_thousand_ranks_takes_milliseconds() -> None:
     dims = GridDims(dp=64, tp=4, pp=8, ep=32)
     assert dims.world_size == 2048 and dims.coordinate(2047, axis="pp") == 7
+
+
+def test_neighbouring_ranks_hold_the_same_key_heads() -> None:
+    dims = GridDims(tp=4, dp=2, key_copies=2)
+    assert dims.groups("key_copies") == ((0, 1), (2, 3), (4, 5), (6, 7))
+    assert [dims.coordinate(rank, axis="keys") for rank in range(4)] == [0, 0, 1, 1]
+    with pytest.raises(ValueError, match="2 copies of every key head do not divide tp = 3"):
+        GridDims(tp=3, key_copies=2)

@@ -96,7 +96,8 @@ def test_one_rank_changes_nothing() -> None:
     def install(*exchanged: object) -> None:
         installed.append(exchanged)
 
-    install_tensor(model, axis=types.SimpleNamespace(size=1), install=install, is_sequence=True)
+    alone = types.SimpleNamespace(tp=types.SimpleNamespace(size=1))
+    install_tensor(model, state=alone, install=install, is_sequence=True)
     assert not installed and vars(model) == before
 
 
@@ -108,10 +109,12 @@ def refused(config: Config, model: ModelConfig) -> str:
 
 def test_degrees_that_do_not_fit_the_heads_are_refused_with_the_nearest_that_do() -> None:
     message = refused(ParallelConfig(tp=3), ModelConfig(query_heads=8, kv_heads=4))
-    assert "tp = 3: does not divide model.kv_heads = 4" in message and "2, 4" in message
-    assert "tp = 2: does not divide model.kv_heads = 1" in refused(
-        ParallelConfig(tp=2), ModelConfig(query_heads=2, kv_heads=1)
-    )
+    assert "tp = 3: does not share out model.query_heads = 8 and model.kv_heads = 4" in message and "2, 4" in message
+    message = refused(ParallelConfig(tp=6), ModelConfig(query_heads=12, kv_heads=4))  # two thirds of a head for each
+    assert "tp = 6: does not share out" in message and "work: 4, 12" in message
+    assert "work: 2" in refused(ParallelConfig(tp=4), ModelConfig(query_heads=2, kv_heads=1))
+    for tp in (1, 2, 4, 8):
+        ParallelConfig(tp=tp).check_model(ModelConfig(query_heads=8, kv_heads=2))
     model = ModelConfig(query_heads=6, kv_heads=2)
     message = refused(ParallelConfig(tp=2, cp=2, context="ulysses"), model)
     assert "does not divide the 3 query heads" in message and "parallel.context: ring" in message

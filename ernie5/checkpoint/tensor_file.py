@@ -23,7 +23,9 @@ import torch
 from ernie5.checkpoint.manifest import FileEntry
 
 PIECE_BYTES = 1 << 24
-DTYPE_NAMES = ((torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"))
+DTYPE_NAMES = (
+    (torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"), (torch.uint8, "U8"),
+)
 
 
 @dataclasses.dataclass(frozen=True)

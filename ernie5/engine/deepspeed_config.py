@@ -88,7 +88,7 @@ def _whole_while_used(layer_params: int) -> dict[str, object]:
 
 
 def _offload(engine: EngineConfig, *, pin_memory: bool) -> dict[str, object]:
-    """The optimizer stays torch's fused AdamW, which steps tensors where they are; no cpu_adam has to be compiled."""
+    """The optimizer stays our AdamW, which steps tensors where they are; no cpu_adam has to be compiled."""
     if engine.offload_optimizer == "none":
         return {}
     return {"offload_optimizer": {"device": engine.offload_optimizer, "pin_memory": pin_memory}}
@@ -108,6 +108,7 @@ def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
 
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
+    optim.check_engine(kind="deepspeed", precision=engine.precision)
     if optim.name == "muon" and engine.zero_stage > 0:
         engine.fail(
             "zero_stage",

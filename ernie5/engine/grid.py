@@ -61,6 +61,7 @@ class GridEngine(Engine):
         device: torch.device,
     ) -> None:
         parallel.check_optimizer(optim.name)
+        optim.check_engine(kind="grid", precision=engine.precision)
         parallel.check_model(model.config)
         join_processes(device)
         self.model, self.device, self.settings = model, device, settings

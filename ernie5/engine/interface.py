@@ -56,7 +56,8 @@ class StepReport:
 class StateSlice:
     """A box of one named tensor of an engine's state, as this rank holds it.
 
-    kind: PARAMETER (fp32 masters), MOMENT (`<kind>/<parameter name>`, fp32) or BUFFER; key: global name; shape: of the
+    kind: PARAMETER (fp32 masters, or the weights of a run without), MOMENT (`<kind>/<parameter name>`, fp32, or uint8
+    codes and their fp32 scales, which have a shape of their own) or BUFFER; key: global name; shape: of the
     whole tensor; values: a view of the live memory, in the box's shape; is_written: whether this rank is the one of all
     that hold these values which saves them.
     """
@@ -229,7 +230,8 @@ class Engine(abc.ABC):
             dist.all_gather_object(everyone, own)
         state = EngineState({}, {}, {}, self.updates, self.magnitudes.cpu().clone())
         for kind, key, shape, box, values in (piece for one in everyone for piece in one):
-            whole = state.tensors(kind).setdefault(key, torch.full(shape, torch.nan, dtype=values.dtype))
+            unset = torch.nan if values.dtype.is_floating_point else 0
+            whole = state.tensors(kind).setdefault(key, torch.full(shape, unset, dtype=values.dtype))
             cut_box(whole, box=box).copy_(values)
         return state
 
@@ -300,7 +302,9 @@ def check_names(
     if problems:
         more = len(problems) - LISTED_PROBLEMS
         listed = "; ".join(problems[:LISTED_PROBLEMS]) + (f"; and {more} more" if more > 0 else "")
-        raise CheckpointError(
-            f"{len(problems)} {what} of the checkpoint do not fit the model: {listed}. A checkpoint loads "
-            "only into the architecture it was written by; compare `ernie5 inspect CKPT` with the configuration"
-        )
+        way = "A checkpoint loads only into the architecture it was written by; compare `ernie5 inspect CKPT` with the "
+        way += "configuration"
+        if what == MOMENT:
+            way = "They are those of the optimizer that the run had (optim.name, optim.moments): set the same, or start "
+            way += "from the weights alone with train.init_from=CKPT"
+        raise CheckpointError(f"{len(problems)} {what} of the checkpoint do not fit the model: {listed}. {way}")

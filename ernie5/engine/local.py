@@ -12,7 +12,7 @@ from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.model.moe.balance import orthogonality_step
-from ernie5.optim.adamw import materialise_state
+from ernie5.optim.adamw import AdamW, materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.clip import clip_factor, global_norm
 from ernie5.optim.config import OptimConfig
@@ -22,7 +22,7 @@ from ernie5.records import Batch
 
 
 class LocalEngine(Engine):
-    """fp32, or bf16 parameters under fp32 masters with fp32 accumulation of gradients."""
+    """fp32, or bf16 parameters under fp32 masters (or none) with fp32 accumulation of gradients."""
 
     def __init__(
         self,
@@ -38,17 +38,17 @@ class LocalEngine(Engine):
         self.settings = settings
         self.magnitudes = settings.magnitudes.to(device)
         model.to(device)
-        self._masters = make_masters(model, precision=precision)
+        optim.check_engine(kind="local", precision=precision)
+        self._masters = make_masters(model, precision=precision, rounds_at_random=optim.stochastic_rounding)
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
         groups = [
             dataclasses.replace(group, parameters=tuple(self._masters[name] for name in group.names))
             for group in groups
         ]
         self._optimizer = build_optimizer(groups, config=optim, copies=copies_of(self._masters, model=model))
-        if optim.name == "adamw":
+        if isinstance(self._optimizer, AdamW):
             materialise_state(self._optimizer)
-            for master in self._masters.values():
-                master.grad_dtype = None  # a step of one micro-batch never makes an fp32 copy of a bf16 gradient
+        self._takes_bf16 = optim.name == "adamw"
         self._step = MicroStep(model, config=settings.objectives)
         self.updates = 0
 
@@ -57,6 +57,7 @@ class LocalEngine(Engine):
         self.model.train()
         counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
+        self._choose_gradients(len(micro_batches))
         for batch in micro_batches:
             batch = batch.to(self.device)
             share, terms, routing = self._step(batch, counts, self.magnitudes)
@@ -126,6 +127,13 @@ class LocalEngine(Engine):
     def close(self) -> None:
         """Nothing to release."""
 
+    def _choose_gradients(self, micro_batches: int) -> None:
+        """A step of one micro-batch never makes an fp32 copy of a bf16 gradient; those of several add up in fp32."""
+        for master in self._masters.values():
+            if self._takes_bf16 and master.grad is None:
+                wide = torch.promote_types(master.dtype, torch.float32)
+                master.grad_dtype = None if micro_batches == 1 else wide
+
     def _orthogonalise(self, learning_rate: float) -> None:
         """The decoupled router step of ERNIE 4.5 (fp32 only: the model's weights are then the masters)."""
         speed = learning_rate * self.settings.objectives.orthogonality_weight
@@ -192,10 +200,16 @@ def cast_parameters(model: torch.nn.Module, *, precision: str) -> None:
             parameter.data = parameter.data.to(torch.bfloat16)
 
 
-def make_masters(model: torch.nn.Module, *, precision: str) -> dict[str, torch.nn.Parameter]:
-    """fp32 weights by name that the optimizer steps: copies under bf16 parameters, else the parameters themselves."""
+def make_masters(
+    model: torch.nn.Module, *, precision: str, rounds_at_random: bool = False
+) -> dict[str, torch.nn.Parameter]:
+    """The weights by name that the optimizer steps: fp32 copies under bf16 parameters, else the parameters themselves,
+    fp32, or bf16 where steps round at random."""
     trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     if precision == "fp32":
+        return trainable
+    if rounds_at_random:
+        cast_parameters(model, precision=precision)
         return trainable
     masters = {name: torch.nn.Parameter(p.detach().float().clone()) for name, p in trainable.items()}
     cast_parameters(model, precision=precision)

@@ -7,6 +7,7 @@ from collections.abc import Mapping, Sequence
 import torch
 
 from ernie5.optim.adamw import AdamW
+from ernie5.optim.compact import CompactAdamW
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.muon import ALONE, Muon, Peers
@@ -18,11 +19,14 @@ def build_optimizer(
     config: OptimConfig,
     peers: Peers = ALONE,
     copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] | None = None,
-) -> AdamW | Muon:
+) -> AdamW | CompactAdamW | Muon:
     """AdamW or Muon over `groups` of fp32 parameters; `peers`, which hold the same ones, share Muon's iterations.
 
-    copies: the bf16 weight of each master that has one, which steps write too.
+    copies: the bf16 weight of each master that has one, which steps write too. With `stochastic_rounding` parameters
+    may be bf16 themselves.
     """
     if config.name == "muon":
         return Muon(groups, config=config, peers=peers, copies=copies)
+    if config.is_compact:
+        return CompactAdamW(groups, config=config, copies=copies)
     return AdamW(groups, config=config, copies=copies)

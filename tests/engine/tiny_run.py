@@ -73,7 +73,8 @@ def _rows(*, seed: int, rows: int, tasks: tuple[str, ...]) -> Batch:
 
 
 def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: float = 0.05, micro: int = 4,
-                optimizer: str = "adamw", offload: str = "none") -> Engine:
+                optimizer: str = "adamw", offload: str = "none", moments: str = "fp32",
+                rounding: bool = False) -> Engine:
     """A tiny engine; every call starts from the same weights."""
     model = build_model(MODEL, seed=3)
     settings = StepSettings(
@@ -82,7 +83,9 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
         balance_speed=0.01,
         magnitudes=uniform_magnitudes(vocab_size=MODEL.vocab_size, audio_codes=MODEL.audio.codes),
     )
-    optim = OptimConfig(learning_rate=1e-2, clip_norm=clip, name=optimizer)
+    optim = OptimConfig(
+        learning_rate=1e-2, clip_norm=clip, name=optimizer, moments=moments, stochastic_rounding=rounding
+    )
     device = torch.device("cpu")
     if kind == "local":
         return LocalEngine(model, optim=optim, settings=settings, precision=precision, device=device)

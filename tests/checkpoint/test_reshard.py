@@ -87,7 +87,7 @@ def test_an_equal_number_of_files_has_about_equal_bytes(checkpoint: Path, tmp_pa
         (("--layout", "xp=2"), "'xp=2' is no degree"),
         (("--layout", "pp=3"), "Nearest degrees that work: pp 2"),
         (("--layout", "tp"), "'tp' is no degree"),
-        (("--layout", "tp=3"), "does not divide model.kv_heads = 2"),
+        (("--layout", "tp=3"), "does not share out model.query_heads = 4 and model.kv_heads = 2"),
         (("--layout", "ep=3,dp=3"), "does not divide model.moe.num_experts = 4"),
         (("--layout", "ep=4"), "ep x etp = 4 x 1 does not divide dp x cp x tp = 1"),
         (("--files", "0"), "at least one file"),

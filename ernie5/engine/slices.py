@@ -36,8 +36,8 @@ def buffer_slices(model: torch.nn.Module, *, is_written: bool) -> Iterator[State
 def optimizer_slices(
     optimizer: torch.optim.Optimizer, *, master: torch.Tensor, name: str, held: Held, is_written: bool
 ) -> Iterator[StateSlice]:
-    """A master and its moments, where the optimizer keeps them in the master's shape; what has another shape (the scales
-    of 8-bit moments, which whole masters alone have) as a whole tensor of its own."""
+    """A master and its moments, where the optimizer keeps them in the master's shape; what has another shape (scales of
+    8-bit moments, which whole masters alone have) as a whole tensor of its own."""
     flat = master.detach().view(-1)
     yield from part_slices(flat, kind=PARAMETER, key=name, held=held, is_written=is_written)
     for kind, value in optimizer.state[master].items():

@@ -60,7 +60,7 @@ class OptimConfig(Config):
         """Refuse what Muon would ignore."""
         if self.name == "muon" and self.is_compact:
             key = "moments" if self.moments != "fp32" else "stochastic_rounding"
-            self.fail(key, "muon keeps fp32 state and masters and would ignore it. Set optim.name: adamw, or leave it out")
+            self.fail(key, "muon keeps fp32 state and would ignore it. Set optim.name: adamw, or leave it out")
 
     def check_engine(self, *, kind: str, precision: str) -> None:
         """Refuse small state in an engine that does not keep it, and rounding where nothing is rounded."""
@@ -68,7 +68,7 @@ class OptimConfig(Config):
             key = "moments" if self.moments != "fp32" else "stochastic_rounding"
             self.fail(
                 key,
-                f"only the local engine keeps it, and engine.kind is {kind}, whose states are fp32 pieces or parts. Set "
+                f"only the local engine keeps it, and engine.kind is {kind}, whose state is cut in fp32. Set "
                 f"engine.kind: local, or leave optim.{key} out",
             )
         if self.stochastic_rounding and precision != "bf16":

@@ -3,8 +3,8 @@
 A moment of 8 bits keeps, for every 256 elements, one fp32 scale, and per element the first bits of the float
 1 + |x| / scale above those of 1: 4 of its exponent and 3 of its mantissa beside a sign for the first moment, 4 and 4 of
 the root of the second. Steps are an 8th (16th) of a value or less down to 1 / 61,000 of a block's largest, and even
-below that. Codes are rounded at random in proportion: to nearest, a mean that moves by 5 % per step would never move. A second
-moment above zero never falls to zero, where the division would blow up.
+below. Codes are rounded at random in proportion: to nearest, a mean that moves by 5 % per step would never move. A
+second moment above zero never falls to zero, where the division would blow up.
 Sources: blocks with scales, arXiv:2110.02861; moments that must not be zero, arXiv:2309.01507; random rounding of
 weights, arXiv:2010.06192. The format is our own.
 """

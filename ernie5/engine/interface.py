@@ -305,6 +305,6 @@ def check_names(
         way = "A checkpoint loads only into the architecture it was written by; compare `ernie5 inspect CKPT` with the "
         way += "configuration"
         if what == MOMENT:
-            way = "They belong to the optimizer that the run had (optim.name, optim.moments): set the same, or start from "
-            way += "the weights alone with train.init_from=CKPT"
+            way = "They belong to the optimizer that the run had (optim.name, optim.moments): set the same, or start "
+            way += "from the weights alone with train.init_from=CKPT"
         raise CheckpointError(f"{len(problems)} {what} of the checkpoint do not fit the model: {listed}. {way}")

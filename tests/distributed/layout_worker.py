@@ -44,7 +44,7 @@ from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
 from layout_replay import Choices, Notes
-from layout_rows import MODELS, OBJECTIVES, STEPS, Row, find_row
+from layout_rows import LEARNING_RATES, MODELS, OBJECTIVES, STEPS, Row, find_row
 
 SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent.parent / "engine" / "tiny_run.py")
 TINY = importlib.util.module_from_spec(SPEC)
@@ -149,7 +149,7 @@ def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[
             if pairs is not None:
                 result["bytes"] = add_bytes(engine, pairs=pairs)
             result["gradients"] = engine.gradients()
-        report = engine.update(sums, learning_rate=1e-2)
+        report = engine.update(sums, learning_rate=LEARNING_RATES[steps])
         names = ("text", "image", "video", "audio", "mtp")
         result["losses"].append([float(vars(sums.terms)[name]) for name in names] + [float(sums.objective)])
         result["norms"].append(float(report.grad_norm))

@@ -1,0 +1,65 @@
+"""Replayed choices are made, what would have been others is found, and a replay without any is the free run."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from layout_replay import Choices, Divergence, Noted, Notes
+from layout_rows import ROWS
+from layout_worker import make_engine, make_rows
+
+ROW = ROWS["ep2"].yardstick()
+
+
+def run_step(recorded: Notes | None, *, watches: bool = True) -> tuple[Choices | None, dict, torch.Tensor]:
+    """One step in one process: its choices, gradients, and loads [L, E]."""
+    engine, batches = make_engine(ROW), make_rows(0, row=ROW, rows=2)
+    if not watches:
+        sums = engine.accumulate(batches)
+        return None, engine.gradients(), sums.routing.loads
+    choices = Choices(engine, layout=None, recorded=recorded)
+    with choices.watch(batches, step=0, first=0, stride=1):
+        sums = engine.accumulate(batches)
+    return choices, engine.gradients(), sums.routing.loads
+
+
+def test_replaying_its_own_choices_is_the_free_run_bit_for_bit() -> None:
+    _, free, loads = run_step(None, watches=False)
+    noted, watched, _ = run_step(None)
+    again, replayed, replayed_loads = run_step(noted.noted)
+    assert not again.divergences and torch.equal(loads, replayed_loads)
+    assert all(torch.equal(value, watched[name]) and torch.equal(value, replayed[name]) for name, value in free.items())
+
+
+def test_another_recorded_choice_is_made_and_reported_with_its_gap() -> None:
+    noted, free, loads = run_step(None)
+    place, column = (0, 1, 1), 0  # the first token, which all others of its document read
+    there = noted.noted[place]
+    absent = min(set(range(8)) - set(there.choices[column].tolist()))
+    changed = there.choices.clone()
+    given_up = int(changed[column, 0])
+    changed[column] = torch.tensor(sorted((absent, int(changed[column, 1]))))
+    recorded = {**noted.noted, place: dataclasses.replace(there, choices=changed)}
+    replayed, gradients, other_loads = run_step(recorded)
+    (found,) = [one for one in replayed.divergences if (one.micro_batch, one.layer, one.column) == (1, 1, column)]
+    # the run preferred what it had chosen: the recorded expert looks worse by the difference of preferences
+    assert found.gap == float(there.preference[column, absent] - there.preference[column, given_up]) < 0
+    moved = other_loads[1] - loads[1]
+    assert moved[absent] == 1 and moved[given_up] == -1 and moved.abs().sum() == 2
+    assert not torch.equal(gradients["layers.1.moe.experts.down"], free["layers.1.moe.experts.down"])
+
+
+def test_a_divergence_has_the_gap_of_the_recorded_preference() -> None:
+    noted, _, _ = run_step(None)
+    place, column = (0, 0, 0), 3
+    there = noted.noted[place]
+    order = there.preference[column].sort(descending=True).indices
+    other = there.choices.clone()
+    other[column] = order[[0, 2]].sort().values
+    preference = there.preference.clone()
+    preference[column, order[2]] = preference[column, order[1]] + 3e-7  # the yardstick preferred it by a hair
+    replayed, _, _ = run_step({**noted.noted, place: Noted(other, preference)})
+    first = min(replayed.divergences)
+    assert first == Divergence(0, 0, 0, column, first.gap) and 0 < first.gap < 1e-6

@@ -18,6 +18,7 @@ from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_p
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.context import cut_batch, install_context
 from ernie5.parallel.dispatchers import make_dispatcher
+from ernie5.parallel.halves import Halves
 from ernie5.parallel.stages import StagePlan, plan_stages
 from ernie5.parallel.state import Axis, ParallelState
 from ernie5.parallel.tensor import VocabularyParallelLoss, install_tensor
@@ -227,10 +228,12 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
     if state.ep.size * state.etp.size * state.tp.size == 1:
         return
     made = make_dispatcher(
-        parallel.dispatcher, state=state, is_replicated=not parallel.sequence, overlaps=parallel.overlap == "shared"
+        parallel.dispatcher, state=state, is_replicated=not parallel.sequence, overlaps=parallel.overlap != "none"
     )
     for layer in model.moe_layers():
         layout.install(layer, "dispatcher", made)
+        if parallel.overlap == "halves":
+            layout.install(layer, "run_routed", Halves(layer, dispatcher=made))
 
 
 def plan_shard(

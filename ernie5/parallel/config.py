@@ -51,8 +51,9 @@ class ParallelConfig(Config):
         None, doc="ranks per node; none: what the launcher says (LOCAL_WORLD_SIZE)", check=positive, kind="performance"
     )
     overlap: str = field(
-        "none", doc="what runs while tokens travel to their experts; shared: the shared experts",
-        choices=("none", "shared"), kind="performance",
+        "none",
+        doc="what runs while tokens travel; shared: the shared experts; halves: the experts of the other half as well",
+        choices=("none", "shared", "halves"), kind="performance",
     )
 
     def validate(self) -> None:

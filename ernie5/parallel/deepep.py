@@ -19,7 +19,7 @@ from ernie5.errors import ConfigError, LayoutError
 from ernie5.model.interfaces import NO_EXPERT, Parcels
 from ernie5.parallel.collectives import all_gather
 from ernie5.parallel.exchange import Exchange
-from ernie5.parallel.expert import Departure, StagedDispatcher
+from ernie5.parallel.expert import Departure, Homeward, StagedDispatcher
 from ernie5.parallel.state import Axis, ParallelState
 
 ROW_DTYPE = torch.bfloat16
@@ -130,16 +130,16 @@ class DeepEPDispatcher(StagedDispatcher):
         rows, weights = _Dispatch.apply(parcels.rows, parcels.weights.float(), parcels.ids, trip)
         first = self.ep.coordinate * (parcels.num_experts // self.ep.size)
         ids = torch.where(trip.ids == NO_EXPERT, NO_EXPERT, trip.ids.long() + first)
-        return Departure(ids, Exchange(rows, weights), trip, parcels.num_experts)
+        return Departure(ids, Exchange((rows, weights)), trip, parcels.num_experts)
 
     def arrive(self, departure: Departure) -> tuple[Parcels, tuple[Trip, ...]]:
         """They are here."""
         rows, weights = departure.exchange.wait()
         return Parcels(rows, departure.ids, weights, departure.num_experts), (departure.leg,)
 
-    def send_back(self, outputs: torch.Tensor, *, legs: Sequence[Trip]) -> torch.Tensor:
+    def send_back(self, outputs: torch.Tensor, *, legs: Sequence[Trip]) -> Homeward:
         """One combine, which adds up the outputs of a token."""
-        return _Combine.apply(outputs, legs[0])
+        return Homeward(Exchange((_Combine.apply(outputs, legs[0]),)), bags=None)
 
 
 class _Dispatch(torch.autograd.Function):

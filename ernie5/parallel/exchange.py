@@ -1,4 +1,4 @@
-"""Rows and weights on their way in an uneven all-to-all, which other work may run beside, forward and backward.
+"""Rows, and weights with them, on their way in an uneven all-to-all that other work may run beside, both passes.
 
 Two autograd nodes: one departs, one arrives. What is computed between them in forward has its gradients computed
 between them in backward too, because autograd runs nodes in the reverse order of their creation: there the node that
@@ -15,6 +15,9 @@ import torch.distributed as dist
 
 from ernie5.parallel.collectives import all_to_all, start_all_to_all
 from ernie5.parallel.state import Axis
+
+LOAD = ("hidden", "weights")
+"""What travels, in this order, as bytes are counted."""
 
 
 @dataclasses.dataclass
@@ -50,67 +53,62 @@ class Journey:
 
 
 class Exchange:
-    """rows [M, D] and weights [M, K] that have arrived, or will have when `wait` returns them."""
+    """Tensors that have arrived, or will have when `wait` returns them: rows [M, D], or they and weights [M, K]."""
 
-    def __init__(self, rows: torch.Tensor, weights: torch.Tensor, *, journey: Journey | None = None) -> None:
-        self._rows, self._weights, self._journey = rows, weights, journey
+    def __init__(self, tensors: tuple[torch.Tensor, ...], *, journey: Journey | None = None) -> None:
+        self._tensors, self._journey = tensors, journey
 
-    def wait(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """(rows, weights), to be called once."""
+    def wait(self) -> tuple[torch.Tensor, ...]:
+        """The same tensors, to be called once."""
         if self._journey is None:
-            return self._rows, self._weights
-        return _Arrive.apply(self._rows, self._weights, self._journey)
+            return self._tensors
+        return _Arrive.apply(self._journey, *self._tensors)
 
 
 def start_exchange(
     rows: torch.Tensor,
     *,
-    weights: torch.Tensor,
     axis: Axis,
     send: Sequence[int],
     receive: Sequence[int],
     is_async: bool,
+    weights: torch.Tensor | None = None,
 ) -> Exchange:
     """Send rows [M, D] and weights [M, K] as all_to_all does, both differentiable; is_async: without waiting.
 
     The same nodes for both: backward then issues its two collectives in the same order on every rank.
     """
+    tensors = (rows,) if weights is None else (rows, weights)
     if axis.size == 1:
-        return Exchange(rows, weights)
+        return Exchange(tensors)
     journey = Journey(axis, tuple(send), tuple(receive), is_async)
-    return Exchange(*_Depart.apply(rows, weights, journey), journey=journey)
+    return Exchange(_Depart.apply(journey, *tensors), journey=journey)
 
 
 class _Depart(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weights, journey):
+    def forward(ctx, journey, *tensors):
         ctx.journey = journey
-        return (
-            journey.start(rows, is_back=False, what="hidden"),
-            journey.start(weights, is_back=False, what="weights"),
-        )
+        return tuple(journey.start(x, is_back=False, what=what) for x, what in zip(tensors, LOAD))
 
     @staticmethod
     def backward(ctx, *_):
         journey = ctx.journey
         journey.finish()
-        rows, weights = journey.returned
+        returned = tuple(journey.returned)
         journey.returned.clear()
-        return rows, weights, None
+        return None, *returned
 
 
 class _Arrive(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, rows, weights, journey):
+    def forward(ctx, journey, *tensors):
         ctx.journey = journey
         journey.finish()
-        return rows.view_as(rows), weights.view_as(weights)
+        return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
-    def backward(ctx, grad_rows, grad_weights):
+    def backward(ctx, *grads):
         journey = ctx.journey
-        journey.returned += [
-            journey.start(grad_rows, is_back=True, what="hidden"),
-            journey.start(grad_weights, is_back=True, what="weights"),
-        ]
-        return grad_rows, grad_weights, None  # of the right shape; the other node reads what has returned instead
+        journey.returned += [journey.start(grad, is_back=True, what=what) for grad, what in zip(grads, LOAD)]
+        return None, *grads  # of the right shapes; the other node reads what has returned instead

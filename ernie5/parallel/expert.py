@@ -1,7 +1,7 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and their weighted outputs travel back.
 
-Seven stages: prepare, send, arrange, (experts), arrange_back, send_back, combine; what differs by transport is `depart`
-(prepare and send), `arrive` and `send_back`. A token goes once to each rank that holds any of its chosen experts,
+Seven stages: prepare, send, arrange, (experts), arrange_back, send_back, combine; what differs by transport is
+`announce`, `depart`, `arrive` and `send_back`. A token goes once to each rank that holds any of its chosen experts,
 however many those are; there the rows are multiplied out to one per choice, and the weighted outputs of one token are
 summed before they go back. Nothing is dropped or padded; a rank whose experts get no token takes part with zero rows.
 
@@ -46,11 +46,36 @@ class Departure:
 
 
 @dataclasses.dataclass(frozen=True)
+class Announced:
+    """Parcels whose receivers know of them: `parcels` will leave, `ids` have come here."""
+
+    parcels: Parcels
+    ids: torch.Tensor
+    leg: Leg
+
+
+@dataclasses.dataclass(frozen=True)
+class Ready:
+    """What `prepare` hands to `ship`. announced: by a transport to itself; tokens: per tp rank, together N."""
+
+    announced: object
+    tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
 class UnderWay:
     """What `send` hands to `receive`. tokens: per tp rank, together N."""
 
     departure: Departure
     tokens: tuple[int, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Homeward:
+    """Outputs on their way back; bags: token -> those of its parcels, still to be summed (None: they are)."""
+
+    exchange: Exchange
+    bags: Bags | None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -73,13 +98,21 @@ class StagedDispatcher(abc.ABC):
 
     def send(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> UnderWay:
         """hidden [N, D] of this rank -> parcels on their way to the ranks of their experts."""
+        return self.ship(self.prepare(hidden, routing=routing, num_experts=num_experts))
+
+    def prepare(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> Ready:
+        """The parcels of hidden [N, D]; their receivers know how many will come."""
         tokens = even_sizes(hidden.shape[0], axis=self._tp) if self._shares else [hidden.shape[0]]
         choices, weights = routing.choices, routing.weights
         if self._shares:
             hidden = split(hidden, axis=self._tp, sizes=tokens)
             weights = split(weights, axis=self._tp, sizes=tokens)
             choices = own_part(choices, axis=self._tp, sizes=tokens)
-        return UnderWay(self.depart(Parcels(hidden, choices, weights, num_experts)), tuple(tokens))
+        return Ready(self.announce(Parcels(hidden, choices, weights, num_experts)), tuple(tokens))
+
+    def ship(self, ready: Ready) -> UnderWay:
+        """Let the parcels leave."""
+        return UnderWay(self.depart(ready.announced), ready.tokens)
 
     def receive(self, sent: UnderWay) -> RemoteParcels:
         """The parcels for this rank's experts, from all ranks of the block; ids count from its first expert."""
@@ -113,21 +146,34 @@ class StagedDispatcher(abc.ABC):
 
     def combine(self, outputs: torch.Tensor, *, parcels: RemoteParcels) -> torch.Tensor:
         """Sums per parcel [M, D] -> sums per token [N, D] of this rank."""
+        return self.come_home(self.go_home(outputs, parcels=parcels), parcels=parcels)
+
+    def go_home(self, outputs: torch.Tensor, *, parcels: RemoteParcels) -> Homeward:
+        """Let sums per parcel [M, D] leave for where the tokens came from."""
         outputs = reduce_scatter(outputs, axis=self._etp, sizes=parcels.pooled)
-        out = self.send_back(outputs, legs=parcels.legs)
+        return self.send_back(outputs, legs=parcels.legs)
+
+    def come_home(self, back: Homeward, *, parcels: RemoteParcels) -> torch.Tensor:
+        """Sums per token [N, D] of this rank."""
+        (out,) = back.exchange.wait()
+        out = out if back.bags is None else sum_bags(out, bags=back.bags)
         return gather(out, axis=self._tp, sizes=parcels.tokens) if self._shares else out
 
+    def announce(self, parcels: Parcels) -> object:
+        """This rank's tokens, with global ids, as `depart` takes them; a transport may tell the receivers."""
+        return parcels
+
     @abc.abstractmethod
-    def depart(self, parcels: Parcels) -> Departure:
-        """This rank's tokens, with global ids, made into parcels and sent on the first leg of their way."""
+    def depart(self, announced: object) -> Departure:
+        """What `announce` returned, sent on the first leg of its way."""
 
     @abc.abstractmethod
     def arrive(self, departure: Departure) -> tuple[Parcels, tuple[Leg, ...]]:
         """The parcels, with global ids, that have reached this rank at the end of the last leg, and all legs."""
 
     @abc.abstractmethod
-    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> torch.Tensor:
-        """Outputs of the parcels that arrived -> sums per token that this rank sent."""
+    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> Homeward:
+        """Outputs of the parcels that arrived -> sums per token that this rank sent, or what they will be made of."""
 
     def pool(self, parcels: Parcels) -> tuple[Parcels, tuple[int, ...]]:
         """All parcels of the etp ranks that share these experts, and how many each of them brought."""
@@ -154,28 +200,37 @@ class AllToAllDispatcher(StagedDispatcher):
         super().__init__(state, is_replicated=is_replicated)
         self._routes, self._overlaps = routes, overlaps
 
-    def depart(self, parcels: Parcels) -> Departure:
+    def announce(self, parcels: Parcels) -> Announced:
+        """Parcels of the first leg."""
+        return self._announce(parcels, route=self._routes[0])
+
+    def depart(self, announced: Announced) -> Departure:
         """Start the first leg; with `overlaps` rows and weights are still travelling when this returns."""
-        return self._start(parcels, route=self._routes[0], is_async=self._overlaps)
+        return self._start(announced, is_async=self._overlaps)
 
     def arrive(self, departure: Departure) -> tuple[Parcels, tuple[Leg, ...]]:
         """Wait for the first leg and travel the others."""
         parcels, legs = _finish(departure), [departure.leg]
         for route in self._routes[1:]:
-            departure = self._start(parcels, route=route, is_async=False)
+            departure = self._start(self._announce(parcels, route=route), is_async=False)
             parcels = _finish(departure)
             legs.append(departure.leg)
         return parcels, tuple(legs)
 
-    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> torch.Tensor:
-        """The reverse all-to-alls, the last leg first, each followed by the sum over a token's parcels."""
-        for leg in reversed(legs):
+    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> Homeward:
+        """The reverse all-to-alls, the last leg first, each followed by the sum over a token's parcels; with `overlaps`
+        the first leg's rows are still travelling when this returns."""
+        for leg in reversed(legs[1:]):
             outputs = exchange_rows(outputs, axis=self.ep, send=leg.receive, receive=leg.send)
             outputs = sum_bags(outputs, bags=leg.bags)
-        return outputs
+        first = legs[0]
+        exchange = start_exchange(
+            outputs, axis=self.ep, send=first.receive, receive=first.send, is_async=self._overlaps
+        )
+        return Homeward(exchange, first.bags)
 
-    def _start(self, parcels: Parcels, *, route: RouteTable, is_async: bool) -> Departure:
-        """Counts first, then ids, then rows and weights."""
+    def _announce(self, parcels: Parcels, *, route: RouteTable) -> Announced:
+        """Counts first, then ids."""
         destination_of = route.destinations(parcels.num_experts, device=parcels.ids.device)
         made, bags, send = address(parcels, destination_of=destination_of, ranks=self.ep.size)
         ones = [1] * self.ep.size
@@ -183,10 +238,15 @@ class AllToAllDispatcher(StagedDispatcher):
         counts = all_to_all(counts, axis=self.ep, send=ones, receive=ones, what="counts")
         receive = tuple(counts.tolist())  # host sync: sizes to receive
         ids = all_to_all(made.ids, axis=self.ep, send=send, receive=receive, what="ids")
+        return Announced(made, ids, Leg(bags, send, receive))
+
+    def _start(self, announced: Announced, *, is_async: bool) -> Departure:
+        """Then rows and weights."""
+        made, leg = announced.parcels, announced.leg
         exchange = start_exchange(
-            made.rows, weights=made.weights, axis=self.ep, send=send, receive=receive, is_async=is_async
+            made.rows, weights=made.weights, axis=self.ep, send=leg.send, receive=leg.receive, is_async=is_async
         )
-        return Departure(ids, exchange, Leg(bags, send, receive), parcels.num_experts)
+        return Departure(announced.ids, exchange, leg, made.num_experts)
 
 
 class AllGatherDispatcher(StagedDispatcher):
@@ -200,15 +260,15 @@ class AllGatherDispatcher(StagedDispatcher):
         weights = gather_for_work(parcels.weights, axis=self.ep, sizes=sizes)
         ids = all_gather(parcels.ids, axis=self.ep, sizes=sizes)
         leg = Leg(bag_rows(owners, items=owners.numel()), sizes, sizes)
-        return Departure(ids, Exchange(rows, weights), leg, parcels.num_experts)
+        return Departure(ids, Exchange((rows, weights)), leg, parcels.num_experts)
 
     def arrive(self, departure: Departure) -> tuple[Parcels, tuple[Leg, ...]]:
         """All ranks' parcels."""
         return _finish(departure), (departure.leg,)
 
-    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> torch.Tensor:
+    def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> Homeward:
         """Sum of all ranks' outputs for this rank's tokens."""
-        return reduce_scatter(outputs, axis=self.ep, sizes=legs[0].receive)
+        return Homeward(Exchange((reduce_scatter(outputs, axis=self.ep, sizes=legs[0].receive),)), bags=None)
 
 
 def _finish(departure: Departure) -> Parcels:

@@ -14,10 +14,11 @@ import torch
 import torch.distributed as dist
 
 from ernie5.errors import LayoutError
-from ernie5.model.interfaces import Routing
+from ernie5.model.interfaces import Parcels, Routing
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.dispatchers import make_dispatcher
+from ernie5.parallel.halves import Halves
 from ernie5.parallel.nodes import split_into_nodes
 from ernie5.parallel.state import ParallelState, build_state
 
@@ -54,6 +55,10 @@ FORMS = {
     "one rank per node": {"name": "hierarchical", "node_size": 1},
     "one node": {"name": "hierarchical", "node_size": 4},
     "two nodes, beside other work": {"name": "hierarchical", "node_size": 2, "overlaps": True},
+    "halves": {"name": "alltoall", "overlaps": True, "halves": True},
+    "two nodes, halves": {"name": "hierarchical", "node_size": 2, "overlaps": True, "halves": True},
+    "halves, pairs share experts": {"name": "alltoall", "overlaps": True, "halves": True,
+                                    "dims": GridDims(dp=4, ep=2, etp=2)},
     "allgather": {"name": "allgather"},
     "two nodes, pairs share experts": {"name": "hierarchical", "node_size": 2, "dims": GridDims(dp=4, ep=2, etp=2)},
 }
@@ -68,21 +73,31 @@ def choose(case: Case, *, rank: int) -> torch.Tensor:
     return torch.stack(picked) if picked else torch.empty(0, case.top_k, dtype=torch.int64)
 
 
-def run_layer(
-    dispatcher: object, *, hidden: torch.Tensor, routing: Routing, matrices: torch.Tensor
-) -> torch.Tensor:
+class Layer:
     """Expert e multiplies by matrices[e]; the gate weight is applied on its side; something runs beside the way."""
-    sent = dispatcher.send(hidden, routing=routing, num_experts=EXPERTS)
-    beside = (hidden * 3.0).sin()
-    parcels = dispatcher.receive(sent)
-    rows = dispatcher.arrange(parcels)
-    ends = rows.offsets.tolist()
-    pieces = [rows.rows[start:end] @ matrix for start, end, matrix in zip([0, *ends[:-1]], ends, matrices, strict=True)]
-    outputs = torch.cat(pieces) * rows.row_weights.unsqueeze(1)
-    return dispatcher.combine(dispatcher.arrange_back(outputs, dispatched=rows), parcels=parcels) + beside
+
+    def __init__(self, dispatcher: object, *, matrices: torch.Tensor, is_halved: bool) -> None:
+        self.dispatcher, self.matrices, self.shared = dispatcher, matrices, True
+        if is_halved:
+            self.run_routed = Halves(self, dispatcher=dispatcher)
+
+    def run_routed(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
+        sent = self.dispatcher.send(hidden.flatten(0, 1), routing=routing, num_experts=EXPERTS)
+        beside, parcels = self.run_shared(hidden), self.dispatcher.receive(sent)
+        return self.dispatcher.combine(self.run_experts(parcels), parcels=parcels).view_as(hidden) + beside
+
+    def run_shared(self, hidden: torch.Tensor) -> torch.Tensor:
+        return (hidden * 3.0).sin()
+
+    def run_experts(self, parcels: Parcels) -> torch.Tensor:
+        rows = self.dispatcher.arrange(parcels)
+        ends = rows.offsets.tolist()
+        spans = zip([0, *ends[:-1]], ends, self.matrices, strict=True)
+        outputs = torch.cat([rows.rows[start:end] @ matrix for start, end, matrix in spans])
+        return self.dispatcher.arrange_back(outputs * rows.row_weights.unsqueeze(1), dispatched=rows)
 
 
-def grow(dispatcher: object, *, case: Case, matrices: torch.Tensor) -> list[torch.Tensor]:
+def grow(dispatcher: object, *, case: Case, matrices: torch.Tensor, is_halved: bool = False) -> list[torch.Tensor]:
     """Output, and gradients of hidden states, gate weights and matrices."""
     rank = dist.get_rank()
     generator = torch.Generator().manual_seed(rank)
@@ -92,9 +107,9 @@ def grow(dispatcher: object, *, case: Case, matrices: torch.Tensor) -> list[torc
     scores = torch.zeros(len(choices), EXPERTS, dtype=torch.float64)
     routing = Routing(choices=choices, weights=weights, scores=scores, logits=scores)
     matrices = matrices.clone().requires_grad_()
-    out = run_layer(dispatcher, hidden=hidden, routing=routing, matrices=matrices)
+    out = Layer(dispatcher, matrices=matrices, is_halved=is_halved).run_routed(hidden.unsqueeze(0), routing=routing)
     (out.cos() * torch.arange(1, 1 + out.numel()).view_as(out)).sum().backward()
-    return [out.detach(), hidden.grad, weights.grad, matrices.grad]
+    return [out.detach().squeeze(0), hidden.grad, weights.grad, matrices.grad]
 
 
 def unique_bytes(case: Case, *, state: ParallelState, places: tuple[int, ...]) -> int:
@@ -115,7 +130,8 @@ def check_form(form: dict, *, case: Case) -> list[int]:
     held, first = EXPERTS // state.ep.size, state.ep.coordinate * EXPERTS // state.ep.size
     mine = matrices[first : first + held]
     parts = torch.eye(WIDTH, dtype=torch.float64).chunk(state.etp.size, dim=1)[state.etp.coordinate]
-    found = grow(dispatcher, case=case, matrices=mine @ parts @ parts.T)  # etp: some columns, the others zero
+    mine = mine @ parts @ parts.T  # etp: some columns, the others zero
+    found = grow(dispatcher, case=case, matrices=mine, is_halved=form.get("halves", False))
     expected[3] = expected[3][first : first + held] if state.etp.size == 1 else found[3]
     for one, other in zip(found, expected, strict=True):
         assert one.shape == other.shape and torch.allclose(one, other, rtol=TOLERANCE, atol=TOLERANCE), form
@@ -147,7 +163,7 @@ def test_every_form_equals_one_process_on_awkward_shapes(counted: dict) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_flat_dispatch_sends_a_token_once_to_each_rank(counted: dict, case: str) -> None:
-    for form in ("alltoall", "beside other work", "two nodes, flat"):
+    for form in ("alltoall", "beside other work", "two nodes, flat", "halves"):
         sent, _, due, _ = counted[form, case]
         assert sent == 4 * due, form  # dispatch and combine, forward and backward: nothing but the rows themselves
 

@@ -6,7 +6,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig
-from ernie5.model.interfaces import LayerInputs, Parcels, RoutingPool, TokenDispatcher
+from ernie5.model.interfaces import LayerInputs, Parcels, Routing, RoutingPool, TokenDispatcher
 from ernie5.model.mlp import SwiGLU
 from ernie5.model.moe.balance import OWN_TOKENS, LayerRouting, measure_routing
 from ernie5.model.moe.dispatch import LocalDispatcher
@@ -35,15 +35,17 @@ class MoELayer(nn.Module):
 
     def forward(self, hidden: torch.Tensor, *, inputs: LayerInputs) -> tuple[torch.Tensor, LayerRouting]:
         """[B, T, D] -> [B, T, D] and the routing's statistics."""
-        flat = hidden.flatten(0, 1)
-        routing = self.router(flat, top_k=inputs.top_k, active=inputs.active_experts)
-        sent = self.dispatcher.send(flat, routing=routing, num_experts=routing.scores.shape[1])
+        routing = self.router(hidden.flatten(0, 1), top_k=inputs.top_k, active=inputs.active_experts)
+        out = self.run_routed(hidden, routing=routing)
+        return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance, pool=self.pool)
+
+    def run_routed(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
+        """[B, T, D] -> what all experts make of it [B, T, D]."""
+        sent = self.dispatcher.send(hidden.flatten(0, 1), routing=routing, num_experts=routing.scores.shape[1])
         beside = None if self.shared is None else self.run_shared(hidden)  # while the tokens may be on their way
         parcels = self.dispatcher.receive(sent)
         out = self.dispatcher.combine(self.run_experts(parcels), parcels=parcels).view_as(hidden)
-        if beside is not None:
-            out = out + beside
-        return out, measure_routing(routing, kinds=inputs.kinds, config=self.balance, pool=self.pool)
+        return out if beside is None else out + beside
 
     def run_shared(self, hidden: torch.Tensor) -> torch.Tensor:
         """[B, T, D] -> what the shared experts add."""

@@ -12,7 +12,8 @@ It trusts RUN_DIR/exit.json, which every run writes, more than the launcher's ex
 memory, network) a few times with longer pauses; 1 (a bug) once. Pauses double while a run gets no farther, and the
 number of such starts is bounded. Before each start, ranks that an earlier one left behind are killed; --fresh and
 --resume count for the first start alone. SIGINT and SIGTERM go to the launcher and end the agent as well. The state
-after the last step is kept in shared memory, where the next start finds it. RUN_DIR/supervise.jsonl keeps one line per
+after the last step is kept in shared memory, where the next start finds it, and of several hosts (--nodes) also in that
+of the next host. RUN_DIR/supervise.jsonl keeps one line per
 start (supervise-node1.jsonl of the second host, and so on).
 """
 
@@ -24,15 +25,16 @@ import os
 import sys
 from pathlib import Path
 
-from supervision.agent import Agent
+from supervision.agent import Agent, Host
 from supervision.policy import Limits
 
 NODE_RANKS = ("NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
+NODES = ("NODES", "SLURM_NNODES")
 
 
-def node_rank() -> int:
-    """The number of this host, as whoever started this says."""
-    return int(next((os.environ[name] for name in NODE_RANKS if name in os.environ), "0"))
+def number_from(names: tuple[str, ...], *, otherwise: int) -> int:
+    """What the first of these variables says that whoever started this has set."""
+    return int(next((os.environ[name] for name in names if name in os.environ), otherwise))
 
 
 def main() -> int:
@@ -42,8 +44,11 @@ def main() -> int:
     parser.add_argument("--restarts", type=int, default=10, help="failed starts in a row without progress (10)")
     parser.add_argument("--delay", type=float, default=1.0, help="seconds before the first restart (1)")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="where the last step is kept (/dev/shm)")
-    parser.add_argument("--node-rank", type=int, default=node_rank(),
+    parser.add_argument("--node-rank", type=int, default=number_from(NODE_RANKS, otherwise=0),
                         help="number of this host (NODE_RANK, SLURM_NODEID or JOB_COMPLETION_INDEX, else 0)")
+    parser.add_argument("--nodes", type=int, default=number_from(NODES, otherwise=1),
+                        help="hosts of the run; agents of several keep each other's last step (NODES or SLURM_NNODES)")
+    parser.add_argument("--address", help="where other agents reach this one (its address towards HEAD)")
     parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --, what starts the ranks")
     arguments = parser.parse_args()
     arguments.run_dir.mkdir(parents=True, exist_ok=True)
@@ -55,9 +60,8 @@ def main() -> int:
             print(f"ConfigError: another agent supervises {arguments.run_dir} as node {arguments.node_rank}. End it "
                   "first, or give every host its own --node-rank", file=sys.stderr)
             return 2
-        agent = Agent(
-            arguments.command, run_dir=arguments.run_dir, memory=arguments.memory, node_rank=arguments.node_rank
-        )
+        host = Host(arguments.node_rank, arguments.nodes, arguments.address)
+        agent = Agent(arguments.command, run_dir=arguments.run_dir, memory=arguments.memory, host=host)
         return agent.run(Limits(restarts=arguments.restarts, delay_seconds=arguments.delay))
 
 

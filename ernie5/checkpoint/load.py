@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +23,7 @@ from ernie5.checkpoint.verify import find_damage, find_missing, is_whole
 from ernie5.config.base import Config
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
-from ernie5.engine.interface import BUFFER, MOMENT, PARAMETER, Engine, check_names
+from ernie5.engine.interface import BUFFER, KINDS, MOMENT, PARAMETER, Engine, check_names
 from ernie5.errors import CheckpointError, TokenizerError
 from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.parallel.boxes import Box
@@ -69,8 +70,21 @@ class SavedState:
 
     def read(self, key: str, *, box: Box, into: torch.Tensor) -> None:
         """As StateSource. Raises CheckpointError where a file is not what the manifest says."""
-        prefix = self._prefix if key in self._shapes[PARAMETER] else ""
-        self._tensors.read(prefix + key, box=box, into=into)
+        self._tensors.read(self._stored(key), box=box, into=into)
+
+    def holds(self, key: str, *, box: Box) -> bool:
+        """Whether exactly this box is stored: all that can be read of a host's part."""
+        entry = self._tensors.entries.get(self._stored(key))
+        return entry is not None and any(part.box == box for part in entry.slices)
+
+    def join_shapes(self, others: Iterable[Mapping[str, Mapping[str, tuple[int, ...]]]]) -> None:
+        """Of a host's part: take what the parts of other hosts hold for known, by kind and key."""
+        for shapes in others:
+            for kind in KINDS:
+                self._shapes[kind] |= {key: tuple(shape) for key, shape in shapes[kind].items()}
+
+    def _stored(self, key: str) -> str:
+        return self._prefix + key if key in self._shapes[PARAMETER] else key
 
 
 def load_run(path: Path | str) -> LoadedRun:
@@ -83,11 +97,12 @@ def load_run(path: Path | str) -> LoadedRun:
     return loaded
 
 
-def open_run(path: Path | str) -> LoadedRun:
+def open_run(path: Path | str, *, may_be_part: bool = False) -> LoadedRun:
     """Open a checkpoint to resume from, after checking that its files are there in full; `check_together` looks at
-    their bytes once the ranks know each other. Raises CheckpointError."""
+    their bytes once the ranks know each other. may_be_part: of a host's part only what its ranks hold can be read.
+    Raises CheckpointError."""
     directory = find_checkpoint(path)
-    manifest = open_manifest(directory)
+    manifest = open_manifest(directory, may_be_part=may_be_part)
     refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
     if not any(is_optimizer_file(name) for name in manifest.files):
         raise CheckpointError(
@@ -158,12 +173,18 @@ def kept_folders(directory: Path) -> tuple[Path, ...]:
     return (directory.absolute().parent.parent / KEPT_FOLDER, directory.absolute() / KEPT_FOLDER)
 
 
-def open_manifest(directory: Path) -> Manifest:
+def open_manifest(directory: Path, *, may_be_part: bool = False) -> Manifest:
     """The manifest of a checkpoint. Raises CheckpointError with the way out."""
     try:
-        return read_manifest(directory)
+        manifest = read_manifest(directory)
     except CheckpointError as error:
         raise CheckpointError(f"{error}. {_way_out(directory)}") from error
+    if manifest.part_of and not may_be_part:
+        raise CheckpointError(
+            f"{directory} is the part of a run's state that one of its hosts keeps in memory, and no checkpoint. Use "
+            "one of RUN_DIR/checkpoints"
+        )
+    return manifest
 
 
 def refuse_damage(damage: list[str], *, directory: Path) -> None:

@@ -68,7 +68,9 @@ class FileEntry:
 
 @dataclasses.dataclass(frozen=True)
 class Manifest:
-    """Index of a checkpoint. `tokenizers`: identity (sha256) by name; `tensors`: by key; `files`: by name."""
+    """Index of a checkpoint. `tokenizers`: identity (sha256) by name; `tensors`: by key; `files`: by name. part_of:
+    of the part that one host keeps in memory, the name that all hosts' parts of one save share; its slices need not
+    make up the tensors."""
 
     step: int
     tokens: int
@@ -76,10 +78,13 @@ class Manifest:
     tokenizers: dict[str, str]
     files: dict[str, FileEntry]
     tensors: dict[str, TensorEntry]
+    part_of: str = ""
 
     def to_json(self) -> str:
         """Readable JSON, keys in a fixed order, one line per tensor."""
         values = {"format": FORMAT, "version": VERSION, **dataclasses.asdict(self)}
+        if not self.part_of:
+            del values["part_of"]
         lines = [f"  {json.dumps(name)}: {json.dumps(entry)}" for name, entry in values.pop("tensors").items()]
         tensors = ",\n".join(lines)
         return json.dumps(values, indent=1).removesuffix("\n}") + f',\n "tensors": {{\n{tensors}\n }}\n}}\n'
@@ -119,6 +124,7 @@ def read_manifest(directory: Path) -> Manifest:
             f"{path} has version {version}, this program reads {OLDEST_VERSION} to {VERSION}. Use the version that "
             "wrote it"
         )
+    part_of = str(values.get("part_of", ""))
     try:
         return Manifest(
             step=int(values["step"]),
@@ -126,7 +132,8 @@ def read_manifest(directory: Path) -> Manifest:
             precision=str(values["precision"]),
             tokenizers=dict(values["tokenizers"]),
             files={name: FileEntry(**entry) for name, entry in values["files"].items()},
-            tensors={name: read_entry(name, entry) for name, entry in values["tensors"].items()},
+            tensors={n: read_entry(n, entry, is_part=bool(part_of)) for n, entry in values["tensors"].items()},
+            part_of=part_of,
         )
     except (KeyError, TypeError, ValueError, AttributeError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Use another checkpoint") from None

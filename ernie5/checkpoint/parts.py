@@ -51,10 +51,11 @@ def activity(folder: Path) -> tuple[int, int]:
     return size, newest
 
 
-def join_records(folder: Path, *, ranks: int) -> Part:
+def join_records(folder: Path, *, ranks: int, is_whole: bool = True) -> Part:
     """One part of all ranks' records, which are removed; keys in natural order, so that no layout shows in it.
 
-    Raises CheckpointError where a rank's record or file is missing, or where the slices of a tensor do not make it up.
+    Raises CheckpointError where a rank's record or file is missing, or, if the state `is_whole` among these ranks,
+    where the slices of a tensor do not make it up.
     """
     missing = missing_ranks(folder, ranks=ranks)
     if missing:
@@ -76,7 +77,7 @@ def join_records(folder: Path, *, ranks: int) -> Part:
     if lost:
         raise CheckpointError(f"no rank wrote {lost[0]}: this save is void. It is a fault of the program: report it")
     for key, entry in tensors.items():
-        if not covers(entry.shape, boxes=[part.box for part in entry.slices]):
+        if is_whole and not covers(entry.shape, boxes=[part.box for part in entry.slices]):
             found = ", ".join(f"{part.file} {part.box.describe()}" for part in entry.slices)
             raise CheckpointError(
                 f"the ranks wrote {found} of {key}, which do not make up its shape {list(entry.shape)}: this save is "

@@ -43,7 +43,8 @@ class Contents:
     """What one rank of `ranks` puts into a checkpoint: the slices that it holds, of which it writes those that are
     marked, and what all ranks know.
 
-    updates, magnitudes: of the engine; config_yaml: the resolved configuration; tokenizers: identities.
+    updates, magnitudes: of the engine; config_yaml: the resolved configuration; tokenizers: identities. part_of:
+    as in Manifest, where these ranks write a host's part instead of the whole state.
     """
 
     slices: tuple[StateSlice, ...]
@@ -55,6 +56,7 @@ class Contents:
     tokenizers: dict[str, str]
     rank: int = 0
     ranks: int = 1
+    part_of: str = ""
 
 
 @dataclasses.dataclass(frozen=True)
@@ -121,7 +123,7 @@ def publish(temporary: Path, *, contents: Contents, config: CheckpointConfig) ->
     """Make a checkpoint of what all ranks have written: state, configuration, manifest, and only then its name,
     `latest` and retention. Raises OSError, and CheckpointError where a rank's part is missing or does not fit."""
     folder, step = temporary.parent, contents.run.step
-    part = join_records(temporary, ranks=contents.ranks)
+    part = join_records(temporary, ranks=contents.ranks, is_whole=not contents.part_of)
     files = part.files
     run = dataclasses.asdict(contents.run)
     engine = {"updates": contents.updates, "magnitudes": contents.magnitudes.tolist()}
@@ -137,6 +139,7 @@ def publish(temporary: Path, *, contents: Contents, config: CheckpointConfig) ->
         tokenizers=contents.tokenizers,
         files=files,
         tensors=part.tensors,
+        part_of=contents.part_of,
     )
     (temporary / MANIFEST_FILE).write_text(manifest.to_json(), encoding="utf-8")
     sync_file(temporary / MANIFEST_FILE)

@@ -12,6 +12,7 @@ import threading
 import time
 from collections.abc import Callable
 from pathlib import Path
+from typing import Protocol
 
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.parts import activity, missing_ranks
@@ -27,7 +28,6 @@ from ernie5.checkpoint.save import (
     write_part,
 )
 from ernie5.checkpoint.writer import BackgroundWriter, SaveStatus
-from ernie5.engine.interface import Engine
 from ernie5.errors import EnvironmentFault
 
 POLL_SECONDS, LONGEST_PAUSE_SECONDS = 0.01, 0.3
@@ -36,11 +36,26 @@ STILL_SECONDS = 5.0
 ELSEWHERE = "saving failed on another rank; its message names the checkpoint that stands"
 
 
-class Saver:
-    """Saves into `folder`, at most one checkpoint at a time; seconds: what this rank's last one took."""
+class SavingRanks(Protocol):
+    """The ranks that save together, as an Engine has them. is_main: the one that publishes; gather: the values of those
+    that write into one folder, that one's first; total: the sum over all."""
 
-    def __init__(self, folder: Path, *, config: CheckpointConfig, engine: Engine) -> None:
-        self._folder, self._config, self._engine = folder, config, engine
+    @property
+    def is_main(self) -> bool: ...
+
+    def gather(self, value: dict) -> list[dict]: ...
+
+    def total(self, number: float) -> float: ...
+
+
+class Saver:
+    """Saves into `folder`, at most one checkpoint at a time; seconds: what this rank's last one took. publishers: ranks
+    that are main (one per host, where every host has a folder of its own)."""
+
+    def __init__(
+        self, folder: Path, *, config: CheckpointConfig, engine: SavingRanks, publishers: int = 1
+    ) -> None:
+        self._folder, self._config, self._engine, self._publishers = folder, config, engine, publishers
         self._writer = BackgroundWriter()
         self._is_void, self._is_alone = threading.Event(), threading.Event()
         self._temporary: Path | None = None
@@ -82,7 +97,7 @@ class Saver:
         while True:
             status = self._writer.status(wait=False)
             if not self._engine.is_main and status == SaveStatus.DONE:
-                status = SaveStatus.RUNNING  # this rank's part stands; only rank 0 knows of the whole
+                status = SaveStatus.RUNNING  # this rank's part stands; only the main one knows of the whole
             agreed = int(self._engine.total(float(status)))
             if agreed >= SaveStatus.FAILED:
                 self._is_void.set()
@@ -90,7 +105,7 @@ class Saver:
                 self._engine.total(0.0)  # the others have stopped writing too: what is removed now stays removed
                 self._remove_half()
                 return SaveStatus.FAILED
-            if agreed == SaveStatus.DONE:
+            if agreed == self._publishers * SaveStatus.DONE:
                 self._writer.status(wait=True)  # its record stands, so the thread is at its very end
                 return SaveStatus.DONE
             if not wait:

@@ -14,11 +14,12 @@ from pathlib import Path
 
 
 class SaveStatus(enum.IntEnum):
-    """How the save in flight stands. Ranks add theirs up; only rank 0 says DONE, so 1 is done and more is failed."""
+    """How the save in flight stands. Ranks add theirs up: those that publish say DONE, and no number of them is as much
+    as one FAILED."""
 
     RUNNING = 0
     DONE = 1
-    FAILED = 2
+    FAILED = 1 << 20
 
 
 class BackgroundWriter:

@@ -7,7 +7,6 @@ a process is lost, ranks continue from there without reading the disk, if all of
 from __future__ import annotations
 
 import os
-import socket
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
@@ -20,40 +19,56 @@ from ernie5.engine.interface import Engine
 from ernie5.errors import CheckpointError, EnvironmentFault
 from ernie5.observe.log import get_log
 from ernie5.train.hook import Hook, StepContext
+from ernie5.train.neighbours import NEIGHBOURS_VARIABLE, HostRanks, find_common, is_carried
 from ernie5.train.saving import Snapshot
 
 REPLICA_VARIABLE = "ERNIE5_REPLICA"
-ONE = CheckpointConfig(keep=1)
+ONE, TWO = CheckpointConfig(keep=1), CheckpointConfig(keep=2)
 
 
 class ReplicaHook(Hook):
-    """Copies the state into the folder after every `every` steps, behind the training; a failure never ends the run."""
+    """Copies the state into the folder after every `every` steps, behind the training; a failure never ends the run.
+
+    On several hosts each keeps the part of its own ranks, two steps of it: a step is begun once the agents have carried
+    the one before to the neighbours, so that all hosts share a step at any time.
+    """
 
     def __init__(self, folder: Path, *, every: int, engine: Engine, snapshot: Snapshot) -> None:
         self._folder, self._every, self._engine, self._snapshot = folder, every, engine, snapshot
-        hosts = {found["host"] for found in engine.gather({"host": socket.gethostname()})}
-        self._is_on = len(hosts) == 1
+        hosts = HostRanks(engine, folder=folder)
+        carries = engine.total(float(NEIGHBOURS_VARIABLE in os.environ)) == engine.world_size
+        self._is_on = carries or hosts.num_hosts == 1
         if not self._is_on and engine.is_main:
-            get_log().info("no replica in memory, for it is for one host and there are %d: restarts read the disk",
-                           len(hosts))
-        self._saver = Saver(folder, config=ONE, engine=engine)
+            get_log().info("no replica in memory: there are %d hosts, and their agents were not told (NODES or --nodes)"
+                           ": restarts read the disk", hosts.num_hosts)
+        self._hosts = hosts if hosts.num_hosts > 1 else None
+        if self._hosts is None:
+            self._saver = Saver(folder, config=ONE, engine=engine)
+        else:
+            self._saver = Saver(folder, config=TWO, engine=hosts, publishers=hosts.num_hosts)
         self._is_begun, self._is_warned = False, False
+        self._last_part = ""
 
     def after_step(self, context: StepContext) -> None:
         """Copy this rank's part, once the copy before is written; collective."""
         if not self._is_on or context.step % self._every or context.report.skipped or context.is_last:
             return
         self._settle()
+        if self._is_being_carried():
+            return
         try:
-            self._saver.start(self._snapshot.take(), behind=True)
-            self._is_begun = True
+            contents = self._snapshot.take()
+            contents = contents if self._hosts is None else self._hosts.part(contents)
+            self._saver.start(contents, behind=True)
+            self._is_begun, self._last_part = True, contents.part_of
         except EnvironmentFault as error:
             self._warn(error)
 
     def go_back(self, step: int) -> None:
         """What the folder holds was undone; collective."""
         self._settle()
-        if self._engine.is_main:
+        self._last_part = ""
+        if self._engine.is_main if self._hosts is None else self._hosts.is_main:
             clear_checkpoints(self._folder)
 
     def finish(self) -> None:
@@ -64,10 +79,17 @@ class ReplicaHook(Hook):
             except Exception as error:  # a run that ends well, or by another error, has no use for this one
                 self._warn(error)
 
+    def _is_being_carried(self) -> bool:
+        """Whether a host's agent is still at work on the part of the last step; the same on every rank."""
+        if not self._last_part:
+            return False
+        return self._engine.total(float(not is_carried(self._folder, part_of=self._last_part))) > 0
+
     def _settle(self) -> None:
         if self._is_begun:
             self._is_begun = False
             if self._saver.settle(wait=True) == SaveStatus.FAILED:
+                self._last_part = ""  # nothing to carry
                 try:
                     self._saver.result()
                 except Exception as error:  # whatever went wrong, the run has checkpoints on disk
@@ -94,7 +116,7 @@ def open_newest(source: Path | None) -> LoadedRun | None:
     replica = latest_checkpoint(folder) if folder is not None else None
     if replica is not None and (step_of(replica.name) or 0) > _step_of(source):
         try:
-            return open_run(replica)
+            return open_run(replica, may_be_part=True)
         except CheckpointError as error:
             get_log().warning("the replica in memory is of no use: %s", error)
     return open_run(source) if source is not None else None
@@ -102,7 +124,13 @@ def open_newest(source: Path | None) -> LoadedRun | None:
 
 def agree(loaded: LoadedRun | None, *, source: Path | None, engine: Engine) -> LoadedRun | None:
     """What every rank continues from: `loaded` if all found the same step and its bytes are whole, else the checkpoint
-    on disk. Collective. Raises CheckpointError, on every rank, where that one is damaged."""
+    on disk. On several hosts each brings its own part. Collective. Raises CheckpointError, on every rank, where the one
+    on disk is damaged."""
+    part = find_common(replica_folder(), disk_step=_step_of(source), engine=engine)
+    if part is not None:
+        return part
+    if loaded is not None and loaded.manifest.part_of:
+        loaded = open_run(source) if source is not None else None
     steps = [found["step"] for found in engine.gather({"step": -1 if loaded is None else loaded.run.step})]
     if len(set(steps)) > 1:
         if engine.is_main:

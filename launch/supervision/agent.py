@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
 from pathlib import Path
 
+from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
 from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
 
@@ -33,23 +36,48 @@ def going_on(command: list[str]) -> list[str]:
     return kept
 
 
+@dataclasses.dataclass(frozen=True)
+class Host:
+    """Which of `nodes` hosts this is, and the address under which the others reach it (None: find it out)."""
+
+    node_rank: int = 0
+    nodes: int = 1
+    address: str | None = None
+
+
 class Agent:
     """Runs the command until it is done, may not be started again, or a signal arrives."""
 
-    def __init__(self, command: list[str], *, run_dir: Path, memory: Path, node_rank: int = 0) -> None:
-        self._command, self._run_dir, self._node_rank = command, run_dir, node_rank
-        self._mark = mark_of(run_dir, node_rank=node_rank)
-        self._replica = memory / f"ernie5-{self._mark}"
+    def __init__(self, command: list[str], *, run_dir: Path, memory: Path, host: Host) -> None:
+        self._command, self._run_dir, self._host, self._node_rank = command, run_dir, host, host.node_rank
+        self._mark = mark_of(run_dir, node_rank=host.node_rank)
+        self._replica, self._copies = memory / f"ernie5-{self._mark}", memory / f"ernie5-{self._mark}-copies"
+        self._environment = {MARK: self._mark, REPLICA_VARIABLE: str(self._replica)}
         self._child: subprocess.Popen | None = None
         self._stopping = False
 
     def run(self, limits: Limits) -> int:
-        """Returns the exit code of the run. The replica of an earlier agent may be of another history: it goes."""
+        """Returns the exit code of the run. The replica of an earlier agent may be of another history: it goes. What
+        comes in its place is what the neighbour's agent, which has lived on, keeps of this host."""
         shutil.rmtree(self._replica, ignore_errors=True)
+        neighbours = self._meet_neighbours() if self._host.nodes > 1 else None
         try:
             return self._run(limits)
         finally:
+            if neighbours is not None:
+                neighbours.stop()
             shutil.rmtree(self._replica, ignore_errors=True)
+
+    def _meet_neighbours(self) -> Neighbours:
+        head = os.environ.get("HEAD") or os.environ.get("MASTER_ADDR") or socket.gethostname()
+        found = Neighbours(
+            self._run_dir, folder=self._replica, copies=self._copies, node_rank=self._node_rank, nodes=self._host.nodes,
+            address=self._host.address or own_address(head),
+        )
+        kill_strays(self._mark)  # ranks of an earlier agent could still write into the replica
+        found.start(restore=self._command == going_on(self._command))
+        self._environment[NEIGHBOURS_VARIABLE] = str(self._host.nodes)
+        return found
 
     def _run(self, limits: Limits) -> int:
         for number in (signal.SIGINT, signal.SIGTERM):
@@ -76,8 +104,9 @@ class Agent:
         return EXIT_INTERRUPTED
 
     def _start_and_wait(self) -> int:
-        environment = {**os.environ, MARK: self._mark, REPLICA_VARIABLE: str(self._replica)}
-        self._child = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        self._child = subprocess.Popen(
+            self._command, env={**os.environ, **self._environment}, start_new_session=True
+        )
         return self._child.wait()
 
     def _await_record(self, launcher_code: int) -> None:

@@ -59,6 +59,8 @@ class Agent:
     def run(self, limits: Limits) -> int:
         """Returns the exit code of the run. The replica of an earlier agent may be of another history: it goes. What
         comes in its place is what the neighbour's agent, which has lived on, keeps of this host."""
+        if self._host.nodes > 1:
+            kill_strays(self._mark)  # ranks of an earlier agent could still write into the replica
         shutil.rmtree(self._replica, ignore_errors=True)
         neighbours = self._meet_neighbours() if self._host.nodes > 1 else None
         try:
@@ -74,7 +76,6 @@ class Agent:
             self._run_dir, folder=self._replica, copies=self._copies, node_rank=self._node_rank, nodes=self._host.nodes,
             address=self._host.address or own_address(head),
         )
-        kill_strays(self._mark)  # ranks of an earlier agent could still write into the replica
         found.start(restore=self._command == going_on(self._command))
         self._environment[NEIGHBOURS_VARIABLE] = str(self._host.nodes)
         return found

@@ -31,6 +31,7 @@ NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]*")
 PIECE_BYTES = 1 << 20
 KEPT_STEPS = 2
 POLL_SECONDS, PEER_SECONDS = 0.1, 10.0
+BEYOND = "192.0.2.1"  # an address that belongs to nobody (RFC 5737): whatever route leads there is the way out
 
 
 class Neighbours:
@@ -240,10 +241,15 @@ def _say(text: str) -> None:
 
 
 def own_address(head: str) -> str:
-    """This host's address as it shows towards `head`; no packet is sent."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        probe.connect((head, 9))
-        return probe.getsockname()[0]
+    """This host's address as it shows towards `head`, or, where that is itself by a loopback name or has no name yet,
+    towards the world; no packet is sent."""
+    for target in (head, BEYOND):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            found = str(probe.getsockname()[0])
+            if not found.startswith("127."):
+                return found
+    return "127.0.0.1"
 
 
 def _complete(temporary: Path, *, target: Path) -> None:

@@ -142,6 +142,34 @@ def test_strangers_and_strange_paths_are_refused(
     assert not (tmp_path / "1" / "copies").exists()
 
 
+def test_an_agents_address_is_one_that_others_can_reach(
+    neighbours: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where HEAD is this host by a loopback name, as Debian's /etc/hosts has it, or has no name yet."""
+    routes = {"10.1.2.3": "10.1.2.9", "127.0.1.1": "127.0.0.1", neighbours.BEYOND: "10.1.2.9"}
+
+    class Probe:
+        def __init__(self, *_: object) -> None: ...
+
+        def __enter__(self) -> Probe:
+            return self
+
+        def __exit__(self, *_: object) -> None: ...
+
+        def connect(self, target: tuple[str, int]) -> None:
+            if target[0] not in routes:
+                raise socket.gaierror("Name or service not known")
+            self._own = routes[target[0]]
+
+        def getsockname(self) -> tuple[str, int]:
+            return self._own, 1
+
+    monkeypatch.setattr(neighbours.socket, "socket", Probe)
+    assert [neighbours.own_address(head) for head in ("10.1.2.3", "127.0.1.1", "not-yet")] == ["10.1.2.9"] * 3
+    del routes[neighbours.BEYOND]
+    assert neighbours.own_address("127.0.1.1") == "127.0.0.1"
+
+
 def processes_of(run: Path, *, node: int) -> list[int]:
     """Whatever runs on a host: agent, launcher and rank, by their environment."""
     wanted, found = {f"TRIED_RUN={run}".encode(), f"NODE_RANK={node}".encode()}, []

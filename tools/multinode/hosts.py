@@ -62,6 +62,15 @@ class Host:
         """`words` as a command that runs on this host, in `folder`."""
         return ["nsenter", "--target", str(self.process), "--all", f"--wdns={folder}", *words]
 
+    def processes(self) -> list[int]:
+        """Ids, seen from outside, of all processes on this host but the first one."""
+        own, found = os.readlink(f"/proc/{self.process}/ns/pid"), []
+        for entry in Path("/proc").iterdir():
+            with contextlib.suppress(OSError):  # ended meanwhile
+                if entry.name.isdigit() and os.readlink(entry / "ns" / "pid") == own:
+                    found.append(int(entry.name))
+        return [process for process in found if process != self.process]
+
 
 class Cluster:
     """Hosts node0, node1, ... behind one switch, and the cables between, which can be cut and slowed down."""

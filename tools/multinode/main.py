@@ -5,14 +5,15 @@
 
 equal: the figures of every step are compared with the same ranks on one host. cut: the cable between two hosts is
 pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to
-reach the same figures. supervised: an agent on every host around torchrun, one rank killed. preflight: a sound cluster
-passes, and a host with a slow cable is named. Needs root, and Debian's openssh-server, pdsh and iproute2. Ends with 1
-if anything differs.
+reach the same figures. supervised: an agent on every host around torchrun, one rank killed. lost: as that, but a host
+loses all its processes and its memory, and comes back. preflight: a sound cluster passes, and a host with a slow cable
+is named. Needs root, and Debian's openssh-server, pdsh and iproute2. Ends with 1 if anything differs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -27,7 +28,9 @@ from runs import (
     fresh,
     largest_difference,
     messages_of,
+    read_metrics,
     run_here,
+    start_agent,
     start_agents,
     start_on_hosts,
     wait_for_step,
@@ -98,6 +101,30 @@ def supervised(cluster: Cluster, *, case: Case, out: Path) -> dict:
             "largest_difference": difference, "passed": codes == [0] * len(agents) and difference == 0.0}
 
 
+def lost(cluster: Cluster, *, case: Case, out: Path) -> dict:
+    """An agent on every host, no checkpoint on disk; all processes of node1 are killed and its memory is emptied. Its
+    new agent has to bring the run back from what node0 kept of it."""
+    run_dir, settings = out / case.name / "lost", ("checkpoint.every_steps=0",)
+    agents = start_agents(cluster, case=case, run_dir=run_dir, settings=settings)
+    wait_for_step(run_dir, step=CUT_STEP, launcher=agents[0])
+    for process in cluster.hosts[1].processes():
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(process, signal.SIGKILL)
+    agents[1].wait()
+    subprocess.run(cluster.hosts[1].command(["sh", "-c", "rm -rf /dev/shm/*"]), check=True)
+    reached, started = read_metrics(run_dir)[-1]["step"], time.monotonic()
+    agents[1] = start_agent(cluster, index=1, case=case, run_dir=run_dir, settings=settings)
+    codes = [agent.wait() for agent in agents]
+    lines = (run_dir / "log.txt").read_text("utf-8").splitlines()
+    resumed = [line.partition("INFO ")[2] for line in lines if "resumed from" in line]
+    difference = largest_difference(run_dir, whole=out / case.name / "one_host")
+    is_from_memory = len(resumed) == 1 and "resumed from /dev/shm/" in resumed[0]
+    return {"part": "lost", "case": case.name, "slots": case.slots, "codes": codes, "step_when_lost": reached,
+            "resumed": resumed, "seconds_to_the_end": round(time.monotonic() - started, 1),
+            "largest_difference": difference,
+            "passed": codes == [0] * len(agents) and difference == 0.0 and is_from_memory}
+
+
 def ranks_alive(run_dir: Path) -> dict[int, int]:
     """Process id by rank, of the run's ranks on all hosts, seen from this machine."""
     found = {}
@@ -129,7 +156,7 @@ def preflight(cluster: Cluster, *, case: Case, out: Path) -> dict:
             "passed": codes == [0, 0]}
 
 
-PARTS = {"equal": equal, "cut": cut, "supervised": supervised, "preflight": preflight}
+PARTS = {"equal": equal, "cut": cut, "supervised": supervised, "lost": lost, "preflight": preflight}
 
 
 def main() -> int:
@@ -139,7 +166,7 @@ def main() -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
-                        help="cut and supervised need what equal has left")
+                        help="cut, supervised and lost need what equal has left")
     options = parser.parse_args()
     out = options.out.resolve()
     out.mkdir(parents=True, exist_ok=True)

@@ -49,22 +49,25 @@ def start_on_hosts(
 def start_agents(
     cluster: Cluster, *, case: Case, run_dir: Path, settings: Sequence[str]
 ) -> list[subprocess.Popen]:
-    """launch/supervise.py on every host, around that host's share of launch/torchrun.sh; started by hand, no ssh."""
+    """An agent on every host."""
     if len(set(case.slots)) > 1:
         raise RuntimeError(f"torchrun starts the same number of ranks on every host, and {case.name} has {case.slots}")
-    hosts = cluster.hosts[: len(case.slots)]
     run_dir.mkdir(parents=True)
-    agents = []
-    for index, host in enumerate(hosts):
-        variables = [f"NODES={len(hosts)}", f"NODE_RANK={index}", f"HEAD={hosts[0].name}", f"PYTHON={sys.executable}",
-                     f"PROCESSES={case.slots[index]}"]
-        command = ["env", *variables, sys.executable, str(ROOT / "launch" / "supervise.py"), "--run-dir", str(run_dir),
-                   "--", "bash", str(ROOT / "launch" / "torchrun.sh"),
-                   *arguments(case, run_dir=run_dir, settings=settings)]
-        with (run_dir.parent / f"{run_dir.name}.{host.name}.log").open("wb") as log:
-            agents.append(subprocess.Popen(host.command(command, folder=run_dir.parent), stdout=log, stderr=log,
-                                           env=environment()))
-    return agents
+    return [start_agent(cluster, index=index, case=case, run_dir=run_dir, settings=settings)
+            for index in range(len(case.slots))]
+
+
+def start_agent(
+    cluster: Cluster, *, index: int, case: Case, run_dir: Path, settings: Sequence[str]
+) -> subprocess.Popen:
+    """launch/supervise.py on a host, around that host's share of launch/torchrun.sh; started by hand, no ssh."""
+    host = cluster.hosts[index]
+    variables = [f"NODES={len(case.slots)}", f"NODE_RANK={index}", f"HEAD={cluster.hosts[0].name}",
+                 f"PYTHON={sys.executable}", f"PROCESSES={case.slots[index]}"]
+    command = ["env", *variables, sys.executable, str(ROOT / "launch" / "supervise.py"), "--run-dir", str(run_dir),
+               "--", "bash", str(ROOT / "launch" / "torchrun.sh"), *arguments(case, run_dir=run_dir, settings=settings)]
+    with (run_dir.parent / f"{run_dir.name}.{host.name}.log").open("ab") as log:
+        return subprocess.Popen(host.command(command, folder=run_dir.parent), stdout=log, stderr=log, env=environment())
 
 
 def run_here(case: Case, *, run_dir: Path) -> None:

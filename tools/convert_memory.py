@@ -1,9 +1,10 @@
 """Peak memory of `ernie5 convert` on a model in the shape of ERNIE 4.5 21B-A3B with random bf16 weights.
 
-    python tools/convert_memory.py --layers 28   # all of it: 44 GB, and as much for each conversion
+    python tools/convert_memory.py --layers 28            # all of it: 44 GB, and as much for each conversion
+    python tools/convert_memory.py --layers 28 --holes    # a source of zeros, which takes no room; not the way back
 
-Writes the source shard by shard, converts hub -> ernie5 -> hub and hub -> Paddle (transposed), each in its own process,
-and prints each one's resident peak beside that of importing the same code. Exit code 1 where a peak exceeds the limit.
+Prints the resident peak of hub -> ernie5 -> hub and hub -> Paddle (transposed), each in its own process, beside that of
+importing the same code. Exit code 1 where a peak exceeds the limit.
 """
 
 import argparse
@@ -28,7 +29,7 @@ from ernie5.config.load import config_from_dict, config_to_dict, load_config
 from ernie5.config.registry import resolve
 from ernie5.model.config import ModelConfig
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs" / "pretrain" / "ernie45_21b.yaml"
+CONFIG = Path(__file__).resolve().parents[1] / "configs/pretrain/ernie45_21b.yaml"
 STEPS = (("hub", "own", "ernie5"), ("own", "back", "ernie45-hf"), ("hub", "paddle", "ernie45-paddle"))
 
 
@@ -37,6 +38,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("layers", 4), ("experts", 64), ("vocab", 103424), ("limit-mib", 4096)):
         parser.add_argument(f"--{name}", type=int, default=default)
+    parser.add_argument("--holes", action="store_true", help="source of zeros that fill no disk; one target at a time")
     parser.add_argument("--work", type=Path, help="folder for the models (default: a temporary one)")
     options = parser.parse_args()
     with tempfile.TemporaryDirectory(dir=options.work, prefix="convert-memory-") as work:
@@ -47,40 +49,38 @@ def measure(options: argparse.Namespace, *, work: Path) -> int:
     """Write the source, convert, print; 1 where a peak exceeds the limit."""
     model = load_config(CONFIG, schema=resolve("root", name="train")).model
     moe = dataclasses.replace(model.moe, num_experts=options.experts, top_k=min(6, options.experts))
-    values = {**config_to_dict(dataclasses.replace(model, moe=moe)), "layers": options.layers,
-              "vocab_size": options.vocab}
-    total = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig))
+    sizes = {"layers": options.layers, "vocab_size": options.vocab}
+    values = {**config_to_dict(dataclasses.replace(model, moe=moe)), **sizes}
+    total = write_source(work / "hub", model=config_from_dict(values, schema=ModelConfig), has_holes=options.holes)
     idle = run_convert("--help")[0]
     print(f"{options.layers} layers of {options.experts} experts: {total / 2**20:,.0f} MiB; import {idle:,.0f} MiB")
     peaks = []
-    for source, target, name in STEPS:
+    for source, target, name in (step for step in STEPS if not options.holes or step[0] == "hub"):
         peak, seconds = run_convert(work / source, work / target, "--to", name)
-        print(f"{source} -> {name}: peak {peak:,.0f} MiB, {peak - idle:,.0f} above import, {seconds:.0f} s")
+        print(f"{source} -> {name}: peak {peak:,.0f} MiB, {peak - idle:,.0f} above import, {seconds:.0f} s", flush=True)
         peaks.append(peak)
-        if target != "own":
+        if target != "own" or options.holes:
             shutil.rmtree(work / target)
     return int(max(peaks) > options.limit_mib)
 
 
-def write_source(folder: Path, *, model: ModelConfig) -> int:
-    """Random weights shard by shard, in the hub's layout; returns their bytes."""
+def write_source(folder: Path, *, model: ModelConfig, has_holes: bool) -> int:
+    """Random weights, or zeros that no disk holds, shard by shard in the hub's layout; returns their bytes."""
     folder.mkdir()
     layout = hub_layout(model)
     noise = (torch.randn(1 << 23) * 0.02).bfloat16()
     weight_map, total = {}, 0
-    files = plan_files(layout, pieces={p.name: noise for s in layout for p in s.pieces}, dtype=None, keep_fp32=True,
-                       shard_bytes=5 * 10**9)
-    for planned in files:
+    pieces = {p.name: noise for s in layout for p in s.pieces}
+    for planned in plan_files(layout, pieces=pieces, dtype=None, keep_fp32=True, shard_bytes=5 * 10**9):
         for name, place in create_file(folder / planned.name, tensors=planned.headers()).items():
             with place.path.open("r+b", buffering=0) as file:
-                for first in range(0, math.prod(place.shape), len(noise)):
+                for first in range(0, 0 if has_holes else math.prod(place.shape), len(noise)):
                     values = noise[: math.prod(place.shape) - first].to(DTYPES[place.dtype])
                     write_span(file.fileno(), place=place, first=first, values=values)
             weight_map[name], total = planned.name, total + place.num_bytes
-    config = config_values(model, base={}, ids=SpecialIds(0, 1, 2), dtype="bfloat16")
-    (folder / "config.json").write_text(json.dumps(config))
-    if len(files) > 1:
-        (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
+    config = json.dumps(config_values(model, base={}, ids=SpecialIds(0, 1, 2), dtype="bfloat16"))
+    (folder / "config.json").write_text(config)
+    (folder / "model.safetensors.index.json").write_text(json.dumps({"weight_map": weight_map}))
     return total
 
 

@@ -18,8 +18,8 @@ def main(argv: Sequence[str]) -> int:
     arguments = _parser().parse_intermixed_args(argv)
     if "tokenizer" not in peek_keys(arguments.config) and "model" in peek_keys(arguments.config):
         raise ConfigError(
-            f"{arguments.config} configures a pretraining run. Run it with `ernie5 train {arguments.config}`; tokenizers "
-            "are trained from a file with the section `tokenizer`, such as configs/tokenizer/visual.yaml"
+            f"{arguments.config} configures a pretraining run. Run it with `ernie5 train {arguments.config}`; "
+            "tokenizers are trained from a file with the section `tokenizer`, such as configs/tokenizer/visual.yaml"
         )
     config = load_config(arguments.config, schema=TokenizerRunConfig, overrides=tuple(arguments.overrides))
     out = Path(arguments.out if arguments.out else f"runs/tokenizer_{config.tokenizer.kind}")

@@ -165,7 +165,7 @@ def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[
 def finish_row(row: Row, *, engine: Engine, steps: int, out: Path) -> dict[str, object]:
     """What is to be seen after the steps."""
     result: dict[str, object] = {"state": engine.state()}
-    if not row.is_local and row.stage != 3:  # copies of one part must not drift apart, those of two stages included
+    if not (row.is_local or row.drifts or row.stage == 3):  # copies of one part, those of two stages included
         check_copies(dict(engine.model.named_parameters()), layout=engine.layout)
     batch = make_rows(7, row=row, rows=1)[0]
     with engine.whole_model(), torch.no_grad():

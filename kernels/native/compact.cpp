@@ -25,15 +25,38 @@ inline vuint mixed(vuint x) {
   return x ^ (x >> 16);
 }
 inline vuint places(uint32_t first) {
-  vuint out;
-  for (int i = 0; i < LANES; ++i) out[i] = first + i;
-  return out;
+  vuint steps;
+  for (int i = 0; i < LANES; ++i) steps[i] = i;
+  return steps + first;
+}
+
+template <class V>
+inline void copy_lanes(void* to, const void* from, int64_t left, int64_t bytes) {  // a whole vector without a call
+  if (left >= LANES)
+    std::memcpy(to, from, sizeof(V));
+  else
+    std::memcpy(to, from, left * bytes);
+}
+
+inline vuint widened(const vbyte& bytes) {
+#if defined(__AVX512F__)
+  return (vuint)_mm512_cvtepu8_epi32((__m128i)bytes);  // GCC 12 would convert lane by lane
+#else
+  return __builtin_convertvector(bytes, vuint);
+#endif
+}
+inline vbyte narrowed(vuint x) {
+#if defined(__AVX512F__)
+  return (vbyte)_mm512_cvtepi32_epi8((__m512i)x);
+#else
+  return __builtin_convertvector(x, vbyte);
+#endif
 }
 
 inline vfloat decode(const uint8_t* codes, int64_t left, float scale, int shift, bool has_sign) {
   vbyte bytes{};
-  std::memcpy(&bytes, codes, std::min<int64_t>(left, LANES));
-  const vuint code = __builtin_convertvector(bytes, vuint);
+  copy_lanes<vbyte>(&bytes, codes, left, 1);
+  const vuint code = widened(bytes);
   const vuint size = has_sign ? code & 0x7fu : code;
   const vfloat value = ((vfloat)((size << shift) + ONE) - 1.0f) * scale;
   return has_sign ? (vfloat)((vuint)value | ((code & 0x80u) << 24)) : value;
@@ -46,15 +69,19 @@ inline vuint encode(vfloat x, float inverse, int shift, uint32_t largest, vuint 
   return code < largest ? code : largest + vuint{};
 }
 inline void store_codes(uint8_t* codes, vuint code, int64_t left) {
-  const vbyte bytes = __builtin_convertvector(code, vbyte);
-  std::memcpy(codes, &bytes, std::min<int64_t>(left, LANES));
+  const vbyte bytes = narrowed(code);
+  copy_lanes<vbyte>(codes, &bytes, left, 1);
 }
 
 inline void store_random(float* p, vfloat x, vuint, int64_t left) { store(p, x, left); }
 inline void store_random(bf16* p, vfloat x, vuint random, int64_t left) {
   const vuint bits = ((vuint)x + (random & 0xffffu)) >> 16;
+#if defined(__AVX512F__)
+  const vhalf y = (vhalf)_mm512_cvtepi32_epi16((__m512i)bits);
+#else
   const vhalf y = __builtin_convertvector(bits, vhalf);
-  std::memcpy(p, &y, std::min<int64_t>(left, LANES) * sizeof(bf16));
+#endif
+  copy_lanes<vhalf>(p, &y, left, sizeof(bf16));
 }
 
 struct Moment {  // fp32 values, or codes with scales per block

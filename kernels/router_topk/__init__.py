@@ -8,6 +8,7 @@ import torch
 
 from ..checks import require, require_beside
 from ..dispatch import choose_backend
+from .native import choose_native, chooses_native
 from .reference import SMALLEST_SUM, router_topk_reference
 
 OFFERED = ("triton", "torch", "reference")
@@ -78,8 +79,12 @@ def _by_torch(
 
 
 def weigh_choices(scores: torch.Tensor, *, preference: torch.Tensor, top_k: int, scale: float) -> Choice:
-    """Choose the top-k of preference [N, E] and weigh them by scores [N, E], in plain PyTorch."""
-    choices = preference.topk(top_k, dim=-1, sorted=False).indices
+    """Choose the top-k of preference [N, E] and weigh them by scores [N, E], by PyTorch but for the choice of fp32 on
+    the CPU, whose C++ takes the lower of equal experts as the reference does."""
+    if chooses_native(preference):
+        choices = choose_native(preference, top_k=top_k)
+    else:
+        choices = preference.topk(top_k, dim=-1, sorted=False).indices
     chosen = scores.gather(1, choices)
     weights = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
     if scale != 1.0:

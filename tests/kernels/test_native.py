@@ -19,6 +19,8 @@ from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 from ernie5_kernels.native.library import native_library
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
+from ernie5_kernels.router_topk import router_topk
+from ernie5_kernels.router_topk.native import choose_native
 from ernie5_kernels.swiglu import swiglu
 from ernie5_kernels.testing import ODD_SIZES, assert_close, outputs_and_gradients, poisoned_memory
 from ernie5_kernels.token_rows import gather_rows, sum_places
@@ -172,6 +174,26 @@ def test_passes_over_rows_match_their_references(
     assert torch.equal(gathered, expected)
     expected = sum_places(x.double(), places=places, backend="reference")
     assert_close(sum_places(x, places=places, backend="native"), expected=expected, tolerance=tolerance, reason=reason)
+
+
+@pytest.mark.parametrize(("rows", "experts", "k"), ((0, 5, 2), (7, 1, 1), (33, 17, 5), (50, 9, 9), (100, 96, 8)))
+def test_the_choice_of_experts_is_that_of_a_stable_sort(rows: int, experts: int, k: int) -> None:
+    """Ties, minus infinity and NaN, which counts as infinite, included."""
+    x = normal(rows, experts)
+    x[::3] = x[::3].round()
+    x[1::5, experts // 2] = -torch.inf
+    x[2::7, 0] = torch.nan
+    x[3::11] = -torch.inf
+    expected = x.nan_to_num(nan=torch.inf, neginf=-torch.inf).sort(dim=-1, descending=True, stable=True).indices
+    assert torch.equal(choose_native(x, top_k=k), expected[:, :k])
+
+
+def test_routing_by_the_library_is_that_of_the_reference() -> None:
+    logits, bias, active = normal(65, 24), normal(24, seed=1), torch.arange(24) % 5 != 0
+    one, other = (
+        router_topk(logits, bias=bias, top_k=4, active=active, backend=backend) for backend in ("auto", "reference")
+    )
+    assert torch.equal(one.choices, other.choices) and torch.equal(one.weights, other.weights)
 
 
 def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:

@@ -109,11 +109,12 @@ def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
     optim.check_engine(kind="deepspeed", precision=engine.precision)
-    if optim.name == "muon" and engine.zero_stage > 0:
+    if optim.name == "muon" and (engine.zero_stage == 3 or engine.offload_optimizer != "none"):
+        field = "zero_stage" if engine.zero_stage == 3 else "offload_optimizer"
         engine.fail(
-            "zero_stage",
-            "optim.name = muon needs whole matrices, and ZeRO cuts parameters into flat pieces. "
-            "Set engine.zero_stage: 0 or optim.name: adamw",
+            field,
+            "optim.name = muon gathers matrices out of the flat pieces of stages 1 and 2 on the device, and these are "
+            "others. Set engine.zero_stage: 1 or 2 with engine.offload_optimizer: none, or optim.name: adamw",
             error=ConfigError,
         )
     if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":

@@ -28,13 +28,14 @@ from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_parts
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.engine.peers import find_peers
+from ernie5.engine.peers import find_peers, peers_along
 from ernie5.engine.recompute import install_recompute
 from ernie5.model.shard_plan import Section
 from ernie5.observe.log import get_log
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
-from ernie5.optim.groups import build_groups
+from ernie5.optim.flat_muon import FlatMuon
+from ernie5.optim.groups import ParameterGroup, build_groups
 from ernie5.parallel.apply import Layout, apply_layout
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
@@ -98,7 +99,7 @@ class DeepSpeedEngine(Engine):
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
             pin_memory=device.type == "cuda",
         )
-        optimizer = build_optimizer(groups, config=optim, peers=find_peers(parallel_state))
+        optimizer = self._build_optimizer(groups, optim=optim, placement=placement)
         placement.mark_groups(optimizer)
         wrapped = self._prepare(step)
         placement.announce(wrapped)
@@ -221,6 +222,16 @@ class DeepSpeedEngine(Engine):
         """Leave the process group (a group of one has nothing to leave)."""
         if self.world_size > 1 and dist.is_initialized():
             dist.destroy_process_group()
+
+    def _build_optimizer(
+        self, groups: Sequence[ParameterGroup], *, optim: OptimConfig, placement: ExpertPlacement
+    ) -> torch.optim.Optimizer:
+        """What DeepSpeed steps: on flat pieces from stage 1 on, which Muon must know."""
+        state = self._layout.state
+        if optim.name != "muon" or self._stage == 0:
+            return build_optimizer(groups, config=optim, peers=find_peers(state))
+        axes = {group.name: state.edp if placement.holds(group) else state.dp_cp for group in groups}
+        return FlatMuon(groups, config=optim, peers={name: peers_along(axis) for name, axis in axes.items()})
 
     def _stage_passes(self, model: torch.nn.Module) -> StagedPasses:
         """What runs the sections of this pipeline stage; collective."""

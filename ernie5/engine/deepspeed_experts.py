@@ -52,6 +52,10 @@ class ExpertPlacement:
             result += [part for part in (plain, routed) if part.names]
         return result
 
+    def holds(self, group: ParameterGroup) -> bool:
+        """Whether `group` is one of experts that ranks share out."""
+        return bool(self._names) and group.name == self._group_name
+
     def mark_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the flag by which DeepSpeed knows an expert group."""
         for group in optimizer.param_groups:

@@ -17,6 +17,7 @@ from ernie5.engine.deepspeed_norm import PARTITION_AXES
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.engine.slices import buffer_slices, part_slices
 from ernie5.optim.adamw import MOMENTS, create_state
+from ernie5.optim.flat_muon import FlatMuon
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.held import held_parts, written_names
 
@@ -27,8 +28,11 @@ class DeepSpeedState:
     def __init__(self, engine: object, *, model: torch.nn.Module, stage: int, layout: Layout) -> None:
         self._engine, self._model, self._stage, self._layout = engine, model, stage, layout
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        inner = self._inner()
+        if isinstance(inner, FlatMuon):
+            inner.materialise()
         for master in self._masters():
-            create_state(self._inner(), parameter=master)
+            create_state(inner, parameter=master)
         if stage in (1, 2):
             self._optimizer()._lazy_init_hp_params_optimizer_state()
 
@@ -91,7 +95,9 @@ class DeepSpeedState:
     def _keys(self, parameter: torch.nn.Parameter) -> tuple[str, ...]:
         if self._stage == 0:
             return tuple(key for key in self._inner().state[parameter] if key != "step")
-        return MOMENTS
+        if self._stage == 3:
+            return MOMENTS
+        return tuple(parameter._hp_mapping.get_optim_state_keys()) if parameter._hp_mapping is not None else ()
 
     def _read(self, parameter: torch.nn.Parameter, *, key: str | None) -> torch.Tensor:
         from deepspeed.utils import safe_get_full_fp32_param, safe_get_full_optimizer_state

@@ -112,15 +112,20 @@ def test_bf16_masters_follow_the_local_bf16_engine(stage: int, tiny: types.Modul
     assert all(value.dtype == torch.float32 for value in result["state"].buffers.values())
 
 
-@pytest.mark.parametrize("stage", [0, 1, 2, 3])
-def test_state_moves_between_engines_without_a_difference(stage: int, tiny: types.ModuleType) -> None:
-    source = tiny.make_engine("local")
+@pytest.mark.parametrize(
+    "stage,optimizer", [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (1, "muon"), (2, "muon")]
+)
+def test_state_moves_between_engines_without_a_difference(
+    stage: int, optimizer: str, tiny: types.ModuleType
+) -> None:
+    source = tiny.make_engine("local", optimizer=optimizer)
     for step in range(2):
         source.train_step(tiny.make_batches([1, 1, 1, 1], seed=step), learning_rate=1e-2)
     state = source.state()
-    engine = tiny.make_engine("deepspeed", stage=stage)
+    engine = tiny.make_engine("deepspeed", stage=stage, optimizer=optimizer)
     engine.load_state(state)
     back = engine.state()
+    assert set(back.moments) == set(state.moments)
     for name, value in state.parameters.items():
         assert torch.equal(back.parameters[name], value), name
     for name, value in state.moments.items():
@@ -197,5 +202,9 @@ def test_ranks_that_disagree_about_the_order_of_gradients_stop(tiny: types.Modul
 
 
 def test_combinations_that_would_give_other_results_are_refused() -> None:
-    with pytest.raises(ConfigError, match="zero_stage"):
-        check_combination(EngineConfig(zero_stage=1), optim=OptimConfig(name="muon"))
+    muon = OptimConfig(name="muon")
+    with pytest.raises(ConfigError, match="zero_stage = 3: optim.name = muon"):
+        check_combination(EngineConfig(zero_stage=3), optim=muon)
+    with pytest.raises(ConfigError, match="offload_optimizer = 'cpu': optim.name = muon"):
+        check_combination(EngineConfig(zero_stage=2, offload_optimizer="cpu"), optim=muon)
+    check_combination(EngineConfig(zero_stage=2), optim=muon)

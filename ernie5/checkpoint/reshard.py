@@ -29,8 +29,7 @@ from ernie5.checkpoint.names import (
 from ernie5.checkpoint.outgoing import OutgoingSlice, write_slices
 from ernie5.checkpoint.parts import Part, join_records, write_record
 from ernie5.checkpoint.stored import StoredTensors
-from ernie5.checkpoint.tensor_file import LazyTensor
-from ernie5.checkpoint.tensor_slices import DTYPES
+from ernie5.checkpoint.tensor_file import DTYPES, LazyTensor
 from ernie5.checkpoint.verify import find_damage
 from ernie5.errors import CheckpointError
 from ernie5.model.shard_plan import placements_of

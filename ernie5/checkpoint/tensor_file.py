@@ -14,6 +14,7 @@ import itertools
 import json
 import math
 import os
+import types
 import zlib
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
@@ -21,10 +22,15 @@ from pathlib import Path
 import torch
 
 from ernie5.checkpoint.manifest import FileEntry
+from ernie5.errors import CheckpointError
 
 PIECE_BYTES = 1 << 24
-DTYPE_NAMES = (
-    (torch.float32, "F32"), (torch.bfloat16, "BF16"), (torch.int64, "I64"), (torch.float64, "F64"), (torch.uint8, "U8"),
+# By the names of safetensors: what checkpoints hold, and all that is read.
+DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
+    {
+        "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
+        "U8": torch.uint8,
+    }
 )
 
 
@@ -107,8 +113,11 @@ def checksum(raw: memoryview) -> int:
 
 
 def dtype_name(dtype: torch.dtype) -> str:
-    """A dtype as safetensors names it."""
-    return dict(DTYPE_NAMES).get(dtype, str(dtype).removeprefix("torch."))
+    """A dtype as safetensors names it. Raises CheckpointError for one that no checkpoint holds."""
+    name = next((name for name, held in DTYPES.items() if held == dtype), None)
+    if name is None:
+        raise CheckpointError(f"a tensor of dtype {dtype} cannot be stored; a checkpoint holds {', '.join(DTYPES)}")
+    return name
 
 
 def _order(tensors: Mapping[str, LazyTensor]) -> list[str]:

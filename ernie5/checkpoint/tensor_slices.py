@@ -17,16 +17,10 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.tensor_file import raw_bytes
+from ernie5.checkpoint.tensor_file import DTYPES, raw_bytes
 from ernie5.errors import CheckpointError
 from ernie5.parallel.boxes import Box, flat_boxes, whole_box
 
-DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
-    {
-        "F64": torch.float64, "F32": torch.float32, "BF16": torch.bfloat16, "F16": torch.float16, "I64": torch.int64,
-        "U8": torch.uint8,
-    }
-)
 ITEM_BYTES: Mapping[str, int] = types.MappingProxyType({name: dtype.itemsize for name, dtype in DTYPES.items()})
 # Real headers of 300 B models have a few megabytes; a damaged length must not become an allocation.
 LARGEST_HEADER = 100 * 2**20

@@ -13,8 +13,11 @@ from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import load_run
 from ernie5.checkpoint.manifest import RunState, read_manifest
 from ernie5.checkpoint.save import Contents, save_checkpoint
+from ernie5.checkpoint.stored import StoredTensors
+from ernie5.checkpoint.tensor_file import dtype_name
 from ernie5.config.load import config_from_dict, config_to_dict, config_to_yaml
 from ernie5.engine.interface import EngineState
+from ernie5.errors import CheckpointError
 from ernie5.model.backbone import build_model
 from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5.train.config import RootConfig
@@ -79,6 +82,22 @@ def test_an_equal_number_of_files_has_about_equal_bytes(checkpoint: Path, tmp_pa
     files = read_manifest(tmp_path / "there").files
     sizes = [sum(e.num_bytes for n, e in files.items() if f"-{rank:05d}" in n) for rank in range(4)]
     assert max(sizes) < 1.1 * min(sizes)
+
+
+def test_half_precision_comes_through_under_its_name_and_unknown_dtypes_are_refused(
+    checkpoint: Path, tmp_path: Path, convert: Callable, verb: Callable
+) -> None:
+    convert(checkpoint, tmp_path / "half", "ernie5", "--dtype", "fp16")
+    code, _, err = verb("reshard", tmp_path / "half", tmp_path / "there", "--files", "2")
+    assert code == 0, err
+    tensors = read_manifest(tmp_path / "there").tensors
+    assert tensors["final_norm.weight"].dtype == "F16"
+    before, after = (StoredTensors(tmp_path / name, manifest=read_manifest(tmp_path / name)).read_whole
+                     for name in ("half", "there"))
+    assert all(torch.equal(before(name), after(name)) for name in tensors)
+    assert verb("verify", tmp_path / "there")[0] == 0
+    with pytest.raises(CheckpointError, match=r"torch.complex64 cannot be stored.*F16"):
+        dtype_name(torch.complex64)
 
 
 @pytest.mark.parametrize(

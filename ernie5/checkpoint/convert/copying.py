@@ -14,8 +14,8 @@ import torch
 from ernie5.checkpoint.convert.layouts import Piece, Stored
 from ernie5.checkpoint.convert.source import Location
 from ernie5.checkpoint.convert.workspace import Workspace
+from ernie5.checkpoint.tensor_file import DTYPES, dtype_name
 from ernie5.checkpoint.tensor_slices import (
-    DTYPES,
     ITEM_BYTES,
     NewTensor,
     TensorPlace,
@@ -87,7 +87,7 @@ def _dtype_of(
     widest = given.pop()
     for other in given:
         widest = torch.promote_types(widest, other)
-    return {value: key for key, value in DTYPES.items()}[widest]
+    return dtype_name(widest)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,8 +24,7 @@ import torch
 from ernie5.checkpoint.convert.copying import plan_files
 from ernie5.checkpoint.convert.ernie45_config import SpecialIds, config_values
 from ernie5.checkpoint.convert.layouts import hub_layout
-from ernie5.checkpoint.tensor_file import DTYPES
-from ernie5.checkpoint.tensor_slices import create_file, write_span
+from ernie5.checkpoint.tensor_slices import DTYPES, create_file, write_span
 from ernie5.config.load import config_from_dict, config_to_dict, load_config
 from ernie5.config.registry import resolve
 from ernie5.model.config import ModelConfig

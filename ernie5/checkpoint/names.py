@@ -13,8 +13,9 @@ STATE_FILE = "state.json"
 CONFIG_FILE = "config.yaml"
 MANIFEST_FILE = "manifest.json"
 LATEST_FILE = "latest"
+NATIVE_FOLDER = "deepspeed"  # beside the checkpoints: what checkpoint.format = deepspeed writes
 MASTER_PREFIX = "master/"
-STEP_PATTERN = re.compile(r"step-(\d{8,})")
+STEP_PATTERN = re.compile(r"step-(\d{8,18})")
 
 
 def rank_file(name: str, *, rank: int, ranks: int) -> str:
@@ -61,14 +62,21 @@ def find_checkpoint(path: Path | str) -> Path:
 
 
 def latest_checkpoint(folder: Path) -> Path | None:
-    """The checkpoint that `folder`/latest names, or, if that file is gone or stale, the newest complete one."""
-    marker = folder / LATEST_FILE
-    if marker.is_file():
-        named = folder / marker.read_text(encoding="utf-8").strip()
-        if step_of(named.name) is not None and (named / MANIFEST_FILE).is_file():
-            return named
+    """The checkpoint that `folder`/latest names, or, if that file is gone, stale or damaged, the newest
+    complete one."""
+    named = _named_by(folder / LATEST_FILE)
+    if named is not None and step_of(named.name) is not None and (named / MANIFEST_FILE).is_file():
+        return named
     complete = [path for path in list_checkpoints(folder) if (path / MANIFEST_FILE).is_file()]
     return complete[-1] if complete else None
+
+
+def _named_by(marker: Path) -> Path | None:
+    """What the file `latest` names, None where it is gone or holds no text."""
+    try:
+        return marker.parent / marker.read_text(encoding="utf-8").strip() if marker.is_file() else None
+    except UnicodeDecodeError:
+        return None
 
 
 def list_checkpoints(folder: Path) -> list[Path]:

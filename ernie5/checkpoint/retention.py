@@ -6,9 +6,10 @@ import shutil
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.names import LATEST_FILE, MANIFEST_FILE, list_checkpoints, step_of
+from ernie5.checkpoint.names import LATEST_FILE, MANIFEST_FILE, NATIVE_FOLDER, list_checkpoints, step_of
 
 TEMPORARY_PREFIX = ".tmp-"
+NATIVE_SCRIPT = "zero_to_fp32.py"  # which DeepSpeed leaves beside its steps
 REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 
 
@@ -53,11 +54,14 @@ def remove_leftovers(folder: Path) -> None:
 
 
 def clear_checkpoints(folder: Path) -> None:
-    """Remove every checkpoint and `latest`, and the folder if nothing else is in it: checkpoint.dir may be a place
-    that holds other files of the user."""
-    remove_leftovers(folder)
-    for path in list_checkpoints(folder):
-        shutil.rmtree(path, ignore_errors=True)
-    (folder / LATEST_FILE).unlink(missing_ok=True)
-    if folder.is_dir() and not any(folder.iterdir()):
-        folder.rmdir()
+    """Remove every checkpoint and `latest`, also DeepSpeed's beside them, and the folder if nothing else is in it:
+    checkpoint.dir may be a place that holds other files of the user."""
+    native = folder / NATIVE_FOLDER
+    (native / NATIVE_SCRIPT).unlink(missing_ok=True)
+    for place in (native, folder):
+        remove_leftovers(place)
+        for path in list_checkpoints(place):
+            shutil.rmtree(path, ignore_errors=True)
+        (place / LATEST_FILE).unlink(missing_ok=True)
+        if place.is_dir() and not any(place.iterdir()):
+            place.rmdir()

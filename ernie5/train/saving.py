@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import shutil
 import time
 from pathlib import Path
 from typing import Protocol
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.names import list_checkpoints, step_name
+from ernie5.checkpoint.names import NATIVE_FOLDER, step_name
+from ernie5.checkpoint.retention import apply_retention, remove_leftovers
 from ernie5.checkpoint.save import Contents
 from ernie5.checkpoint.saver import Saver
 from ernie5.checkpoint.writer import SaveStatus
@@ -21,9 +21,6 @@ from ernie5.observe.metrics import Metrics
 from ernie5.train.hooks import FiguresBoard, RoutingHook
 from ernie5.train.hook import Hook, StepContext
 from ernie5.train.state import Progression
-
-
-NATIVE_FOLDER = "deepspeed"
 
 
 class Cursor(Protocol):
@@ -75,16 +72,16 @@ class Snapshot:
         )
 
 
-def save_native(folder: Path, *, engine: Engine, keep: int) -> None:
-    """DeepSpeed's files of the present step beside our own checkpoints, of which the newest `keep` stay; collective.
+def save_native(folder: Path, *, engine: Engine, step: int, config: CheckpointConfig) -> None:
+    """DeepSpeed's files after `step` under the name of our own checkpoint, of which as many stay; collective.
 
     Raises EnvironmentFault on the rank whose disk refuses.
     """
     try:
-        engine.save_native(folder, name=step_name(engine.updates))
+        engine.save_native(folder, name=step_name(step))
         if engine.is_main:
-            for old in list_checkpoints(folder)[:-keep]:
-                shutil.rmtree(old, ignore_errors=True)
+            remove_leftovers(folder)
+            apply_retention(folder, newest=step, config=config)
     except OSError as error:
         raise EnvironmentFault(
             f"saving DeepSpeed's files to {folder} failed: {error}. Free disk space, or set checkpoint.format: ernie5"
@@ -145,7 +142,9 @@ class CheckpointHook(Hook):
             self._saver.start(self._snapshot.take(), behind=not wait)
             self._begun_step = self._progression.step
             if self._config.format == "deepspeed":
-                save_native(self._folder / NATIVE_FOLDER, engine=self._engine, keep=self._config.keep)
+                save_native(
+                    self._folder / NATIVE_FOLDER, engine=self._engine, step=self._begun_step, config=self._config
+                )
             if wait:
                 self._settle(wait=True)
         self._board.stall_seconds += time.perf_counter() - started

@@ -161,6 +161,16 @@ def test_latest_can_name_a_checkpoint_of_the_folder_and_of_another_one(tmp_path:
     assert (tmp_path / "other" / "latest").read_text() == "step-00000007\n"
 
 
+@pytest.mark.parametrize("damage", [b"\xff\xfe\x00\x80", b"step-00000001\x00", b"x" * 5000, b""])
+def test_a_damaged_latest_counts_as_gone(damage: bytes, tmp_path: Path, verb: Callable) -> None:
+    paths = [save_checkpoint(tmp_path, contents=make_contents(step), config=CheckpointConfig()) for step in (1, 2)]
+    (tmp_path / "latest").write_bytes(damage)
+    assert latest_checkpoint(tmp_path) == paths[1]
+    for name in ("verify", "inspect"):
+        code, out, _ = verb(name, tmp_path)
+        assert code == 0 and str(paths[1]) in out
+
+
 def test_retention_keeps_the_newest_and_the_milestones() -> None:
     steps = [10, 20, 30, 40, 50]
     assert checkpoints_to_remove(steps, newest=50, config=CheckpointConfig(keep=2)) == [10, 20, 30]

@@ -1,7 +1,8 @@
 """`ernie5 verify CKPT`: does every byte of a checkpoint still match its checksum?
 
 Reads each file once for its SHA-256; only a file that does not match is read again, tensor by tensor, for the CRC-32
-that names what is damaged. Memory stays at one block. A model directory of a foreign format has no checksums: its
+that names what is damaged. Memory stays at one block. Where all of them match, the
+manifest is compared with what the files say. A model directory of a foreign format has no checksums: its
 headers, index and config are compared instead, which finds what is cut off, missing or of the wrong shape.
 """
 
@@ -12,6 +13,7 @@ import zlib
 from collections.abc import Sequence
 from pathlib import Path
 
+from ernie5.checkpoint.agreement import find_disagreement, needed_files
 from ernie5.checkpoint.manifest import Manifest, SliceEntry, name_in_file, read_manifest
 from ernie5.checkpoint.names import (
     CONFIG_FILE,
@@ -40,8 +42,9 @@ def main(argv: Sequence[str]) -> int:
         description="Compare checkpoints with their checksums: the one that is given, or all of a run.",
     )
     parser.add_argument("checkpoint", type=Path, help="checkpoint, folder of checkpoints, run or model directory")
-    parser.add_argument("--all", action="store_true", help="every checkpoint of a folder or run: the default for them")
-    parser.add_argument("--latest", action="store_true", help="of a folder or run, only the one that `latest` names")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--all", action="store_true", help="every checkpoint of a folder or run: the default for them")
+    which.add_argument("--latest", action="store_true", help="of a folder or run, only the one that `latest` names")
     options = parser.parse_args(argv)
     if _is_foreign(options.checkpoint):
         print(_verify_foreign(options.checkpoint))
@@ -54,7 +57,7 @@ def main(argv: Sequence[str]) -> int:
         except CheckpointError as error:
             damage.append(str(error))
             continue
-        found = find_damage(directory, manifest=manifest)
+        found = _find_problems(directory, manifest=manifest)
         damage += found
         if not found:
             total = sum(entry.num_bytes for entry in manifest.files.values())
@@ -85,7 +88,15 @@ def is_whole(directory: Path) -> bool:
     except CheckpointError:
         return False
     missing = find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE))
-    return not missing and not find_damage(directory, manifest=manifest)
+    return not missing and not _find_problems(directory, manifest=manifest)
+
+
+def _find_problems(directory: Path, *, manifest: Manifest) -> list[str]:
+    """Damage; of files that are as the manifest says, what these then contradict it in."""
+    lacking = [name for name in needed_files(manifest) if name not in manifest.files]
+    damage = [f"{directory} needs {name}, and its manifest does not list it" for name in lacking]
+    damage += find_damage(directory, manifest=manifest)
+    return damage or find_disagreement(directory, manifest=manifest)
 
 
 def find_missing(directory: Path, *, manifest: Manifest, needed: Sequence[str] = ()) -> list[str]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Callable
 from pathlib import Path
 
@@ -79,6 +80,59 @@ def test_all_damage_of_a_checkpoint_is_listed_at_once(verb: Callable, tmp_path: 
     (path / "state.json").unlink()
     _, _, err = verb("verify", path)
     assert "c.weight" in err and "state.json is missing" in err
+
+
+def drop_tensor(values: dict) -> None:
+    del values["tensors"]["exp_avg/b.weight"]
+
+
+def drop_optimizer(values: dict) -> None:
+    del values["files"]["optimizer.safetensors"]
+    values["tensors"] = {name: entry for name, entry in values["tensors"].items() if "/" not in name}
+
+
+def add_tensor(values: dict) -> None:
+    values["tensors"]["d.weight"] = values["tensors"]["a.weight"]
+
+
+def reshape_tensor(values: dict) -> None:
+    entry = values["tensors"]["a.weight"]
+    entry["shape"] = entry["slices"][0]["shape"] = [3, 50]
+
+
+@pytest.mark.parametrize(
+    ("edit", "message"),
+    [
+        (lambda values: values.update(step=7), "step is 7 there and 1 in state.json"),
+        (lambda values: values.update(tokens=7), "tokens is 7 there and 1 in state.json"),
+        (lambda values: values.update(precision="bf16"), "precision is bf16 there, and the tensors are those of fp32"),
+        (lambda values: values["tensors"]["a.weight"].update(dtype="BF16"), "a.weight of shape [50, 3] BF16, and"),
+        (lambda values: values["tensors"]["a.weight"].update(num_bytes=1), "has 1 bytes"),
+        (reshape_tensor, "a.weight of shape [3, 50] F32, and the file holds [50, 3] F32"),
+        (drop_tensor, "optimizer.safetensors holds exp_avg/b.weight, which the manifest does not know"),
+        (add_tensor, "holds d.weight of shape [50, 3] F32, and the file does not"),
+        (drop_optimizer, "optimizer.safetensors holds tensors and is not in the manifest"),
+        (lambda values: values["files"].pop("config.yaml"), "needs config.yaml, and its manifest does not list it"),
+        (lambda values: values["files"].pop("state.json"), "needs state.json, and its manifest does not list it"),
+    ],
+)
+def test_a_manifest_that_was_edited_is_not_whole(
+    edit: Callable, message: str, verb: Callable, tmp_path: Path
+) -> None:
+    path = save(tmp_path, step=1)
+    values = json.loads((path / "manifest.json").read_text(encoding="utf-8"))
+    edit(values)
+    for name in {"config.yaml", "state.json"} - set(values["files"]):
+        (path / name).unlink()
+    (path / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
+    code, out, err = verb("verify", path)
+    assert code == 2 and not out and message in err and err.count("\n") == 1, err
+
+
+def test_all_and_the_latest_alone_exclude_each_other(verb: Callable, tmp_path: Path) -> None:
+    save(tmp_path, step=1)
+    code, _, err = verb("verify", tmp_path, "--all", "--latest")
+    assert code == 2 and "not allowed with argument" in err
 
 
 def test_ids_that_are_none_are_refused_with_the_rule(verb: Callable, tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from ernie5.checkpoint.names import (
     is_optimizer_file,
     list_checkpoints,
 )
+from ernie5.checkpoint.places import written_setting
 from ernie5.checkpoint.stored import StoredTensors
 from ernie5.checkpoint.verify import find_damage, find_missing, is_whole
 from ernie5.config.base import Config
@@ -103,12 +104,12 @@ def open_run(path: Path | str, *, may_be_part: bool = False) -> LoadedRun:
     Raises CheckpointError."""
     directory = find_checkpoint(path)
     manifest = open_manifest(directory, may_be_part=may_be_part)
-    refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
-    if not any(is_optimizer_file(name) for name in manifest.files):
+    if not any(map(is_optimizer_file, manifest.files)) and not any("/" in key for key in manifest.tensors):
         raise CheckpointError(
             f"{directory} has no optimizer state, so no run goes on from it. Start a new run from its weights: "
             f"train.init_from={directory}"
         )
+    refuse_damage(find_missing(directory, manifest=manifest, needed=(STATE_FILE, CONFIG_FILE)), directory=directory)
     run, updates, magnitudes = _read_state(directory)
     tensors = StoredTensors(directory, manifest=manifest)
     engine = SavedState(tensors, precision=manifest.precision, updates=updates, magnitudes=magnitudes)
@@ -169,8 +170,10 @@ def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
 
 def kept_folders(directory: Path) -> tuple[Path, ...]:
     """Where the tokenizers of the checkpoint `directory` may be: beside the folder of checkpoints, where its run keeps
-    them, or in the checkpoint, where `convert` and `reshard` put them."""
-    return (directory.absolute().parent.parent / KEPT_FOLDER, directory.absolute() / KEPT_FOLDER)
+    them; in the checkpoint, where `convert` and `reshard` put them; with its run, where checkpoint.dir is elsewhere."""
+    run_dir = written_setting(directory / CONFIG_FILE, section="train", key="run_dir")
+    near = (directory.absolute().parent.parent / KEPT_FOLDER, directory.absolute() / KEPT_FOLDER)
+    return (*near, Path(run_dir).absolute() / KEPT_FOLDER) if run_dir else near
 
 
 def open_manifest(directory: Path, *, may_be_part: bool = False) -> Manifest:

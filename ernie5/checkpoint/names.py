@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
+from ernie5.checkpoint.places import checkpoint_folders
 from ernie5.errors import CheckpointError
 
 MODEL_FILE = "model.safetensors"
@@ -40,14 +41,15 @@ def step_of(name: str) -> int | None:
 
 
 def find_checkpoint(path: Path | str) -> Path:
-    """Return the checkpoint directory meant by `path`: itself, or the `latest` of a directory or run directory.
+    """Return the checkpoint directory meant by `path`: itself, or the `latest` of a directory or run directory
+    (of RUN_DIR/config.yaml's checkpoint.dir, where that is set).
 
     Raises CheckpointError where there is none.
     """
     path = Path(path)
     if (path / MANIFEST_FILE).is_file():
         return path
-    for folder in (path, path / "checkpoints"):
+    for folder in checkpoint_folders(path):
         newest = latest_checkpoint(folder)
         if newest is not None:
             return newest

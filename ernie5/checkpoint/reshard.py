@@ -16,6 +16,7 @@ import torch
 from ernie5.checkpoint.convert.source import STASH
 from ernie5.checkpoint.convert.workspace import LOCK, check_target, growing
 from ernie5.checkpoint.convert.workspace import publish as give_name
+from ernie5.checkpoint.load import kept_folders
 from ernie5.checkpoint.manifest import FileEntry, Manifest, TensorEntry, read_manifest
 from ernie5.checkpoint.names import (
     CONFIG_FILE,
@@ -147,7 +148,7 @@ def _bring_the_rest(directory: Path, *, folder: Path) -> None:
     for name in (STATE_FILE, CONFIG_FILE):
         if (directory / name).is_file():
             shutil.copyfile(directory / name, folder / name)
-    kept = (directory / KEPT_FOLDER, directory.absolute().parent.parent / KEPT_FOLDER)
+    kept = (directory / KEPT_FOLDER, *kept_folders(directory))
     found: Mapping[str, Path | None] = {
         STASH: directory / STASH, KEPT_FOLDER: next((path for path in kept if path.is_dir()), None)
     }

@@ -25,6 +25,7 @@ from ernie5.checkpoint.names import (
     list_checkpoints,
     step_of,
 )
+from ernie5.checkpoint.places import checkpoint_folders
 from ernie5.checkpoint.tensor_file import file_hash
 from ernie5.checkpoint.tensor_slices import TensorPlace, read_header
 from ernie5.config.arguments import CommandParser
@@ -73,7 +74,7 @@ def _chosen(path: Path) -> list[Path]:
     """A checkpoint itself, or all of a folder or run, also those without a manifest and whatever `latest` says."""
     if step_of(path.resolve().name) is not None or (path / MANIFEST_FILE).is_file():
         return [path]
-    for folder in (path, path / "checkpoints"):
+    for folder in checkpoint_folders(path):
         found = list_checkpoints(folder)
         elsewhere = latest_checkpoint(folder)
         if found or elsewhere:

@@ -14,7 +14,7 @@ from ernie5.errors import TokenizerError
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.interleave import Generation
 from ernie5.tokenizers.bundle import load_tokenizers
-from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
+from ernie5.tokenizers.kept import prefer_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,7 +36,7 @@ def load_generation(
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(path, device=place)
-    folders = (*kept_folders(loaded.directory), Path(loaded.config.train.run_dir) / KEPT_FOLDER)
+    folders = kept_folders(loaded.directory)
     places = prefer_kept(loaded.config.tokenizers, identities=loaded.manifest.tokenizers, folders=folders)
     tokenizers = load_tokenizers(places)
     check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))

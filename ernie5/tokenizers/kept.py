@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ernie5.errors import EnvironmentFault, TokenizerError
@@ -57,6 +57,15 @@ def prefer_kept(
             changes[kind] = str(kept)
             get_log().info("tokenizers.%s = %s is not the tokenizer of this run; using its own, %s", kind, place, kept)
     return dataclasses.replace(config, **changes) if changes else config
+
+
+def bring_kept(target: Path, *, identities: Mapping[str, str], folders: Sequence[Path]) -> None:
+    """Copy to `target`/{text,visual,audio} what `folders` keep of the tokenizers that have these identities."""
+    for kind in KINDS:
+        wanted = identities.get(kind)
+        kept = next((f / kind for f in folders if wanted is not None and _identity(kind, f / kind) == wanted), None)
+        if kept is not None:
+            shutil.copytree(kept, target / kind, dirs_exist_ok=True)
 
 
 def _identity(kind: str, place: str | Path) -> str | None:

@@ -89,6 +89,11 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     loaded = agree(loaded, source=resume_from, engine=engine)
     if loaded is not None:
         restore(loaded, engine=engine, loader=loader, progression=progression)
+        if config.train.init_from is not None and engine.is_main:
+            get_log().warning(
+                "train.init_from = %s is not used: the run goes on from its own %s. --fresh starts over from there",
+                config.train.init_from, loaded.directory,
+            )
     elif origin is not None:
         start_from(origin, config=config, engine=engine)
     if engine.is_main:

@@ -24,7 +24,7 @@ from ernie5.engine.interface import EngineState
 from ernie5.evaluate.logits import text_logits
 from ernie5.model.backbone import build_model
 from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, MTPConfig, VisualModelConfig
-from ernie5.tokenizers.text import train_text_tokenizer
+from ernie5.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ernie5.train.config import RootConfig
 
 # fp32 sums of a few hundred terms in another order.
@@ -323,6 +323,17 @@ def test_the_whole_model_runs_where_ernie5_is_absent(convert: Callable, tmp_path
     assert (found - wanted).abs().max() < TOLERANCE < wanted.abs().max() / 1000
     stored = read_all(tmp_path / "export")
     assert equal(stored, load_file(own / "model.safetensors")) and equal(read_all(tmp_path / "saved"), stored)
+
+
+def test_the_tokenizers_that_a_run_keeps_come_along(convert: Callable, tmp_path: Path) -> None:
+    text = train_text_tokenizer(["a few words"] * 4, vocab_size=280)
+    save(tmp_path / "run", model=TEXT, tokenizer=text.identity)
+    text.save(tmp_path / "run" / "tokenizers" / "text")
+    train_text_tokenizer(["other words"] * 4, vocab_size=290).save(tmp_path / "tokenizers" / "text")  # not the run's
+    convert(tmp_path / "run", tmp_path / "own", "ernie5")
+    assert load_text_tokenizer(tmp_path / "own" / "tokenizers" / "text").identity == text.identity
+    convert(tmp_path / "own", tmp_path / "far" / "again", "ernie5")
+    assert load_text_tokenizer(tmp_path / "far" / "again" / "tokenizers" / "text").identity == text.identity
 
 
 @pytest.mark.parametrize(("copies", "dense_layers"), [(1, 0), (3, 1)])

@@ -131,6 +131,25 @@ def test_fresh_leaves_other_files_of_a_checkpoint_folder_of_the_users_own(world:
     assert (folder / "thesis.txt").read_text(encoding="utf-8") == "mine"
 
 
+def test_a_run_with_its_checkpoints_elsewhere_is_found_by_its_directory(
+    world: Path, tmp_path: Path, run_ernie5: Callable
+) -> None:
+    run_dir, other, folder, mine = tmp_path / "run", tmp_path / "other", tmp_path / "far" / "mine", tmp_path / "text"
+    shutil.copytree(world / "text", mine)
+    arguments = [str(world / "run.yaml"), "checkpoint.keep=1"]
+    main([*arguments, f"train.run_dir={run_dir}", f"checkpoint.dir={folder}", "train.steps=1",
+          f"tokenizers.text={mine}"])
+    shutil.rmtree(mine)  # the run keeps its own
+    assert not (run_dir / "checkpoints").exists()
+    for verb in ("inspect", "verify"):
+        result = run_ernie5(verb, run_dir)
+        assert result.exit_code == 0 and str(folder / "step-00000001") in result.stdout, result
+    main([*arguments, f"train.run_dir={other}", "train.steps=2", "tokenizers.text=embedded", "--resume", str(run_dir)])
+    assert (other / "checkpoints" / "step-00000002").is_dir()
+    (folder / "step-00000001" / "manifest.json").unlink()
+    assert run_ernie5("inspect", folder / "step-00000001").exit_code == 2  # never another one in its place
+
+
 def test_a_fragment_says_what_it_is_a_fragment_for(world: Path, tmp_path: Path) -> None:
     (tmp_path / "part.yaml").write_text("model:\n  layers: 5\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"train\.steps is missing.*fragments.*`base:`.*part\.yaml"):

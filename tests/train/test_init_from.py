@@ -44,6 +44,8 @@ def test_a_new_run_starts_from_the_weights_alone_and_goes_on_from_its_own_checkp
     assert load_run(run_dir).engine.updates == 1
     shutil.rmtree(origin)
     start(world, run_dir, origin=origin, steps=2)  # the run has a checkpoint: the origin is not even looked at
+    log = (run_dir / "log.txt").read_text("utf-8")
+    assert log.count(f"train.init_from = {origin} is not used: the run goes on from its own {run_dir}") == 1
     assert [row["step"] for row in read_rows(run_dir)] == [1, 2]
 
 
@@ -78,5 +80,5 @@ def test_weights_without_an_optimizer_are_enough(world: Path, first: Path, tmp_p
     values["tensors"] = {name: entry for name, entry in values["tensors"].items() if "/" not in name}
     (checkpoint / "manifest.json").write_text(json.dumps(values), encoding="utf-8")
     start(world, tmp_path / "run", origin=checkpoint, steps=1)
-    with pytest.raises(CheckpointError, match=r"state.json is missing"):
+    with pytest.raises(CheckpointError, match=r"no optimizer state.*train.init_from="):
         load_run(checkpoint)

@@ -31,8 +31,8 @@ def test_what_loses_something_is_refused_with_the_reason(settings: list[str], me
 
 
 class WritingEngine:
-    """The part of an engine that `save_native` asks: where it writes, and which rank this is. It has taken fewer updates
-    than the run has taken steps, as after skipped ones."""
+    """The part of an engine that `save_native` asks: where it writes, and which rank this is. It has taken fewer
+    updates than the run has taken steps, as after skipped ones."""
 
     is_main, updates = True, 3
 

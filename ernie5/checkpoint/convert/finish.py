@@ -19,6 +19,7 @@ from ernie5.checkpoint.convert.tokenizer_files import (
     restore_code,
     save_own,
 )
+from ernie5.checkpoint.load import kept_folders
 from ernie5.checkpoint.manifest import FileEntry, Manifest, SliceEntry, TensorEntry
 from ernie5.checkpoint.names import CONFIG_FILE, MANIFEST_FILE
 from ernie5.checkpoint.tensor_file import file_hash
@@ -26,6 +27,7 @@ from ernie5.config.base import Config
 from ernie5.config.load import config_from_dict, config_to_dict, config_to_yaml
 from ernie5.config.registry import resolve
 from ernie5.data.config import MixtureConfig
+from ernie5.tokenizers.kept import KEPT_FOLDER, bring_kept
 
 TORCH_NAMES = (("F32", "float32"), ("BF16", "bfloat16"), ("F16", "float16"), ("F64", "float64"))
 GENERATION_NAME = "generation_config.json"
@@ -118,12 +120,14 @@ def write_own_files(finished: Finished) -> tuple[str, ...]:
 
 
 def _bring_tokenizers(finished: Finished) -> tuple[dict[str, str], tuple[str, ...]]:
-    """The identities for the manifest; foreign tokenizer files are kept beside the weights."""
+    """The identities for the manifest; the tokenizers of our run, or the files of a foreign one, come along."""
     source, folder = finished.source, finished.folder
     if source.manifest is not None:
         if (source.directory / STASH).is_dir():
             shutil.copytree(source.directory / STASH, folder / STASH, dirs_exist_ok=True)
-        return dict(source.manifest.tokenizers), ()
+        identities = source.manifest.tokenizers
+        bring_kept(folder / KEPT_FOLDER, identities=identities, folders=kept_folders(source.directory))
+        return dict(identities), ()
     (folder / STASH).mkdir(exist_ok=True)
     copy_side_files(source.directory, target=folder / STASH)
     _write_json(folder / STASH / CONFIG_NAME, source.hub_config)

@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ernie5.checkpoint.convert.ernie45_config import SpecialIds
 from ernie5.checkpoint.convert.source import Source
+from ernie5.checkpoint.load import kept_folders
 from ernie5.errors import TokenizerError
 from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
 from ernie5.tokenizers.text import FILE_NAME, load_text_tokenizer
@@ -44,11 +45,10 @@ def copy_side_files(folder: Path, *, target: Path) -> list[str]:
 def save_own(source: Source, *, folder: Path) -> KeptTokenizer:
     """Write the run's text tokenizer beside an export of one of our checkpoints."""
     none = SpecialIds(None, None, None)
-    places = (source.directory.absolute().parent.parent / KEPT_FOLDER, source.directory / KEPT_FOLDER)
     identities = dict(source.manifest.tokenizers)
     try:
         wanted = {"text": identities.get("text", "")}
-        place = prefer_kept(source.root.tokenizers, identities=wanted, folders=places).text
+        place = prefer_kept(source.root.tokenizers, identities=wanted, folders=kept_folders(source.directory)).text
         tokenizer = load_text_tokenizer(place)
     except TokenizerError as error:
         return KeptTokenizer(none, f"no tokenizer was written: {error}")

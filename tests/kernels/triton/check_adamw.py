@@ -59,7 +59,8 @@ def test_wrong_tensors_are_refused_by_name() -> None:
         ({"gradient": good.gradient[:2]}, r"adamw: gradient has shape \(2, 3\)"),
         ({"first_moment": good.first_moment.bfloat16()}, "adamw: first_moment .* must be float32"),
         ({"gradient": good.gradient.mT.contiguous().mT}, "adamw: gradient .* contiguous"),
-        ({"parameter": good.parameter.double()}, "adamw: parameter .* must be float32"),
+        ({"parameter": good.parameter.half()}, "adamw: parameter .* must be float32"),
+        ({"parameter": good.parameter.double()}, "adamw: gradient .* must be float64"),
     ]
     for change, message in cases:
         with pytest.raises(ValueError, match=message):

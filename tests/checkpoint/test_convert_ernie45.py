@@ -18,7 +18,7 @@ from ernie5.generate.session import Decoder
 from ernie5.generate.text import TextLimits, generate_text
 from ernie5.tokenizers.vocab import Vocab
 
-# The limit for fp32; logits are of order 1, sums run over at most 331 terms.
+# Limit for fp32: logits are of order 1, sums run over at most 331 terms.
 TOLERANCE = 1e-4
 SHAPES = ("sparse", "untied", "interval", "dense", "dense_untied")
 

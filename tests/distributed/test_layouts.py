@@ -95,7 +95,7 @@ def test_the_other_hostile_cases_are_what_they_are_called(layouts: Layouts) -> N
 def test_each_token_travels_once_to_each_rank_that_holds_its_experts(layouts: Layouts) -> None:
     counted = layouts.result(ROWS["ep2"])["bytes"]
     assert counted["unique_bytes"] > 0
-    # dispatch and combine, each forward and backward; the bound is 1.02, nothing but the rows themselves moves
+    # dispatch and combine, each forward and backward; the bound is 1.02: nothing but the rows themselves moves
     assert counted["sent"]["hidden"] == 4 * counted["unique_bytes"]
     assert counted["sent"]["ids"] > 0 and counted["sent"]["weights"] > 0 and counted["sent"]["counts"] > 0
 

@@ -40,7 +40,7 @@ def test_parameter_counts_of_shipped_configs_stay_what_they_are(name: str) -> No
 def test_flagship_has_2_4_trillion_parameters_without_mtp_and_activates_less_than_3_percent() -> None:
     model = load("ernie5_2t4").model
     total = num_params(model, with_mtp=False)
-    assert abs(total / 2.4e12 - 1) < 0.04  # the tolerance: the announced 2.4 T is rounded
+    assert abs(total / 2.4e12 - 1) < 0.04  # the announced 2.4 T is rounded
     assert num_active_params(model) / total < 0.03
 
 

@@ -7,6 +7,7 @@ layout opens only its own. Each slice is read when it is written: one is in memo
 from __future__ import annotations
 
 import dataclasses
+import heapq
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -60,20 +61,26 @@ def reshard(
     directory = find_checkpoint(source)
     check_target(target, source=directory, force=force)
     manifest = read_manifest(directory)
+    if plan is None and ranks > max(1, len(manifest.tensors)):
+        raise CheckpointError(
+            f"{directory} has {len(manifest.tensors)} tensors, which are kept whole, and {ranks} files are wanted. "
+            f"Give --files {len(manifest.tensors)} or fewer, or cut tensors by --layout"
+        )
     damage = find_damage(directory, manifest=manifest)
     if damage:
         raise CheckpointError(f"{'; '.join(damage)}. Take another checkpoint")
     tensors = StoredTensors(directory, manifest=manifest)
-    with growing(target) as folder:
+    spread = _spread(manifest, ranks=ranks) if plan is None else []
+    with growing(target, is_continued=False) as folder:
         for path in folder.iterdir():  # of a killed call
             if path.name != LOCK:
                 shutil.rmtree(path) if path.is_dir() else path.unlink()
         for rank in range(ranks):
             if plan is None:
-                wanted = _spread(manifest, rank=rank, ranks=ranks)
+                wanted = spread[rank]
             else:
-                wanted = _cut(manifest, rank=rank, plan=plan)
-            _write_rank(folder, wanted=list(wanted), tensors=tensors, rank=rank, ranks=ranks)
+                wanted = list(_cut(manifest, rank=rank, plan=plan))
+            _write_rank(folder, wanted=wanted, tensors=tensors, rank=rank, ranks=ranks)
         part = join_records(folder, ranks=ranks)
         _bring_the_rest(directory, folder=folder)
         small = {name: manifest.files[name] for name in (STATE_FILE, CONFIG_FILE) if name in manifest.files}
@@ -110,14 +117,15 @@ def _outgoing(key: str, *, box: Box, tensors: StoredTensors) -> OutgoingSlice:
     return OutgoingSlice(key, entry.shape, box, LazyTensor(dtype, box.shape, read))
 
 
-def _spread(manifest: Manifest, *, rank: int, ranks: int) -> Iterator[tuple[str, Box]]:
-    """Whole tensors, the largest first, each to the writer that has the fewest bytes so far."""
-    loads = [0] * ranks
+def _spread(manifest: Manifest, *, ranks: int) -> list[list[tuple[str, Box]]]:
+    """What each writer gets: whole tensors, the largest first, each to the one that has the fewest bytes so far."""
+    shares: list[list[tuple[str, Box]]] = [[] for _ in range(ranks)]
+    loads = [(0, rank) for rank in range(ranks)]
     for key, entry in sorted(manifest.tensors.items(), key=lambda item: (-item[1].num_bytes, item[0])):
-        lightest = loads.index(min(loads))
-        loads[lightest] += entry.num_bytes
-        if lightest == rank:
-            yield key, whole_box(entry.shape)
+        load, lightest = loads[0]
+        heapq.heapreplace(loads, (load + entry.num_bytes, lightest))
+        shares[lightest].append((key, whole_box(entry.shape)))
+    return shares
 
 
 def _cut(manifest: Manifest, *, rank: int, plan: LayoutPlan) -> Iterator[tuple[str, Box]]:

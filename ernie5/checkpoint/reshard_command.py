@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import argparse
+import contextlib
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from ernie5.checkpoint.names import CONFIG_FILE, find_checkpoint
 from ernie5.config.arguments import CommandParser
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
-from ernie5.errors import EXIT_DONE, ConfigError
+from ernie5.errors import EXIT_DONE, ConfigError, LayoutError
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.stages import plan_stages
 
@@ -38,19 +39,21 @@ def build_parser() -> argparse.ArgumentParser:
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code. Raises CheckpointError, ConfigError or EnvironmentFault."""
     options = build_parser().parse_args(argv)
-    degrees = parse_layout(options.layout) if options.layout is not None else None
     if options.files < 1:
         raise ConfigError(f"--files {options.files}: at least one file is needed")
     from ernie5.checkpoint.reshard import LayoutPlan, reshard
 
     start = time.monotonic()
     ranks, plan = options.files, None
-    if degrees is not None:
-        config = load_config(find_checkpoint(options.source) / CONFIG_FILE, schema=resolve("root", name="train"))
-        degrees.check_model(config.model)
-        world_size = (degrees.dp or 1) * degrees.model_ranks
-        dims = degrees.derive_dims(world_size, kv_heads=config.model.kv_heads)
-        ranks, plan = dims.world_size, LayoutPlan(dims, plan_stages(config.model, pp=degrees.pp, vpp=degrees.vpp))
+    if options.layout is not None:
+        with _said_of_the_option():
+            degrees = parse_layout(options.layout)
+            config = load_config(find_checkpoint(options.source) / CONFIG_FILE, schema=resolve("root", name="train"))
+            degrees.check_model(config.model)
+            world_size = (degrees.dp or 1) * degrees.model_ranks
+            dims = degrees.derive_dims(world_size, kv_heads=config.model.kv_heads)
+            stages = plan_stages(config.model, pp=degrees.pp, vpp=degrees.vpp)
+        ranks, plan = dims.world_size, LayoutPlan(dims, stages)
     manifest = reshard(options.source, target=options.target, ranks=ranks, plan=plan, force=options.force)
     total = sum(entry.num_bytes for entry in manifest.files.values())
     print(
@@ -58,6 +61,16 @@ def main(argv: Sequence[str]) -> int:
         f"{total / 1e9:.3f} GB, in {time.monotonic() - start:.1f} s"
     )
     return EXIT_DONE
+
+
+@contextlib.contextmanager
+def _said_of_the_option() -> Iterator[None]:
+    """The rules of layouts speak of the settings of a run; here the degrees are those of --layout."""
+    try:
+        yield
+    except LayoutError as error:
+        text = str(error).replace(f"{ParallelConfig.__name__}.", "--layout ")
+        raise LayoutError(text.replace("parallel.", "--layout ")) from None
 
 
 def parse_layout(text: str) -> ParallelConfig:

@@ -151,6 +151,8 @@ def test_a_model_that_ernie45_cannot_express_is_refused_by_setting_and_media_by_
     code, _, err = verb("convert", own, tmp_path / "hub", "--to", "ernie45-hf", "--text-only")
     assert code == 2 and "qk_norm = true" in err and "score = sigmoid" in err and "scale = 1.5" in err
     assert "top_groups = 1 of 3" in err
+    code, _, err = verb("convert", own, tmp_path / "hub", "--to", "ernie45-hf")  # all obstacles at once
+    assert code == 2 and "qk_norm = true" in err and "first: audio_head" in err and "--to ernie5-hf" in err
     media = dataclasses.replace(UNIFIED, qk_norm=False, moe=TEXT.moe, mtp=TEXT.mtp)
     own = save(tmp_path / "media", model=media)
     code, _, err = verb("convert", own, tmp_path / "hub", "--to", "ernie45-hf")

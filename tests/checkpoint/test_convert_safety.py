@@ -153,11 +153,13 @@ def test_what_does_not_fit_is_named_in_one_line_and_nothing_is_written(
 
 
 def test_a_tied_head_that_is_stored_all_the_same_is_taken_for_the_embedding(
-    hub: Path, convert: Callable, tmp_path: Path
+    hub: Path, convert: Callable, verb: Callable, tmp_path: Path
 ) -> None:
     table = load_file(hub / "a.safetensors")["model.embed_tokens.weight"]
     change(hub, "b.safetensors", lambda t: t.update({"lm_head.weight": table.clone()}))
     convert(hub, tmp_path / "own", "ernie5")
+    code, _, err = verb("convert", tmp_path / "own", tmp_path / "fp32", "--to", "ernie5", "--masters")
+    assert code == 2 and "it holds weights alone" in err and "leave --masters out" in err
     assert "text_head.weight" not in load_file(tmp_path / "own" / "model.safetensors")
 
 
@@ -189,6 +191,9 @@ def test_mistakes_on_the_command_line_are_one_line(hub: Path, verb: Callable, tm
         ([hub, tmp_path / "x", "--to", "ernie5", "--shard-size", "much"], "--shard-size 'much'"),
         ([hub, tmp_path / "x", "--to", "ernie5", "--masters"], "has no optimizer state"),
         ([hub, tmp_path / "x", "--to", "ernie5", "--expert-width", "3"], "--expert-width belongs to --to upcycle"),
+        ([hub, tmp_path / "x", "--to", "ernie5", "--copies", "3"], "--copies belongs to --to upcycle, not to"),
+        ([hub, tmp_path / "x", "--to", "ernie5", "--dense-layers", "0"], "--dense-layers belongs to --to upcycle"),
+        ([hub, tmp_path / "x", "--to", "ernie5", "--shard-size", "1GB"], "--shard-size belongs to --to ernie45-hf or"),
         ([hub, tmp_path / "x", "--to", "upcycle"], "needs --expert-width"),
         ([tmp_path, tmp_path.parent / "x", "--to", "ernie5"], "holds no checkpoint"),
     ):

@@ -109,7 +109,10 @@ def test_half_precision_comes_through_under_its_name_and_unknown_dtypes_are_refu
         (("--layout", "tp=3"), "does not share out model.query_heads = 4 and model.kv_heads = 2"),
         (("--layout", "ep=3,dp=3"), "does not divide model.moe.num_experts = 4"),
         (("--layout", "ep=4"), "ep x etp = 4 x 1 does not divide dp x cp x tp = 1"),
+        (("--layout", "tp=3"), "--layout tp = 3"),
+        (("--layout", "vpp=2"), "--layout pp = 1 has one. Set --layout vpp: 1"),
         (("--files", "0"), "at least one file"),
+        (("--files", "1000000000"), "--files 150 or fewer"),
         (("--files", "2", "--layout", "tp=2"), "not allowed with argument"),
     ],
 )
@@ -140,6 +143,18 @@ def test_nothing_is_overwritten_and_damage_is_not_carried_on(
     (checkpoint / "optimizer.safetensors").write_bytes(content)
     code, _, err = verb("reshard", checkpoint, tmp_path / "never")
     assert code == 2 and "does not match its checksum" in err and not (tmp_path / "never").exists()
+
+
+def test_a_full_disk_is_the_machines_fault_and_leaves_nothing(
+    checkpoint: Path, tmp_path: Path, verb: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def full(*_: object, **__: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(reshard_module, "join_records", full)
+    code, _, err = verb("reshard", checkpoint, tmp_path / "there")
+    assert code == 3 and "No space left" in err and "What was written is removed" in err and "kept" not in err
+    assert not list(tmp_path.glob("*there*"))
 
 
 def test_a_call_killed_in_the_middle_leaves_nothing_under_the_name_and_is_repeated(

@@ -12,6 +12,7 @@ from ernie5.config.arguments import CommandParser
 from ernie5.errors import EXIT_DONE, ConfigError
 
 UNITS = (("GB", 10**9), ("MB", 10**6), ("KB", 10**3), ("B", 1), ("", 1))
+LARGEST_SHARD = "5GB"
 DTYPES = (("bf16", "BF16"), ("fp16", "F16"), ("fp32", "F32"))
 
 
@@ -34,34 +35,35 @@ def build_parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--dtype", choices=[name for name, _ in DTYPES],
                         help="dtype of the weights (default: as stored); routers and their bias stay fp32")
-    parser.add_argument("--shard-size", default="5GB", metavar="SIZE", help="largest file of a foreign format")
+    parser.add_argument("--shard-size", metavar="SIZE", help="largest file of a foreign format (default: 5GB)")
     parser.add_argument("--masters", action="store_true", help="take the optimizer's fp32 masters for bf16 weights")
     parser.add_argument("--text-only", action="store_true", help="leave out embeddings and heads of other modalities")
     parser.add_argument("--force", action="store_true", help="replace DST if it is a model")
     parser.add_argument("--into", type=Path, metavar="VL_DIR", help="ernie45-vl: the model whose text part is replaced")
     parser.add_argument("--expert-width", type=int, metavar="N", help="upcycle: SwiGLU width of one expert")
-    parser.add_argument("--copies", type=int, default=1, metavar="N", help="upcycle: experts per slice")
-    parser.add_argument("--dense-layers", type=int, default=0, metavar="N", help="upcycle: layers that stay dense")
+    parser.add_argument("--copies", type=int, metavar="N", help="upcycle: experts per slice (default: 1)")
+    parser.add_argument("--dense-layers", type=int, metavar="N", help="upcycle: layers that stay dense (default: 0)")
     return parser
 
 
 def main(argv: Sequence[str]) -> int:
     """Run the verb; returns the exit code. Raises CheckpointError, ConfigError or EnvironmentFault."""
-    from ernie5.checkpoint.convert.request import ALIASES, UPCYCLE, Request, convert
+    from ernie5.checkpoint.convert.request import ALIASES, Request, convert
     from ernie5.checkpoint.convert.upcycle import Upcycling
 
     options = build_parser().parse_args(argv)
     name = dict(ALIASES).get(options.format, options.format)
+    shard_bytes = parse_size(options.shard_size or LARGEST_SHARD)
+    _refuse_unused(options, name=name)
     upcycling = None
-    if name == UPCYCLE and options.expert_width is not None:
-        upcycling = Upcycling(options.expert_width, options.copies, options.dense_layers)
-    elif options.expert_width is not None:
-        raise ConfigError("--expert-width belongs to --to upcycle")
+    if options.expert_width is not None:
+        copies = 1 if options.copies is None else options.copies
+        upcycling = Upcycling(options.expert_width, copies, options.dense_layers or 0)
     start = time.monotonic()
     report = convert(
         Request(
             source=options.source, target=options.target, format=name, dtype=dict(DTYPES).get(options.dtype),
-            shard_bytes=parse_size(options.shard_size), masters=options.masters, text_only=options.text_only,
+            shard_bytes=shard_bytes, masters=options.masters, text_only=options.text_only,
             force=options.force, upcycling=upcycling, into=options.into,
         )
     )
@@ -73,6 +75,24 @@ def main(argv: Sequence[str]) -> int:
     for note in report.notes:
         print(f"note: {note}")
     return EXIT_DONE
+
+
+def _refuse_unused(options: argparse.Namespace, *, name: str) -> None:
+    """Raise ConfigError for an option that the target does not know: it would be left out in silence."""
+    from ernie5.checkpoint.convert.request import HUB, PADDLE, REMOTE, UPCYCLE, VL_FORMAT
+
+    owners = (
+        (("expert_width", "copies", "dense_layers"), (UPCYCLE,)),
+        (("into",), (VL_FORMAT,)),
+        (("shard_size",), (HUB, PADDLE, VL_FORMAT, REMOTE)),
+    )
+    for keys, formats in owners:
+        for key in keys:
+            if vars(options)[key] is not None and name not in formats:
+                raise ConfigError(
+                    f"--{key.replace('_', '-')} belongs to --to {' or '.join(formats)}, not to --to {name}. Leave it "
+                    "out"
+                )
 
 
 def parse_size(text: str) -> int:

@@ -227,8 +227,9 @@ def _architecture(sparse: bool, *, for_paddle: bool) -> str:
     return "Ernie4_5_ForCausalLM" if for_paddle else "Ernie4_5ForCausalLM"
 
 
-def refuse_inexpressible(model: ModelConfig) -> None:
-    """Raise CheckpointError for the settings whose function no ERNIE 4.5 class computes."""
+def refuse_inexpressible(model: ModelConfig, *, media: str = "") -> None:
+    """Raise CheckpointError for the settings whose function no ERNIE 4.5 class computes, all at once, and for `media`,
+    what the model has of other modalities in words."""
     moe, found = model.moe, []
     if model.qk_norm:
         found.append("model.qk_norm = true (ERNIE 4.5 has no norm on queries and keys)")
@@ -239,7 +240,9 @@ def refuse_inexpressible(model: ModelConfig) -> None:
     if model.moe_layers and moe.is_group_limited:
         limit = f"model.moe.top_groups = {moe.top_groups} of {moe.num_groups}"
         found.append(f"{limit} (ERNIE 4.5 chooses from all experts)")
+    way = "Use --to ernie5-hf: it carries its own code"
+    if media:
+        way = f"{way} and keeps all" if found else f"Give --text-only, or {way[0].lower()}{way[1:]} and keeps all"
+        found.append(f"{media} (its text classes have no place for them; --text-only leaves them out)")
     if found:
-        raise CheckpointError(
-            f"the model cannot be written as ERNIE 4.5: {'; '.join(found)}. Use --to ernie5-hf: it carries its own code"
-        )
+        raise CheckpointError(f"the model cannot be written as ERNIE 4.5: {'; '.join(found)}. {way}")

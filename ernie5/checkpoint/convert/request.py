@@ -116,10 +116,8 @@ def _chosen_part(source: Source, *, request: Request) -> Source:
         notes = (*source.notes, f"text only: {len(source.extra)} tensors of other modalities are left out")
         return dataclasses.replace(source, model=model, extra={}, notes=notes if source.extra else source.notes)
     if source.extra and request.format in (HUB, PADDLE, VL_FORMAT):
-        raise CheckpointError(
-            f"{request.source} has {len(source.extra)} tensors of other modalities (first: {min(source.extra)}), and "
-            "ERNIE 4.5's text classes have no place for them. Give --text-only, or use --to ernie5-hf, which keeps all"
-        )
+        media = f"{len(source.extra)} tensors of other modalities, first: {min(source.extra)}"
+        refuse_inexpressible(source.model, media=media)
     return source
 
 

@@ -99,7 +99,10 @@ def _open_own(directory: Path, *, masters: bool) -> Source:
     places = {key: tensors.place(key) for key in manifest.tensors if "/" not in key}
     if masters:
         if not any(is_optimizer_file(name) for name in manifest.files):
-            raise CheckpointError(f"--masters: {directory} has no {OPTIMIZER_FILE}")
+            raise CheckpointError(
+                f"--masters: {directory} has no {OPTIMIZER_FILE}: it holds weights alone. Give the checkpoint of the "
+                "run that it was made of, or leave --masters out for the weights as they are (--dtype fp32 widens them)"
+            )
         held = [key for key in manifest.tensors if key.startswith(MASTER_PREFIX)]
         places |= {key.removeprefix(MASTER_PREFIX): tensors.place(key) for key in held}
     table = {stored.name: stored for stored in own_layout(root.model)}

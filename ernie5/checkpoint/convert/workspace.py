@@ -97,8 +97,9 @@ def check_target(target: Path, *, source: Path, force: bool) -> None:
 
 
 @contextlib.contextmanager
-def growing(target: Path) -> Iterator[Path]:
-    """The locked partial folder of `target`; two conversions to one place would mix their files.
+def growing(target: Path, *, is_continued: bool = True) -> Iterator[Path]:
+    """The locked partial folder of `target`; two conversions to one place would mix their files. is_continued: the next
+    call goes on from what is in it; else it goes where the disk refuses.
 
     Raises CheckpointError where another process holds it, EnvironmentFault where the disk refuses.
     """
@@ -116,9 +117,13 @@ def growing(target: Path) -> Iterator[Path]:
         try:
             yield folder
         except OSError as error:
+            stands = f"What is done is kept in {folder}"
+            if not is_continued:
+                shutil.rmtree(folder, ignore_errors=True)
+                stands = "What was written is removed, and nothing stands under that name that did not before"
             raise EnvironmentFault(
-                f"writing {target} failed: {error}. What is done is kept in {folder}: free space or repair permissions "
-                "and run the same command again"
+                f"writing {target} failed: {error}. {stands}: free space or repair permissions and run the same "
+                "command again"
             ) from error
 
 

@@ -17,8 +17,8 @@ class CheckpointConfig(Config):
         check=non_negative, kind="logging",
     )
     asynchronous: bool = field(
-        True, doc="write behind the training, which waits for a copy in memory only; false: wait for the disk",
-        kind="performance",
+        True, doc="write behind the training: it waits until values on a GPU are in CPU memory and others in the page "
+        "cache of the file; false: wait for the disk", kind="performance",
     )
     replica_every_steps: int = field(
         1, doc="distance between copies in shared memory, which launch/supervise.py keeps; 0: none", unit="steps",

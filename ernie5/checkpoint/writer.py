@@ -1,9 +1,9 @@
 """Writing behind the training: one job at a time in a thread, whose error waits until somebody asks for it.
 
 Values in CPU memory are in the file before the job starts (`tensor_file.begin_tensor_file`); those on a GPU were
-copied into CPU memory, and the job writes them. A thread, not a process: it sees that copy as it is, no CUDA context is forked,
-and writing, hashing and synchronising release the interpreter. A killed process takes its thread along, which is what
-atomic saving is for.
+copied into CPU memory, and the job writes them. A thread, not a process: it sees that copy as it is, no CUDA context
+is forked, and writing, hashing and synchronising release the interpreter. A killed process takes its thread along,
+which is what atomic saving is for.
 """
 
 from __future__ import annotations

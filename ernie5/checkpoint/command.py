@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ernie5.checkpoint.manifest import Manifest, read_manifest
 from ernie5.checkpoint.names import CONFIG_FILE, find_checkpoint, is_optimizer_file
+from ernie5.checkpoint.tree import grow_tree, size_words, tree_lines
 from ernie5.config.arguments import CommandParser
 from ernie5.config.base import Config
 from ernie5.config.load import config_to_dict, load_config
@@ -19,36 +20,37 @@ def main(argv: list[str]) -> int:
     parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
     parser.add_argument("--against", metavar="CKPT", help="another checkpoint whose configuration is compared")
     parser.add_argument("--optimizer", action="store_true", help="list the optimizer's tensors too")
+    parser.add_argument("--depth", type=int, metavar="N", help="show N levels of the tree (default: all)")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")
     arguments = parser.parse_args(argv)
+    if arguments.depth is not None and arguments.depth < 1:
+        parser.error(f"--depth {arguments.depth} shows nothing: give 1 or more")
     directory = find_checkpoint(arguments.checkpoint)
+    other = find_checkpoint(arguments.against) if arguments.against else None
     manifest = read_manifest(directory)
     if arguments.json:
         print(manifest.to_json(), end="")
         return 0
-    print(describe(directory, manifest=manifest, with_optimizer=arguments.optimizer))
-    if arguments.against:
-        print(compare_configs(directory, other=find_checkpoint(arguments.against)))
+    print(describe(directory, manifest=manifest, with_optimizer=arguments.optimizer, depth=arguments.depth))
+    if other is not None:
+        print(compare_configs(directory, other=other))
     return 0
 
 
-def describe(directory: Path, *, manifest: Manifest, with_optimizer: bool) -> str:
-    """Step, files, tokenizers and the tree of tensors with shapes, dtypes and sizes."""
+def describe(directory: Path, *, manifest: Manifest, with_optimizer: bool, depth: int | None = None) -> str:
+    """Step, files, tokenizers and the tree of tensors, `depth` levels of it, with shapes, dtypes and sizes."""
     lines = [
         f"{directory}",
         f"step {manifest.step}, {manifest.tokens:,} tokens, precision {manifest.precision}",
-        *(f"file {name}: {_size(file.num_bytes)}, sha256 {file.sha256[:16]}" for name, file in manifest.files.items()),
+        *(f"file {n}: {size_words(file.num_bytes)}, sha256 {file.sha256[:16]}" for n, file in manifest.files.items()),
         *(f"tokenizer {name}: {identity[:16]}" for name, identity in manifest.tokenizers.items()),
     ]
     shown = {k: v for k, v in manifest.tensors.items() if with_optimizer or not any(map(is_optimizer_file, v.files))}
-    width = max((len(name) for name in shown), default=0)
-    for name, entry in shown.items():
-        shape = "x".join(map(str, entry.shape)) or "scalar"
-        slices = f"  in {len(entry.slices)} slices" if len(entry.slices) > 1 else ""
-        lines.append(f"  {name:<{width}}  {entry.dtype:<5} {shape:<20} {_size(entry.num_bytes)}{slices}")
-    total = sum(entry.num_bytes for entry in shown.values())
-    lines.append(f"{len(shown)} tensors, {_size(total)}")
-    return "\n".join(lines)
+    root = grow_tree(shown)
+    total = f"{root.tensors} tensors, {root.values:,} values, {size_words(root.num_bytes)}"
+    hidden = len(manifest.tensors) - len(shown)
+    more = f"; {hidden} of the optimizer are not shown (--optimizer)" if hidden else ""
+    return "\n".join([*lines, *tree_lines(root, depth=depth), total + more])
 
 
 def compare_configs(directory: Path, *, other: Path) -> str:
@@ -74,10 +76,3 @@ def flatten(config: Config) -> dict[str, object]:
 
     visit(config_to_dict(config), "")
     return result
-
-
-def _size(num_bytes: int) -> str:
-    for unit, factor in (("GiB", 2**30), ("MiB", 2**20), ("KiB", 2**10)):
-        if num_bytes >= factor:
-            return f"{num_bytes / factor:.1f} {unit}"
-    return f"{num_bytes} B"

@@ -9,7 +9,7 @@ from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.names import LATEST_FILE, MANIFEST_FILE, NATIVE_FOLDER, list_checkpoints, step_of
 
 TEMPORARY_PREFIX = ".tmp-"
-NATIVE_SCRIPT = "zero_to_fp32.py"  # which DeepSpeed leaves beside its steps
+NATIVE_SCRIPTS = ("zero_to_fp32.py", "zero_to_torch.py")  # which DeepSpeed leaves beside its steps
 REPLACED_PREFIX = f"{TEMPORARY_PREFIX}replaced-"
 
 
@@ -57,7 +57,8 @@ def clear_checkpoints(folder: Path) -> None:
     """Remove every checkpoint and `latest`, also DeepSpeed's beside them, and the folder if nothing else is in it:
     checkpoint.dir may be a place that holds other files of the user."""
     native = folder / NATIVE_FOLDER
-    (native / NATIVE_SCRIPT).unlink(missing_ok=True)
+    for name in NATIVE_SCRIPTS:
+        (native / name).unlink(missing_ok=True)
     for place in (native, folder):
         remove_leftovers(place)
         for path in list_checkpoints(place):

@@ -39,7 +39,7 @@ class WritingEngine:
     def save_native(self, folder: Path, *, name: str) -> None:
         (folder / name).mkdir(parents=True)
         (folder / name / "states.pt").touch()
-        for left in ("latest", "zero_to_fp32.py"):
+        for left in ("latest", "zero_to_fp32.py", "zero_to_torch.py"):
             (folder / left).write_text(name, encoding="utf-8")
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib.util
+import os
 from pathlib import Path
 
 import torch
@@ -68,4 +69,6 @@ def save_part_alone(folder: Path, *, step: int) -> None:
     path = folder / f"step-{step:08d}" / "manifest.json"
     text = path.read_text(encoding="utf-8")
     if '"part_of": "again' not in text:
-        path.write_text(text.replace('"part_of": "', '"part_of": "again-'), encoding="utf-8")
+        new = path.with_name(f"manifest-{os.getpid()}")  # the host's other rank reads the same file meanwhile
+        new.write_text(text.replace('"part_of": "', '"part_of": "again-'), encoding="utf-8")
+        new.replace(path)

@@ -14,7 +14,7 @@ class EvaluateConfig(Config):
 
     batch_rows: int = field(16, doc="rows of one forward pass", unit="rows", check=positive, kind="performance")
     loss_samples: int = field(
-        24, doc="validation samples per task of the losses, the routing figures and video bits; 0: all",
+        96, doc="validation samples per task of the losses, the routing figures and video bits; 0: all",
         unit="samples", check=non_negative, kind="logging",
     )
     text_bytes: int = field(

@@ -65,7 +65,8 @@ def main(argv: Sequence[str]) -> int:
             print(f"{directory}: whole. {len(manifest.files)} files, {len(manifest.tensors)} tensors, {total:,} bytes")
             whole.append(directory)
     if damage:
-        good = f". The newest that is whole is {whole[-1]}" if whole else ". None is whole" if len(chosen) > 1 else ""
+        newest = max(whole, key=lambda directory: step_of(directory.resolve().name) or 0, default=None)
+        good = f". The newest that is whole is {newest}" if whole else ". None is whole" if len(chosen) > 1 else ""
         raise CheckpointError("; ".join(damage) + good)
     return EXIT_DONE
 

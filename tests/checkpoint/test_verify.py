@@ -51,6 +51,16 @@ def test_a_run_is_verified_checkpoint_by_checkpoint_and_the_good_one_is_named(ve
     assert code == 2 and "None is whole" in err and not out
 
 
+def test_the_newest_whole_one_counts_wherever_latest_points(verb: Callable, tmp_path: Path) -> None:
+    """A resumed run's `latest` may name a checkpoint of another run until it has saved one of its own."""
+    old = save(tmp_path / "other", step=1)
+    paths = [save(tmp_path / "run" / "checkpoints", step=step) for step in (2, 3)]
+    (tmp_path / "run" / "checkpoints" / "latest").write_text(f"{old}\n", encoding="utf-8")
+    flip(paths[1] / "model.safetensors", at=-1)
+    code, out, err = verb("verify", tmp_path / "run")
+    assert code == 2 and f"{old}: whole" in out and f"The newest that is whole is {paths[0]}" in err
+
+
 @pytest.mark.parametrize(
     ("file", "damage", "message"),
     [

@@ -52,7 +52,7 @@ def script(text: str) -> list[str]:
     """A command that counts its starts in `count`, and runs `text` with `n` (from 1) and `end(code)`."""
     return [sys.executable, "-c", f"""
 import json, os, pathlib, signal, subprocess, sys, time
-run = pathlib.Path(os.environ["RUN"]); count = run.parent / "count"
+run = pathlib.Path(os.environ["RUN"]); count = run.parent / ("count" + os.environ.get("NODE", ""))  # a host's own
 n = int(count.read_text()) + 1 if count.exists() else 1
 count.write_text(str(n))
 def end(code):

@@ -90,6 +90,12 @@ class Muon(torch.optim.Optimizer):
 
         self.materialise()
 
+    def load_state_dict(self, state_dict: dict[str, object]) -> None:
+        """Torch's own, which puts a new state in the place of the one that the inner AdamW shares."""
+        super().load_state_dict(state_dict)
+        if self._adamw is not None:
+            self._adamw.state = self.state
+
     def materialise(self) -> None:
         """Create all state at once: momentum for matrices, AdamW's moments and counters for the others."""
         for group in self.param_groups:
@@ -123,13 +129,12 @@ class Muon(torch.optim.Optimizer):
         gradients = [parameter.grad for parameter, _, _ in stacks if parameter.grad is not None]
         if gradient_scale is not None and gradients:
             torch._foreach_mul_(gradients, gradient_scale)
-        # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
-        shapes = [parameter.unflatten(-2, (fused, -1)).shape for parameter, fused, _ in stacks]
+        shapes = [shape_of_maps(parameter, fused=fused) for parameter, fused, _ in stacks]
         directions = self._directions([parameter for parameter, _, _ in stacks], shapes=shapes)
         for (parameter, _, group), shape, direction in zip(stacks, shapes, directions, strict=True):
             if parameter.grad is not None:
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.view_as(parameter), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape[-2:])))
+                parameter.add_(direction.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape[-2:])))
                 if parameter in self._copies:
                     self._copies[parameter].copy_(parameter)
 
@@ -141,7 +146,7 @@ class Muon(torch.optim.Optimizer):
         rank = self._peers.rank
         own = []
         for parameter, shape, cut in zip(parameters, shapes, cuts, strict=True):
-            momentum = self._momentum(parameter).view(-1, *shape[-2:])[cut[rank] : cut[rank + 1]]
+            momentum = self._momentum(parameter).reshape(-1, *shape[-2:])[cut[rank] : cut[rank + 1]]
             own.append(orthogonalise(momentum, steps=self._config.muon_steps).flatten())
         sizes = [
             sum((cut[rank + 1] - cut[rank]) * shape[-2:].numel() for cut, shape in zip(cuts, shapes, strict=True))
@@ -155,6 +160,14 @@ class Muon(torch.optim.Optimizer):
             return torch.zeros_like(parameter)
         momentum = self.state[parameter]["momentum"].lerp_(parameter.grad, 1.0 - self._config.muon_momentum)
         return parameter.grad.lerp(momentum, self._config.muon_momentum)
+
+
+def shape_of_maps(parameter: torch.nn.Parameter, *, fused: int) -> torch.Size:
+    """[.., M, N] of the maps in a parameter: gate and up are two, [.., 2F, D] -> [.., 2, F, D]; a kernel
+    [out, in, h, w] is one, from all that it sees to its output, [1, out, in*h*w]."""
+    if parameter.dim() == 4:
+        return torch.Size((1, parameter.shape[0], parameter.shape[1:].numel()))
+    return parameter.unflatten(-2, (fused, -1)).shape
 
 
 def share_matrices(shapes: Sequence[torch.Size], *, num_ranks: int) -> list[list[int]]:

@@ -166,12 +166,17 @@ class CodecTrainConfig(Config):
     steps: int | None = field(None, doc="budget in optimizer steps; null: `minutes` decides", check=positive)
     minutes: float = field(60.0, doc="budget where `steps` is null", unit="minutes", check=positive)
     threads: int = field(0, doc="CPU threads; 0 leaves the setting of the process", check=non_negative)
+    device: str = field("auto", doc="auto: a GPU where there is one (audio: the CPU)", choices=("auto", "cpu", "cuda"))
     precision: str = field("bf16", doc="arithmetic of forward and backward", choices=("fp32", "bf16"), kind="numerics")
+    optimizer: str = field(
+        "adamw", doc="adamw, or muon for maps between channels and adamw for the rest", choices=("adamw", "muon"),
+        kind="numerics",
+    )
     learning_rate: float = field(2e-3, doc="peak learning rate", check=positive, kind="numerics")
     final_rate: float = field(0.02, doc="last learning rate over the peak", check=fraction, kind="numerics")
     warmup_steps: int = field(200, doc="linear warm-up", check=non_negative, kind="numerics")
-    beta2: float = field(0.99, doc="AdamW second-moment decay", check=fraction, kind="numerics")
-    weight_decay: float = field(0.01, doc="AdamW decay of matrices", check=non_negative, kind="numerics")
+    beta2: float = field(0.99, doc="second-moment decay of AdamW", check=fraction, kind="numerics")
+    weight_decay: float = field(0.01, doc="decoupled decay of matrices", check=non_negative, kind="numerics")
     clip_norm: float = field(1.0, doc="gradient norm above which steps are scaled down", check=positive)
     ema_decay: float = field(0.999, doc="decay of the averaged weights that are exported", check=fraction)
     log_every_steps: int = field(20, doc="distance of lines in curves.jsonl", check=positive, kind="logging")
@@ -202,3 +207,7 @@ class TokenizerRunConfig(Config):
     tokenizer: TokenizerConfig = field(TokenizerConfig, doc="what is trained", kind="architecture")
     train: CodecTrainConfig = field(CodecTrainConfig, doc="how long and how")
     data: CodecDataConfig = field(CodecDataConfig, doc="from what")
+
+    def validate(self) -> None:
+        if self.train.device == "cuda" and self.tokenizer.kind != "visual":
+            self.fail("train.device", f"cuda trains kind visual; set auto or cpu for {self.tokenizer.kind}.")

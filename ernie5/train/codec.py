@@ -1,4 +1,4 @@
-"""Training loop of the codecs (visual and audio tokenizers): AdamW, cosine decay over a budget, averaged weights.
+"""Training loop of the codecs (visual and audio tokenizers): cosine decay over a budget, averaged weights.
 
 The budget is either a number of steps (then the run is a pure function of config and data) or of minutes (for "as good
 as this machine can make it in the time I have"); the learning rate follows the share of it that is spent. A run
@@ -22,6 +22,9 @@ from torch import nn
 from tqdm import tqdm
 
 from ernie5.errors import NumericsError
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import ParameterGroup
+from ernie5.optim.muon import Muon
 from ernie5.tokenizers.config import CodecTrainConfig
 from ernie5.train.codec_task import CodecClock, CodecFacts, CodecTask
 
@@ -36,6 +39,11 @@ class CodecState:
     average: nn.Module
     optimizers: tuple[torch.optim.Optimizer, ...]
     generator: torch.Generator
+
+    @property
+    def device(self) -> torch.device:
+        """Where networks, data and random draws live."""
+        return self.generator.device
 
 
 def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progress: bool = True) -> CodecFacts:
@@ -58,11 +66,14 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
         state.step += 1
         clock = _clock(state, config)
         ended = clock.fraction >= 1.0
-        if state.step % config.log_every_steps == 0 or ended:
-            _append(out, {"step": state.step, "minutes": state.seconds / 60, **record})
-            bar.set_description(f"codec step {state.step} loss {record['loss']:.4f}")
+        validates = state.step % config.validate_every_steps == 0 or ended
+        if state.step % config.log_every_steps == 0 or validates:
+            figures = {name: float(value) for name, value in record.items()}
+            _refuse_infinite(figures, step=state.step, config=config)
+            _append(out, {"step": state.step, "minutes": state.seconds / 60, **figures})
+            bar.set_description(f"codec step {state.step} loss {figures['loss']:.4f}")
             bar.update(int(100 * clock.fraction) - bar.n)
-        if state.step % config.validate_every_steps == 0 or ended:
+        if validates:
             facts = _validate(task, state, out=out)
     bar.close()
     return facts if facts is not None else _facts(task, state, task.validate(state.average))
@@ -71,12 +82,28 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
 def _start(task: CodecTask, *, config: CodecTrainConfig) -> CodecState:
     average = copy.deepcopy(task.codec).eval().requires_grad_(False)
     networks = [net for net in (task.codec, task.discriminator) if net is not None]
-    optimizers = tuple(
-        torch.optim.AdamW(_decay_groups(net, config), lr=config.learning_rate, betas=(0.9, config.beta2))
-        for net in networks
-    )
-    generator = torch.Generator().manual_seed(config.seed)
+    optimizers = tuple(_build_optimizer(net, config) for net in networks)
+    generator = torch.Generator(next(task.codec.parameters()).device).manual_seed(config.seed)
     return CodecState(0, 0.0, -math.inf, average, optimizers, generator)
+
+
+def _build_optimizer(network: nn.Module, config: CodecTrainConfig) -> torch.optim.Optimizer:
+    """AdamW, or Muon for the maps between channels: linear layers and dense kernels, not depthwise ones."""
+    if config.optimizer == "adamw":
+        return torch.optim.AdamW(_decay_groups(network, config), lr=config.learning_rate, betas=(0.9, config.beta2))
+    named = [(name, p) for name, p in network.named_parameters() if p.requires_grad]
+    groups = []
+    for is_matrix in (True, False):
+        members = [(name, p) for name, p in named if _is_map(p) == is_matrix]
+        names, parameters = tuple(name for name, _ in members), tuple(p for _, p in members)
+        decay = config.weight_decay if is_matrix else 0.0
+        groups.append(ParameterGroup("matrix" if is_matrix else "plain", names, parameters, decay, is_matrix))
+    settings = OptimConfig(name="muon", learning_rate=config.learning_rate, beta2=config.beta2)
+    return Muon([group for group in groups if group.names], config=settings)
+
+
+def _is_map(parameter: nn.Parameter) -> bool:
+    return parameter.dim() in (2, 4) and min(parameter.shape[:2]) > 1
 
 
 def _decay_groups(network: nn.Module, config: CodecTrainConfig) -> list[dict[str, object]]:
@@ -101,43 +128,49 @@ def learning_rate_at(clock: CodecClock, *, config: CodecTrainConfig) -> float:
     return config.learning_rate * warmup * (config.final_rate + (1.0 - config.final_rate) * cosine)
 
 
-def _step(task: CodecTask, state: CodecState, *, clock: CodecClock, config: CodecTrainConfig) -> dict[str, float]:
-    """One optimizer step of the codec and, where the task has one, of the discriminator."""
+def _step(
+    task: CodecTask, state: CodecState, *, clock: CodecClock, config: CodecTrainConfig
+) -> dict[str, torch.Tensor | float]:
+    """One optimizer step of the codec and, where the task has one, of the discriminator; its figures, on the device."""
     rate = learning_rate_at(clock, config=config)
     for optimizer in state.optimizers:
         for group in optimizer.param_groups:
             group["lr"] = rate
     task.codec.train()
     batch = task.draw(clock, generator=state.generator)
-    bf16 = config.precision == "bf16"
-    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+    bf16, kind = config.precision == "bf16", state.device.type
+    with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
         losses = task.codec_losses(batch, clock=clock, generator=state.generator)
-    total = float(losses.total.detach())
-    if not math.isfinite(total):
-        raise NumericsError(
-            f"The codec's loss is {total} at step {state.step} (learning rate {rate:.2e}). A loss must be finite. "
-            "Lower train.learning_rate, or set train.precision: fp32."
-        )
     norm = _update(task.codec, losses.total, optimizer=state.optimizers[0], clip=config.clip_norm)
-    record = {"loss": total, "lr": rate, "grad_norm": norm}
-    record |= {name: float(value) for name, value in losses.parts.items()}
+    record = {"loss": losses.total.detach(), "lr": rate, "grad_norm": norm, **losses.parts}
     if task.discriminator is not None:
-        with torch.autocast("cpu", dtype=torch.bfloat16, enabled=bf16):
+        with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
             adversary = task.discriminator_loss(losses, clock=clock)
         if adversary is not None:
             _update(task.discriminator, adversary, optimizer=state.optimizers[1], clip=config.clip_norm)
-            record["discriminator"] = float(adversary.detach())
+            record["discriminator"] = adversary.detach()
     _average(state.average, task.codec, decay=min(config.ema_decay, (1 + state.step) / (10 + state.step)))
     task.after_step(clock, generator=state.generator)
     return record
 
 
-def _update(network: nn.Module, loss: torch.Tensor, *, optimizer: torch.optim.Optimizer, clip: float) -> float:
+def _refuse_infinite(figures: dict[str, float], *, step: int, config: CodecTrainConfig) -> None:
+    """Raise NumericsError for a loss that is not finite; asked at every line of the curves, and before each state is
+    written, not at every step: reading a number waits for the device."""
+    if not math.isfinite(figures["loss"]):
+        raise NumericsError(
+            f"The codec's loss is {figures['loss']} at step {step} (learning rate {figures['lr']:.2e}), or became so "
+            f"in the {config.log_every_steps} steps before. A loss must be finite. Lower train.learning_rate, or set "
+            "train.precision: fp32."
+        )
+
+
+def _update(network: nn.Module, loss: torch.Tensor, *, optimizer: torch.optim.Optimizer, clip: float) -> torch.Tensor:
     network.zero_grad(set_to_none=True)
     loss.backward()
     norm = torch.nn.utils.clip_grad_norm_(network.parameters(), clip)
     optimizer.step()
-    return float(norm)
+    return norm
 
 
 @torch.no_grad()

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import argparse
 import sys
+import typing
 from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.load import load_config, peek_keys
-from ernie5.errors import EXIT_DONE, ConfigError
+from ernie5.errors import EXIT_DONE, ConfigError, EnvironmentFault
 from ernie5.tokenizers.config import TokenizerRunConfig
+
+if typing.TYPE_CHECKING:
+    import torch
 
 
 def main(argv: Sequence[str]) -> int:
@@ -51,14 +55,26 @@ def _train_codec(config: TokenizerRunConfig, *, out: Path, progress: bool) -> No
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
     if config.tokenizer.kind == "visual":
-        from ernie5.train.codec_visual import build_visual_task as build_task
+        from ernie5.train.codec_visual import build_visual_task
+
+        task = build_visual_task(config, device=_choose_device(config.train.device))
     else:
-        from ernie5.train.codec_audio import build_audio_task as build_task
-    task = build_task(config)
+        from ernie5.train.codec_audio import build_audio_task
+
+        task = build_audio_task(config)
     facts = train_codec(task, config=config.train, out=out, progress=progress)
     figures = ", ".join(f"{name} {value:.2f}" for name, value in facts.quality.items())
     print(f"{facts.steps} steps, {facts.minutes:.1f} minutes: {figures}")
     print(f"The tokenizer is in {out / 'export'}", flush=True)
+
+
+def _choose_device(name: str) -> torch.device:
+    """Raises EnvironmentFault where a GPU is asked for and absent."""
+    import torch
+
+    if name == "cuda" and not torch.cuda.is_available():
+        raise EnvironmentFault("train.device = cuda, but torch sees no GPU. Set train.device: auto")
+    return torch.device("cuda" if name != "cpu" and torch.cuda.is_available() else "cpu")
 
 
 def _train_text(config: TokenizerRunConfig, *, out: Path) -> None:

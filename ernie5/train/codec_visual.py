@@ -69,15 +69,25 @@ def active_bits_at(fraction: float, *, config: VisualTokenizerConfig) -> int:
 class VisualCodecTask(CodecTask):
     """Trains VisualCodec on a VisualSet; see the module docstring."""
 
-    def __init__(self, config: TokenizerRunConfig, *, train: VisualSet, validation: VisualSet) -> None:
+    def __init__(
+        self,
+        config: TokenizerRunConfig,
+        *,
+        train: VisualSet,
+        validation: VisualSet,
+        device: torch.device = torch.device("cpu"),
+    ) -> None:
         self._run_config = config
         self._config = config.tokenizer.visual
-        self._train, self._validation = train, validation
+        self._train, self._validation = train.to(device), validation.to(device)
         torch.manual_seed(config.train.seed)
         self._codec = VisualCodec(self._config, num_labels=len(train.label_names))
         if self._config.start is not None:
             continue_visual_tokenizer(self._codec.tokenizer, place=self._config.start)
         self._discriminator = PatchDiscriminator() if self._config.adversarial_weight > 0 else None
+        for network in (self._codec, self._discriminator):
+            if network is not None:
+                network.to(device)
 
     @property
     def codec(self) -> nn.Module:
@@ -99,10 +109,10 @@ class VisualCodecTask(CodecTask):
         config = self._config
 
         def chance() -> float:
-            return float(torch.rand((), generator=generator))
+            return float(torch.rand((), generator=generator, device=generator.device))
 
         film = clock.fraction >= config.video_from and len(self._train.clips) > 0 and chance() < config.video_share
-        shares = torch.tensor(config.pixel_shares)
+        shares = torch.tensor(config.pixel_shares, device=generator.device)
         side = config.pixels[int(torch.multinomial(shares, 1, generator=generator))]
         per_step = config.batch_images * (max(config.pixels) / side) ** 2 * (1.0 / config.video_frames if film else 1.0)
         source, labels = (
@@ -110,7 +120,8 @@ class VisualCodecTask(CodecTask):
             if film
             else (self._train.pictures[:, :, None], self._train.picture_labels)
         )
-        chosen = torch.randint(len(source), (max(1, round(per_step)),), generator=generator)
+        count = max(1, round(per_step))
+        chosen = torch.randint(len(source), (count,), generator=generator, device=generator.device)
         video = vary(to_unit(source[chosen]), share=config.augment_share, generator=generator)
         return VisualBatch(resize_video(video, pixels=side), labels[chosen])
 
@@ -120,7 +131,7 @@ class VisualCodecTask(CodecTask):
         latents = fold_frames(tokenizer.to_latents(tokenizer.encode_features(batch.video)))
         schedule = scale_schedule(*latents.shape[-2:], sizes=config.sizes)
         bits = active_bits_at(clock.fraction, config=config)
-        active = (torch.arange(latents.shape[1]) < bits).float()[:, None, None]
+        active = (torch.arange(latents.shape[1], device=latents.device) < bits).float()[:, None, None]
         latents = latents * active
         flips = self._flip_probability(len(latents), generator=generator)
         codes = tokenizer.quantizer.encode(
@@ -150,8 +161,8 @@ class VisualCodecTask(CodecTask):
     def _flip_probability(self, count: int, *, generator: torch.Generator) -> torch.Tensor:
         """[count, 1]: 0 for most frames, else uniform up to `flip_probability`."""
         config = self._config
-        corrupted = torch.rand(count, 1, generator=generator) < config.flip_share
-        return torch.rand(count, 1, generator=generator) * config.flip_probability * corrupted
+        draws = torch.rand(2, count, 1, generator=generator, device=generator.device)
+        return draws[1] * config.flip_probability * (draws[0] < config.flip_share)
 
     def _plays(self, clock: CodecClock) -> bool:
         return self._discriminator is not None and clock.fraction >= self._config.adversarial_from
@@ -205,7 +216,7 @@ def _mean_psnr(
     return round(float(torch.cat(values).mean()), 4)
 
 
-def build_visual_task(config: TokenizerRunConfig) -> VisualCodecTask:
+def build_visual_task(config: TokenizerRunConfig, *, device: torch.device) -> VisualCodecTask:
     """Load the corpus that `config.data` names and build the task. Raises DataError without pictures."""
     visual = config.tokenizer.visual
     pixels = max(visual.pixels)
@@ -213,4 +224,4 @@ def build_visual_task(config: TokenizerRunConfig) -> VisualCodecTask:
     validation = load_visual_set(
         config.data.shards, split="validation", pixels=pixels, frames=visual.video_frames, label_names=train.label_names
     )
-    return VisualCodecTask(config, train=train, validation=validation)
+    return VisualCodecTask(config, train=train, validation=validation, device=device)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import math
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch.nn import functional
@@ -27,6 +27,11 @@ class VisualSet:
     picture_labels: torch.Tensor
     clip_labels: torch.Tensor
     label_names: tuple[str, ...]
+
+    def to(self, device: torch.device) -> VisualSet:
+        """The same set with its tensors on `device`."""
+        tensors = {name: value.to(device) for name, value in vars(self).items() if isinstance(value, torch.Tensor)}
+        return replace(self, **tensors)
 
 
 def load_visual_set(
@@ -105,9 +110,9 @@ def to_unit(pixels: torch.Tensor) -> torch.Tensor:
 
 
 def vary(video: torch.Tensor, *, share: float, generator: torch.Generator) -> torch.Tensor:
-    """Augment a `share` of the clips [B, 3, F, H, W]; of the others, half are mirrored."""
+    """Augment a `share` of the clips [B, 3, F, H, W] (on the generator's device); of the others, half are mirrored."""
     batch = video.shape[0]
-    draw = torch.rand(batch, 2, generator=generator)
+    draw = torch.rand(batch, 2, generator=generator, device=generator.device)
     chosen, mirrored = draw[:, 0] < share, draw[:, 1] < 0.5
     video = torch.where(mirrored[:, None, None, None, None], video.flip(-1), video)
     if chosen.any():
@@ -120,10 +125,10 @@ def augment(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
     batch = video.shape[0]
 
     def draw(low: float, high: float) -> torch.Tensor:
-        return low + (high - low) * torch.rand(batch, generator=generator)
+        return low + (high - low) * torch.rand(batch, generator=generator, device=generator.device)
 
-    zoom = torch.where(draw(0, 1) < 0.5, draw(0.85, 1.25), torch.ones(batch))
-    angle = torch.where(draw(0, 1) < 0.25, draw(-0.25, 0.25), torch.zeros(batch))
+    zoom = torch.where(draw(0, 1) < 0.5, draw(0.85, 1.25), 1.0)
+    angle = torch.where(draw(0, 1) < 0.25, draw(-0.25, 0.25), 0.0)
     mirror = torch.where(draw(0, 1) < 0.5, 1.0, -1.0)
     cosine, sine = zoom * angle.cos(), zoom * angle.sin()
     theta = torch.stack(
@@ -140,12 +145,15 @@ def augment(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
 def _recolour(video: torch.Tensor, *, generator: torch.Generator) -> torch.Tensor:
     """An eighth of the clips: channels permuted; a seventh: contrast, and shade per channel; 3 %: inverted."""
     batch = video.shape[0]
-    choice = torch.rand(batch, 3, generator=generator)
-    orders = torch.rand(batch, 3, generator=generator).argsort(1)
-    orders = torch.where(choice[:, :1] < 0.125, orders, torch.arange(3))
+
+    def draw(*shape: int) -> torch.Tensor:
+        return torch.rand(batch, *shape, generator=generator, device=generator.device)
+
+    choice = draw(3)
+    orders = torch.where(choice[:, :1] < 0.125, draw(3).argsort(1), torch.arange(3, device=video.device))
     video = video.gather(1, orders[:, :, None, None, None].expand_as(video))
-    gain = 1.0 - 0.4 * torch.rand(batch, 1, 1, 1, 1, generator=generator)
-    shade = (1.0 - gain) * (2.0 * torch.rand(batch, 3, 1, 1, 1, generator=generator) - 1.0)
+    gain = 1.0 - 0.4 * draw(1, 1, 1, 1)
+    shade = (1.0 - gain) * (2.0 * draw(3, 1, 1, 1) - 1.0)
     changed = (choice[:, 1] < 0.14)[:, None, None, None, None]
     video = torch.where(changed, video * gain + shade, video)
     inverted = (choice[:, 2] < 0.03)[:, None, None, None, None]

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+
 import pytest
 import torch
 
@@ -9,7 +11,7 @@ from ernie5.model.backbone import build_model
 from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, VisualModelConfig
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
-from ernie5.optim.groups import NOT_HIDDEN, build_groups
+from ernie5.optim.groups import NOT_HIDDEN, ParameterGroup, build_groups
 from ernie5.optim.muon import Peers, orthogonalise, share_matrices
 
 CONFIG = ModelConfig(
@@ -106,3 +108,37 @@ def test_peers_that_share_the_iterations_step_as_one_rank_does(size: int) -> Non
     for parameter, wanted in zip(found.parameters(), expected.parameters(), strict=True):
         torch.testing.assert_close(parameter, wanted)
 
+
+def test_a_kernel_is_one_map_from_all_it_sees_and_state_survives_loading() -> None:
+    """A 3x3 kernel steps like the matrix [out, in*9] that it is, also where its gradient lies channels-last; an
+    optimizer whose state was loaded goes on where the other one would (AdamW's share of the state included)."""
+    torch.manual_seed(0)
+    kernel, bias = torch.randn(6, 4, 3, 3), torch.randn(6)
+    slopes = [(torch.randn(6, 4, 3, 3), torch.randn(6)) for _ in range(4)]
+
+    def build(*shape: int) -> tuple[list[torch.nn.Parameter], torch.optim.Optimizer]:
+        parameters = [torch.nn.Parameter(kernel.reshape(shape).clone()), torch.nn.Parameter(bias.clone())]
+        groups = [ParameterGroup(name, (name,), (p,), 0.01, name == "matrix")
+                  for name, p in zip(("matrix", "plain"), parameters, strict=True)]
+        return parameters, build_optimizer(groups, config=OptimConfig(name="muon", learning_rate=0.1))
+
+    def step(parameters: list[torch.nn.Parameter], optimizer: torch.optim.Optimizer, number: int) -> None:
+        weight, shift = slopes[number]
+        gradient = weight.contiguous(memory_format=torch.channels_last) if parameters[0].dim() == 4 else weight
+        parameters[0].grad = gradient if parameters[0].dim() == 4 else gradient.reshape(6, 36)
+        parameters[1].grad = shift
+        optimizer.step()
+
+    convolution, flat = build(6, 4, 3, 3), build(6, 36)
+    for number in range(2):
+        step(*convolution, number)
+        step(*flat, number)
+    assert torch.equal(convolution[0][0].flatten(1), flat[0][0]) and not torch.equal(convolution[0][0], kernel)
+    again = build(6, 4, 3, 3)
+    again[1].load_state_dict(copy.deepcopy(convolution[1].state_dict()))
+    for mine, theirs in zip(again[0], convolution[0], strict=True):
+        mine.data.copy_(theirs.data)
+    for number in (2, 3):
+        step(*convolution, number)
+        step(*again, number)
+    assert all(torch.equal(mine, theirs) for mine, theirs in zip(again[0], convolution[0], strict=True))

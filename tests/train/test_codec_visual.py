@@ -1,12 +1,15 @@
 """The visual codec task on a made-up picture set, and the command from YAML to a tokenizer that loads."""
 
+import contextlib
 import dataclasses
+import json
 
 import pytest
 import torch
 
 from ernie5.config.load import load_config
 from ernie5.data.samples import SampleMeta
+from ernie5.errors import ConfigError
 from ernie5.tokenizers.config import TokenizerRunConfig
 from ernie5.tokenizers.visual.tokenizer import load_visual_tokenizer
 from ernie5.train.codec import train_codec
@@ -44,6 +47,45 @@ def test_a_short_run_improves_exports_and_loads(run_config, tmp_path):
     loaded = load_visual_tokenizer(tmp_path / "export")
     assert loaded.reconstruct(torch.zeros(1, 3, 5, 32, 32)).shape == (1, 3, 5, 32, 32)
     assert {"psnr_video_32", "psnr_video_16", "psnr_image_32_scales_1", "psnr_image_32_scales_4"} <= set(facts.quality)
+
+
+def test_a_run_with_muon_that_stops_goes_on_with_the_very_same_losses(run_config, tmp_path):
+    def curve(out, *steps):
+        for count in steps:
+            train = dataclasses.replace(run_config.train, optimizer="muon", steps=12, validate_every_steps=4)
+            stop = pytest.raises(KeyboardInterrupt) if count < 12 else contextlib.nullcontext()
+            task = task_of(run_config)
+            task.after_step = lambda clock, *, generator, count=count: interrupt_at(clock, count)
+            with stop:
+                train_codec(task, config=train, out=tmp_path / out, progress=False)
+        lines = map(json.loads, (tmp_path / out / "curves.jsonl").read_text().splitlines())
+        return {line["step"]: line["loss"] for line in lines if "loss" in line}
+
+    def interrupt_at(clock, count):
+        if clock.step == count:
+            raise KeyboardInterrupt
+
+    whole = curve("whole", 12)
+    assert curve("parts", 6, 12) == whole and len(whole) == 6
+
+
+def test_an_audio_codec_on_a_gpu_is_refused_by_name(repository):
+    with pytest.raises(ConfigError, match="train.device = .*cuda trains kind visual"):
+        load_config(repository / "configs/tokenizer/audio_debug.yaml", schema=TokenizerRunConfig,
+                    overrides=("train.device=cuda",))
+
+
+@pytest.mark.gpu
+def test_a_run_on_a_gpu_learns_what_a_run_on_the_cpu_learns(run_config, tmp_path):
+    train = dataclasses.replace(run_config.train, optimizer="muon", steps=60, learning_rate=5e-3, precision="bf16")
+    sets = {"train": blobs(8, seed=0), "validation": blobs(3, seed=1)}
+    figures = {}
+    for device in ("cpu", "cuda"):
+        task = VisualCodecTask(run_config, **sets, device=torch.device(device))
+        figures[device] = train_codec(task, config=train, out=tmp_path / device, progress=False).quality["psnr_mean"]
+    assert abs(figures["cpu"] - figures["cuda"]) < 1.5  # other random numbers, the same start and data
+    loaded = load_visual_tokenizer(tmp_path / "cuda" / "export")
+    assert loaded.reconstruct(torch.zeros(1, 3, 5, 32, 32)).isfinite().all()
 
 
 def test_the_exported_config_trains_the_same_tokenizer_again(run_config, tmp_path):

@@ -163,8 +163,11 @@ class Muon(torch.optim.Optimizer):
 
 
 def shape_of_maps(parameter: torch.nn.Parameter, *, fused: int) -> torch.Size:
-    """[.., M, N] of the maps in a parameter: gate and up are two, [.., 2F, D] -> [.., 2, F, D]; a kernel
-    [out, in, h, w] is one, from all that it sees to its output, [1, out, in*h*w]."""
+    """[.., M, N] of the maps in a parameter.
+
+    Gate and up are two, [.., 2F, D] -> [.., 2, F, D]; a kernel [out, in, h, w] is one, from all that it sees to its
+    output: [1, out, in*h*w].
+    """
     if parameter.dim() == 4:
         return torch.Size((1, parameter.shape[0], parameter.shape[1:].numel()))
     return parameter.unflatten(-2, (fused, -1)).shape

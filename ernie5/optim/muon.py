@@ -134,7 +134,8 @@ class Muon(torch.optim.Optimizer):
         for (parameter, _, group), shape, direction in zip(stacks, shapes, directions, strict=True):
             if parameter.grad is not None:
                 parameter.mul_(1.0 - group["lr"] * group["weight_decay"])
-                parameter.add_(direction.reshape(parameter.shape), alpha=-group["lr"] * 0.2 * math.sqrt(max(shape[-2:])))
+                step = group["lr"] * 0.2 * math.sqrt(max(shape[-2:]))
+                parameter.add_(direction.reshape(parameter.shape), alpha=-step)
                 if parameter in self._copies:
                     self._copies[parameter].copy_(parameter)
 

@@ -18,6 +18,7 @@ from ernie5.errors import KernelError
 from .checks import TRITON_DTYPES
 
 BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "flash_attn")
+TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 PACKAGES = {
     "megablocks": ("grouped_gemm", "pip install grouped_gemm"),
     "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
@@ -76,6 +77,4 @@ def _require_package(requested: str, *, op: str, device: torch.device) -> None:
 
 def triton_runs_on(device: torch.device) -> bool:
     """Whether a Triton kernel can run on `device`: a GPU, or any device under Triton's interpreter."""
-    if importlib.util.find_spec("triton") is None:
-        return False
-    return device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1"
+    return TRITON_INSTALLED and (device.type == "cuda" or os.environ.get("TRITON_INTERPRET") == "1")

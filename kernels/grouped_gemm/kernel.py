@@ -114,7 +114,8 @@ def outer_kernel(
         if TMA:
             masked_from = begin + (end - begin) // BLOCK_ROWS * BLOCK_ROWS
             for start in range(begin, masked_from, BLOCK_ROWS):
-                total = tl.dot(left_rows.load([start, left_at]).T, right_rows.load([start, right_at]), total)
+                one, other = left_rows.load([start, left_at]), right_rows.load([start, right_at])
+                total = tl.dot(one.T, other, total, input_precision=PRECISION)
         for start in range(masked_from, end, BLOCK_ROWS):
             row = start + tl.arange(0, BLOCK_ROWS)
             inside = row < end

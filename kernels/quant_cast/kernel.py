@@ -28,7 +28,7 @@ def row_cast_kernel(
     col = block * SIDE + tl.arange(0, SIDE)
     inside = (row < rows)[:, None] & (col < cols)[None, :]
     value = tl.load(x + row[:, None] * cols + col[None, :], mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.abs(value), axis=1), smallest) / largest
+    scale = tl.math.div_rn(tl.maximum(tl.max(tl.abs(value), axis=1), smallest), largest)  # "/" may be off by an ulp
     narrow = (value / scale[:, None]).to(tl.float8e4nv)
     if TOP_K == 0:
         tl.store(scales + row * blocks + block, scale, mask=row < rows)
@@ -51,7 +51,7 @@ def block_cast_kernel(
     base = matrix * rows * cols
     place = base + row.to(tl.int64)[:, None] * cols + col[None, :]
     value = tl.load(x + place, mask=inside, other=0.0).to(tl.float32)
-    scale = tl.maximum(tl.max(tl.max(tl.abs(value), axis=1), axis=0), smallest) / largest
+    scale = tl.math.div_rn(tl.maximum(tl.max(tl.max(tl.abs(value), axis=1), axis=0), smallest), largest)
     narrow = (value / scale).to(tl.float8e4nv)
     tall, wide = tl.num_programs(0), tl.num_programs(1)
     if TRANSPOSED:

@@ -11,6 +11,10 @@ from ernie5_kernels.quant_cast import quant_cast
 from ernie5_kernels.quant_cast.kernel import quant_cast_triton
 from ernie5_kernels.testing import assert_close, kernel_device, poisoned_memory, random_tensor
 
+# fp8 tensor cores keep some 13 bits of each of the 128 addends that they sum at once (arXiv:2412.19437, 3.3.2)
+ON_GPU = kernel_device().type == "cuda"
+SUMS, REASON = (2e-3, "the tensor core's short sums") if ON_GPU else (1e-5, "fp32 sums in another order")
+
 
 @pytest.mark.parametrize(("shape", "block_rows", "transposed"), [
     ((5, 130), 1, False), ((0, 8), 1, False), ((17, 128), 1, False),
@@ -47,9 +51,10 @@ def test_fp8_products_and_gradients_match_products_of_the_widened_numbers(counts
     narrow = {"x": quant_cast(leaves[0], block_rows=1), "w": quant_cast(weight, block_rows=128)}
     wide_w = narrow["w"].widened()
     expected = grouped_gemm_reference(narrow["x"].widened(), weight=wide_w, offsets=offsets)
-    assert_close(out, expected=expected, tolerance=1e-5, reason="fp32 sums in another order")
+    assert_close(out, expected=expected, tolerance=SUMS, reason=REASON)
     back = grouped_gemm_reference(quant_cast(grad, block_rows=1).widened(), weight=wide_w.mT, offsets=offsets)
-    assert_close(got[0], expected=back, tolerance=1e-4, reason="weights cast from the other side share their scales")
+    assert_close(got[0], expected=back, tolerance=max(1e-4, SUMS),
+                 reason=f"{REASON}; weights cast from the other side share their scales")
     exact = leaves[1].detach().clone().requires_grad_()
     grouped_gemm_reference(leaves[0].detach(), weight=exact, offsets=offsets).backward(grad)
     assert_close(got[1], expected=exact.grad, tolerance=1e-5, reason="not in fp8")

@@ -66,3 +66,25 @@ def test_no_operator_of_the_layer_waits_for_the_gpu() -> None:
         expert_layer(*ours).sum().backward()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.skipif(kernel_device().type != "cuda", reason="captures a CUDA graph")
+def test_a_cuda_graph_holds_the_layer_forward_and_backward_and_follows_new_tokens() -> None:
+    ours = inputs()
+
+    def step() -> tuple[torch.Tensor, ...]:
+        out = expert_layer(*ours)
+        return out.detach(), *torch.autograd.grad(out.square().sum(), ours)
+
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        held = step()
+    ours[0].data.copy_(random_tensor(9, WIDTH, seed=77))
+    graph.replay()
+    for one, other in zip(held, step(), strict=True):
+        assert_close(one, expected=other, tolerance=1e-6, reason="the same kernels in the same order")

@@ -5,6 +5,7 @@ A process of its own, because Triton decides while it is imported whether its fu
 
 from __future__ import annotations
 
+import importlib.util
 import os
 import subprocess
 import sys
@@ -14,11 +15,15 @@ import pytest
 
 
 def run_checks(repository: Path, *, interpreted: bool) -> None:
-    """Run tests/kernels/triton/check_*.py and fail with their output where one fails."""
+    """Run tests/kernels/triton/check_*.py and fail with their output where one fails.
+
+    On a GPU some 250 kernels are compiled, one second or more each: by several processes where pytest-xdist is there.
+    """
+    spread = () if interpreted or importlib.util.find_spec("xdist") is None else ("-n", "8")
     done = subprocess.run(
         [
             sys.executable, "-m", "pytest", "-q", "-c", "tests/pytest.ini", "--rootdir=.",
-            "-o", "python_files=check_*.py", "tests/kernels/triton",
+            "-o", "python_files=check_*.py", *spread, "tests/kernels/triton",
         ],
         cwd=repository, capture_output=True, text=True, timeout=550,
         env={**os.environ, "TRITON_INTERPRET": "1" if interpreted else "0", "OMP_NUM_THREADS": "1"},

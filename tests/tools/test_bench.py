@@ -17,7 +17,7 @@ pytest.importorskip("transformers")
 def run(repository: Path, *arguments: str) -> subprocess.CompletedProcess:
     return subprocess.run(
         [sys.executable, *arguments], cwd=repository, capture_output=True, text=True, timeout=500,
-        env={**os.environ, "OMP_NUM_THREADS": "1"},
+        env={**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""},
     )
 
 
@@ -49,7 +49,9 @@ def test_a_quick_race_of_the_kernels_writes_a_row_for_each(repository: Path, tmp
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("tools/bench_step/main.py", "Q"), "unknown shape Q; known: S, M, X"),
-     (("tools/bench_kernels/main.py", "--tokens", "100"), "multiple of 1024")],
+     (("tools/bench_kernels/main.py", "--tokens", "100"), "multiple of 1024"),
+     (("tools/bench_gpu/main.py", "--out", "x", "--budget", "0"), "--budget must be positive"),
+     (("tools/bench_gpu/main.py", "--out", "x", "--tune"), "no CUDA device here")],
 )
 def test_what_is_not_known_is_refused(repository: Path, arguments: tuple[str, ...], message: str) -> None:
     done = run(repository, *arguments)

@@ -7,6 +7,7 @@ import importlib.util
 import os
 import subprocess
 import sys
+import types
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -76,9 +77,18 @@ def run_ernie5(tmp_path: Path) -> Callable[..., CommandResult]:
 @pytest.fixture(scope="session")
 def build_tiny_world() -> Callable[..., object]:
     """`build_world(folder, modalities=...)` of tests/support/tiny_world.py: tokenizers, model and corpus in small."""
-    path = REPOSITORY / "tests" / "support" / "tiny_world.py"
-    spec = importlib.util.spec_from_file_location("tiny_world", path)
+    return _support("tiny_world").build_world
+
+
+@pytest.fixture(scope="session")
+def other_device() -> types.ModuleType:
+    """tests/support/other_device.py: a second device without a GPU, to find where tensors of two devices meet."""
+    return _support("other_device")
+
+
+def _support(name: str) -> types.ModuleType:
+    spec = importlib.util.spec_from_file_location(name, REPOSITORY / "tests" / "support" / f"{name}.py")
     module = importlib.util.module_from_spec(spec)
-    sys.modules["tiny_world"] = module  # dataclasses look their module up by name
+    sys.modules[name] = module  # dataclasses look their module up by name
     spec.loader.exec_module(module)
-    return module.build_world
+    return module

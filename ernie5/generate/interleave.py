@@ -121,6 +121,7 @@ class Generation:
                 guidance=config.audio_guidance, seed=config.seed + part.start,
             )
             spoken += generate_speech(documents, unconditional=plain, decoder=self.decoder, choice=choice)
+        spoken = [_beside(self.tokenizers.audio, values=codes) for codes in spoken]
         return [Spoken(codes, self._sound(codes)) for codes in spoken]
 
     def _visual(self, prompts: Sequence[Prompt], *, canvas: Canvas) -> torch.Tensor:
@@ -136,7 +137,7 @@ class Generation:
                 latents = generate_images(documents, unconditional=plain, decoder=self.decoder, canvas=canvas,
                                           choice=choice)[:, :, None]
             with torch.no_grad():
-                results.append(self.tokenizers.visual.decode(latents.float()))
+                results.append(self.tokenizers.visual.decode(_beside(self.tokenizers.visual, values=latents.float())))
         return torch.cat(results)
 
     def _conditioned(
@@ -171,3 +172,8 @@ class Generation:
             return torch.zeros(0)
         with torch.no_grad():
             return self.tokenizers.audio.decode(codes[None])[0]
+
+
+def _beside(module: torch.nn.Module, *, values: torch.Tensor) -> torch.Tensor:
+    """`values` on the device of `module`: tokenizers stay on the CPU, where data are made, also of a model on a GPU."""
+    return values.to(next(module.parameters()).device)

@@ -1,0 +1,74 @@
+"""No step mixes tensors of two devices: what would stop the first run on a GPU stops here, without one."""
+
+from __future__ import annotations
+
+import importlib.util
+import types
+from pathlib import Path
+
+import pytest
+import torch
+
+from ernie5.engine.interface import StepSettings
+from ernie5.engine.local import LocalEngine
+from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.objectives.config import ObjectivesConfig
+from ernie5.objectives.mix import uniform_magnitudes
+from ernie5.optim.config import OptimConfig
+from ernie5.records import TensorRecord
+
+
+@pytest.fixture(scope="module")
+def tiny() -> types.ModuleType:
+    """The module that builds tiny engines."""
+    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "tiny_run.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    torch.set_num_threads(1)
+    return module
+
+
+def _make_engine(tiny: types.ModuleType, *, optimizer: str, device: torch.device) -> LocalEngine:
+    magnitudes = uniform_magnitudes(vocab_size=tiny.MODEL.vocab_size, audio_codes=tiny.MODEL.audio.codes)
+    settings = StepSettings(
+        objectives=ObjectivesConfig(), clip_norm=0.05, balance_speed=0.01, magnitudes=magnitudes
+    )
+    model = build_model(tiny.MODEL, seed=3)
+    optim = OptimConfig(learning_rate=1e-2, name=optimizer)
+    return LocalEngine(model, optim=optim, settings=settings, precision="fp32", device=device)
+
+
+def test_the_device_refuses_a_mixture_and_computes_otherwise(other_device: types.ModuleType) -> None:
+    with other_device.other_device():
+        one = torch.ones(3, device=other_device.DEVICE)
+        assert (one * 2 + torch.tensor(1.0)).sum().item() == 9.0
+        with pytest.raises(RuntimeError, match="two devices"):
+            one + torch.ones(3)
+        with pytest.raises(RuntimeError, match="two devices"):
+            torch.ones(3)[torch.tensor([0], device=other_device.DEVICE)]
+        with pytest.raises(TypeError, match="numpy"):
+            one.numpy()
+        assert torch.equal(one.cpu(), torch.ones(3))
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "muon"])
+def test_a_step_there_is_that_of_the_cpu(
+    tiny: types.ModuleType, other_device: types.ModuleType, monkeypatch: pytest.MonkeyPatch, optimizer: str
+) -> None:
+    """The values are computed by the same library in other back ends: fp32 sums differ by rounding alone."""
+    batches = tiny.make_batches([2, 1])
+    expected = _make_engine(tiny, optimizer=optimizer, device=torch.device("cpu"))
+    reports = [expected.train_step(batches, learning_rate=1e-2) for _ in range(2)]
+    evaluated = float(expected.evaluate_batch(batches[0]).objective)
+    monkeypatch.setattr(UnifiedModel, "to", lambda model, device: other_device.bring(model))
+    monkeypatch.setattr(TensorRecord, "to", lambda record, device: record.map_tensors(other_device.carry))
+    with other_device.other_device():
+        engine = _make_engine(tiny, optimizer=optimizer, device=other_device.DEVICE)
+        for report in reports:
+            found = engine.train_step(batches, learning_rate=1e-2)
+            assert found.sums.objective.device == other_device.DEVICE
+            assert float(found.sums.objective) == pytest.approx(float(report.sums.objective), rel=1e-4)
+        assert float(engine.evaluate_batch(batches[0]).objective) == pytest.approx(evaluated, rel=1e-4)
+        state = engine.state()
+        engine.load_state(state)
+    assert all(value.device.type == "cpu" for value in (*state.parameters.values(), *state.moments.values()))

@@ -36,7 +36,7 @@ def resolved_config() -> str:
 
 def parameter_table() -> str:
     """Name and shape of every parameter and persistent buffer of the debug model, as a checkpoint names them."""
-    model = build_model(_debug().model, seed=0)
+    model = build_model(debug_config().model, seed=0)
     return "".join(f"{name} {list(value.shape)}\n" for name, value in model.state_dict().items())
 
 
@@ -45,22 +45,25 @@ def loss_curve(steps: int = STEPS) -> str:
 
     Synthetic, so that no encoder's rounding decides which tokens there are. The rows of four steps repeat: it learns.
     """
-    config = _debug()
+    config = debug_config()
     model = build_model(config.model, seed=config.train.seed)
     engine = build_engine(config, model=model, device=torch.device("cpu"), dp=1, run_dir=FOLDER)
     lines = []
     for step in range(steps):
         rate = learning_rate(step, config=config.optim, total_steps=STEPS)
-        report = engine.train_step([_rows(config, number=2 * (step % 4) + i) for i in range(2)], learning_rate=rate)
+        rows = [synthetic_rows(config, number=2 * (step % 4) + i) for i in range(2)]
+        report = engine.train_step(rows, learning_rate=rate)
         lines.append(f"{float(report.sums.objective):.7g} {float(report.grad_norm):.7g}\n")
     return "".join(lines)
 
 
-def _debug() -> RootConfig:
-    return load_config(PRETRAIN / "debug.yaml", schema=RootConfig, overrides=[f"train.steps={STEPS}"])
+def debug_config(overrides: tuple[str, ...] = ()) -> RootConfig:
+    """The debug configuration for 20 steps."""
+    return load_config(PRETRAIN / "debug.yaml", schema=RootConfig, overrides=[f"train.steps={STEPS}", *overrides])
 
 
-def _rows(config: RootConfig, *, number: int) -> Batch:
+def synthetic_rows(config: RootConfig, *, number: int) -> Batch:
+    """A micro-batch of every task, drawn by `number`."""
     visual, audio = config.model.visual, config.model.audio
     vocab = Vocab(text_size=TEXT_TOKENS, audio_levels=audio.levels, audio_codes=audio.codes)
     shapes = Shapes(

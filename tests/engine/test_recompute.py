@@ -87,8 +87,9 @@ def test_parts_that_wait_in_another_memory_come_back_the_same(plain: dict) -> No
     repeat_part(model, name="layers")
     offload_part(model, name="layers", is_moved=lambda tensor: bool(moved.append(tensor.shape)) or True)
     check_equal(run_step(model), expected=plain)
-    tokens = [shape[:2] for shape in moved if len(shape) == 3]
-    assert len(tokens) == len(moved) == 2 * 4  # two micro-batches: the input of three layers and of the MTP block
+    filled = [shape for shape in moved if shape.numel()]  # torch before 2.13 keeps an empty tensor beside each input
+    tokens = [shape[:2] for shape in filled if len(shape) == 3]
+    assert len(tokens) == len(filled) == 2 * 4  # two micro-batches: the input of three layers and of the MTP block
 
 
 def test_every_name_has_its_parts() -> None:

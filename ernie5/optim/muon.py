@@ -22,6 +22,9 @@ from ernie5.optim.groups import ParameterGroup
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
+JOINED_NUMBERS = 2**24
+"""Elements that stacks of small matrices are joined up to: 64 MiB of fp32 beside the momenta."""
+
 
 @dataclasses.dataclass(frozen=True)
 class Peers:
@@ -52,6 +55,30 @@ def orthogonalise(matrix: torch.Tensor, *, steps: int) -> torch.Tensor:
         inner = torch.baddbmm(gram, gram, gram, beta=b, alpha=c)
         work = torch.baddbmm(work, inner, work, beta=a)
     return (work.mT if tall else work).reshape(matrix.shape)
+
+
+def orthogonalise_all(stacks: Sequence[torch.Tensor], *, steps: int) -> list[torch.Tensor]:
+    """`orthogonalise` of every stack [n, M, N]. On a GPU, where launches of small products cost more than the products,
+    stacks of one shape are iterated together, as many as `JOINED_NUMBERS` allows."""
+    if not stacks or stacks[0].device.type == "cpu":
+        return [orthogonalise(stack, steps=steps) for stack in stacks]
+    results: list[torch.Tensor | None] = [None] * len(stacks)
+    for batch in join_stacks(stacks, limit=JOINED_NUMBERS):
+        joined = orthogonalise(torch.cat([stacks[index] for index in batch]), steps=steps)
+        for index, part in zip(batch, joined.split([len(stacks[index]) for index in batch]), strict=True):
+            results[index] = part
+    return results
+
+
+def join_stacks(stacks: Sequence[torch.Tensor], *, limit: int) -> list[list[int]]:
+    """Indices of stacks [n, M, N] that go together: equal matrices, at most `limit` elements unless one has more."""
+    by_shape: dict[torch.Size, list[list[int]]] = {}
+    for index, stack in enumerate(stacks):
+        batches = by_shape.setdefault(stack.shape[-2:], [[]])
+        if batches[-1] and sum(stacks[k].numel() for k in batches[-1]) + stack.numel() > limit:
+            batches.append([])
+        batches[-1].append(index)
+    return [batch for batches in by_shape.values() for batch in batches]
 
 
 def _work_dtype(device: torch.device) -> torch.dtype:
@@ -145,10 +172,11 @@ class Muon(torch.optim.Optimizer):
         """Orthogonalised momentum of every parameter, flat: this rank's share of the matrices and its peers'."""
         cuts = share_matrices(shapes, num_ranks=self._peers.size)
         rank = self._peers.rank
-        own = []
-        for parameter, shape, cut in zip(parameters, shapes, cuts, strict=True):
-            momentum = self._momentum(parameter).reshape(-1, *shape[-2:])[cut[rank] : cut[rank + 1]]
-            own.append(orthogonalise(momentum, steps=self._config.muon_steps).flatten())
+        momenta = [
+            self._momentum(parameter).reshape(-1, *shape[-2:])[cut[rank] : cut[rank + 1]]
+            for parameter, shape, cut in zip(parameters, shapes, cuts, strict=True)
+        ]
+        own = [direction.flatten() for direction in orthogonalise_all(momenta, steps=self._config.muon_steps)]
         sizes = [
             sum((cut[rank + 1] - cut[rank]) * shape[-2:].numel() for cut, shape in zip(cuts, shapes, strict=True))
             for rank in range(self._peers.size)

@@ -12,7 +12,7 @@ from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, Visual
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import NOT_HIDDEN, ParameterGroup, build_groups
-from ernie5.optim.muon import Peers, orthogonalise, share_matrices
+from ernie5.optim.muon import Peers, join_stacks, orthogonalise, share_matrices
 
 CONFIG = ModelConfig(
     layers=3, width=16, query_heads=2, kv_heads=1, head_width=8, vocab_size=64, dense_layers=1, dense_width=16,
@@ -142,3 +142,9 @@ def test_a_kernel_is_one_map_from_all_it_sees_and_state_survives_loading() -> No
         step(*convolution, number)
         step(*again, number)
     assert all(torch.equal(mine, theirs) for mine, theirs in zip(again[0], convolution[0], strict=True))
+
+
+def test_stacks_of_one_shape_are_iterated_together_within_the_limit() -> None:
+    stacks = [torch.randn(*shape) for shape in ((1, 8, 6), (3, 8, 6), (2, 4, 9), (1, 8, 6), (5, 8, 6), (1, 4, 9))]
+    assert join_stacks(stacks, limit=2**24) == [[0, 1, 3, 4], [2, 5]]
+    assert join_stacks(stacks, limit=200) == [[0, 1], [3], [4], [2, 5]]  # 48 + 144 fit, 240 alone does not

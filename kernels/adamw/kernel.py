@@ -15,37 +15,61 @@ from ..launch import ceil_div
 from .reference import AdamWStep, AdamWTensors
 
 CHUNK = 2048
-COLUMNS = 6
+VECTOR_BYTES = 16
 WARPS = 8
+
+
+@triton.jit
+def addressed(place, KIND: tl.constexpr, ALIGNMENT: tl.constexpr):
+    """The pointer to KIND that stands at `place`."""
+    return tl.multiple_of(tl.load(place).to(tl.pointer_type(KIND)), ALIGNMENT)
+
+
+@triton.jit
+def update_chunk(
+    entry, index, inside, decay, scale, learning_rate, beta1, beta2, epsilon, correction1, correction2,
+    COPIES: tl.constexpr, GRADIENT: tl.constexpr, ALIGNMENT: tl.constexpr,
+):
+    """The elements `index` of the tensor that `entry` describes; inside: None where all of them exist."""
+    parameter = addressed(entry + 1, tl.float32, ALIGNMENT) + index
+    first = addressed(entry + 3, tl.float32, ALIGNMENT) + index
+    second = addressed(entry + 4, tl.float32, ALIGNMENT) + index
+    gradient = tl.load(addressed(entry + 2, GRADIENT, ALIGNMENT) + index, mask=inside).to(tl.float32) * scale
+    mean = beta1 * tl.load(first, mask=inside) + (1.0 - beta1) * gradient
+    spread = beta2 * tl.load(second, mask=inside) + (1.0 - beta2) * gradient * gradient
+    value = tl.load(parameter, mask=inside) * (1.0 - learning_rate * decay)
+    value -= learning_rate * (mean / correction1) / (tl.sqrt(spread / correction2) + epsilon)
+    tl.store(first, mean, mask=inside)
+    tl.store(second, spread, mask=inside)
+    tl.store(parameter, value, mask=inside)
+    if COPIES:
+        tl.store(addressed(entry + 5, tl.bfloat16, ALIGNMENT) + index, value.to(tl.bfloat16), mask=inside)
 
 
 @triton.jit
 def adamw_kernel(
     table, decays, chunk_tensors, chunk_starts, scale,
     learning_rate, beta1, beta2, epsilon, correction1, correction2,
-    SCALED: tl.constexpr, COPIES: tl.constexpr, GRADIENT: tl.constexpr, CHUNK: tl.constexpr,
+    SCALED: tl.constexpr, COPIES: tl.constexpr, GRADIENT: tl.constexpr, ALIGNMENT: tl.constexpr, CHUNK: tl.constexpr,
 ):
-    """One chunk. Rows of `table`: elements, then addresses of parameter, gradient, both moments and the copy."""
+    """One chunk. Rows of `table`: elements, then addresses of parameter, gradient, both moments and the copy.
+
+    ALIGNMENT: bytes that divide every address, which the compiler cannot know of a table; a mask would keep it from
+    loading 16 bytes at once, so that whole chunks have none.
+    """
     tensor = tl.load(chunk_tensors + tl.program_id(0))
     entry = table + tensor.to(tl.int64) * 6
-    index = tl.load(chunk_starts + tl.program_id(0)) + tl.arange(0, CHUNK)
-    inside = index < tl.load(entry)
-    parameter = tl.load(entry + 1).to(tl.pointer_type(tl.float32)) + index
-    first = tl.load(entry + 3).to(tl.pointer_type(tl.float32)) + index
-    second = tl.load(entry + 4).to(tl.pointer_type(tl.float32)) + index
-    gradient = tl.load(tl.load(entry + 2).to(tl.pointer_type(GRADIENT)) + index, mask=inside, other=0.0).to(tl.float32)
-    if SCALED:
-        gradient *= tl.load(scale)
-    mean = beta1 * tl.load(first, mask=inside, other=0.0) + (1.0 - beta1) * gradient
-    spread = beta2 * tl.load(second, mask=inside, other=0.0) + (1.0 - beta2) * gradient * gradient
-    value = tl.load(parameter, mask=inside, other=0.0) * (1.0 - learning_rate * tl.load(decays + tensor))
-    value -= learning_rate * (mean / correction1) / (tl.sqrt(spread / correction2) + epsilon)
-    tl.store(first, mean, mask=inside)
-    tl.store(second, spread, mask=inside)
-    tl.store(parameter, value, mask=inside)
-    if COPIES:
-        copy = tl.load(entry + 5).to(tl.pointer_type(tl.bfloat16)) + index
-        tl.store(copy, value.to(tl.bfloat16), mask=inside)
+    start = tl.multiple_of(tl.load(chunk_starts + tl.program_id(0)), CHUNK)
+    index = start + tl.arange(0, CHUNK)
+    size = tl.load(entry)
+    decay = tl.load(decays + tensor)
+    factor = tl.load(scale) if SCALED else 1.0
+    if start + CHUNK <= size:
+        update_chunk(entry, index, None, decay, factor, learning_rate, beta1, beta2, epsilon, correction1, correction2,
+                     COPIES, GRADIENT, ALIGNMENT)
+    else:
+        update_chunk(entry, index, index < size, decay, factor, learning_rate, beta1, beta2, epsilon, correction1,
+                     correction2, COPIES, GRADIENT, ALIGNMENT)
 
 
 def adamw_triton(
@@ -73,6 +97,7 @@ def _launch(
         )
         for one in tensors
     ]
+    aligned = all(address % VECTOR_BYTES == 0 for row in rows for address in row[1:])
     counts = torch.tensor([ceil_div(row[0], CHUNK) for row in rows])
     owners = torch.repeat_interleave(torch.arange(len(rows)), counts)
     starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * CHUNK
@@ -83,7 +108,8 @@ def _launch(
         decays if gradient_scale is None else gradient_scale,
         step.learning_rate, step.beta1, step.beta2, step.epsilon,
         1 - step.beta1**step.number, 1 - step.beta2**step.number,
-        gradient_scale is not None, copies, tl.bfloat16 if dtype == torch.bfloat16 else tl.float32, CHUNK,
+        gradient_scale is not None, copies, tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        VECTOR_BYTES if aligned else 1, CHUNK,
         num_warps=WARPS,
     )
 

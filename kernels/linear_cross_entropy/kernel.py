@@ -176,7 +176,7 @@ def gradients_triton(
     tiles = choose_tiles(capability=capability_of(hidden.device), element_bytes=hidden.element_size())
     chunk = max(tiles.rows, DELTA_BYTES // (cols * hidden.element_size()) // tiles.rows * tiles.rows)
     grad_hidden = torch.empty_like(hidden)
-    grad_weight = torch.zeros(weight.shape, dtype=torch.float32, device=weight.device)
+    grad_weight = None  # one chunk needs no fp32 sum
     for start in range(0, hidden.shape[0], chunk):
         rows = hidden[start : start + chunk]
         delta = rows.new_empty(rows.shape[0], cols)
@@ -187,8 +187,9 @@ def gradients_triton(
             tiles.rows, tiles.cols, tiles.inner, SHARED_TILES, num_warps=tiles.warps, num_stages=tiles.stages,
         )
         torch.mm(delta, weight, out=grad_hidden[start : start + chunk])
-        grad_weight += delta.T @ rows
-    return grad_hidden, grad_weight.to(weight.dtype)
+        product = delta.T @ rows
+        grad_weight = product if grad_weight is None else grad_weight.float().add_(product)
+    return grad_hidden, torch.zeros_like(weight) if grad_weight is None else grad_weight.to(weight.dtype)
 
 
 @torch.library.custom_op("ernie5::linear_cross_entropy", mutates_args=())

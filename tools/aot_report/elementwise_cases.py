@@ -168,6 +168,7 @@ def _bits_and_adamw() -> Iterator[Case]:
     types = {"table": "*i64", "decays": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
              **dict.fromkeys(numbers, "fp32")}
     parameters = 3 * LOCAL_EXPERTS * EXPERT_WIDTH * WIDTH
-    constants = {"SCALED": True, "COPIES": True, "GRADIENT": bfloat16, "CHUNK": adamw.CHUNK}
+    constants = {"SCALED": True, "COPIES": True, "GRADIENT": bfloat16,
+                 "ALIGNMENT": adamw.VECTOR_BYTES, "CHUNK": adamw.CHUNK}
     yield _case("adamw", "bf16 gradients and copies", adamw.adamw_kernel, types, constants, warps=adamw.WARPS,
                 divisible=(), work=streaming(moved=28 * parameters, tiles=parameters / adamw.CHUNK))

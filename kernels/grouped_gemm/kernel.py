@@ -163,7 +163,7 @@ def multiply_rows(
     table, count = tile_table(offsets, rows=rows, block_rows=tiles.rows)
     launched = most_tiles(rows=rows, groups=groups, block_rows=tiles.rows) * column_tiles(cols, tiles=tiles)
     block = [1, tiles.inner, tiles.cols] if transposed else [1, tiles.cols, tiles.inner]
-    rows_kernel[(most_programs(tiles=launched, processors=num_processors(x.device)),)](
+    rows_kernel[(most_programs(tiles=launched, processors=tiles.programs * num_processors(x.device)),)](
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.inner]) if tma else x,
         TensorDescriptor.from_tensor(weight, block) if tma else weight,
         out, table if sources is None else sources, table, count, groups, inner, cols,
@@ -201,7 +201,7 @@ def multiply_outer(
     tiles = tiles or outer_tiles(capability=capability_of(left.device), element_bytes=left.element_size())
     tma = tiles.uses_tma and sources is None and fits_tma(left, right)
     launched = groups * ceil_div(left_width, tiles.rows) * ceil_div(right_width, tiles.cols)
-    outer_kernel[(most_programs(tiles=launched, processors=num_processors(left.device)),)](
+    outer_kernel[(most_programs(tiles=launched, processors=tiles.programs * num_processors(left.device)),)](
         left, right,
         TensorDescriptor.from_tensor(left, [tiles.inner, tiles.rows]) if tma else left,
         TensorDescriptor.from_tensor(right, [tiles.inner, tiles.cols]) if tma else right,

@@ -23,7 +23,8 @@ TMA_BYTES = 16
 class GemmTiles:
     """rows x cols of the output per tile, `inner` of the contraction per step; how a chip runs it.
 
-    uses_tma: operands arrive by TMA descriptors; specializes: warps split into loading and multiplying ones.
+    uses_tma: operands arrive by TMA descriptors; specializes: warps split into loading and multiplying ones; programs:
+    how many of them a processor runs side by side.
     """
 
     rows: int
@@ -33,6 +34,7 @@ class GemmTiles:
     stages: int
     uses_tma: bool = False
     specializes: bool = False
+    programs: int = 1
 
 
 def choose_tiles(*, rows: int, groups: int, capability: int, element_bytes: int) -> GemmTiles:

@@ -127,7 +127,12 @@ def candidates(subject: str, *, quick: bool) -> list[Tiles]:
                                                                      (default.rows, 256), (2 * default.rows, 128))
         made = [GemmTiles(*size, inner, warps, stages, uses_tma=True) for size in sizes for inner in (64, 128)
                 for warps in (4, 8) for stages in (3, 4, 5) if warps == 8 or size[0] * size[1] < 1 << 15]
-    return list(dict.fromkeys([default, *(tiles for tiles in made if _shared_bytes(tiles) <= SHARED_BYTES)]))
+    fitting = [tiles for tiles in made if _shared_bytes(tiles) <= SHARED_BYTES]
+    doubled = [
+        dataclasses.replace(tiles, programs=2) for tiles in (default, *fitting)
+        if isinstance(tiles, GemmTiles) and 2 * _shared_bytes(tiles) <= SHARED_BYTES
+    ]
+    return list(dict.fromkeys([default, *fitting, *doubled]))
 
 
 def _shared_bytes(tiles: Tiles) -> int:

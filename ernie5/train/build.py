@@ -297,13 +297,19 @@ def checkpoint_folder(config: RootConfig, *, run_dir: Path) -> Path:
 
 
 def choose_device(name: str) -> torch.device:
-    """The device of this rank. Raises EnvironmentFault where a GPU is asked for and absent."""
+    """The device of this rank. Raises EnvironmentFault where a GPU is asked for and absent, or this host has fewer GPUs
+    than processes."""
     available = torch.cuda.is_available()
     if name == "cuda" and not available:
         raise EnvironmentFault("engine.device = cuda, but torch sees no GPU. Set engine.device: auto")
     if name == "cpu" or not available:
         return torch.device("cpu")
-    index = int(os.environ.get("LOCAL_RANK", "0"))
+    index, count = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+    if index >= count:
+        raise EnvironmentFault(
+            f"this is process {index} of its host (LOCAL_RANK, from 0), and torch sees {count} GPU(s) there. Start one "
+            "process per GPU and let each see them all (CUDA_VISIBLE_DEVICES), or set engine.device: cpu"
+        )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
 

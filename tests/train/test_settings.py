@@ -5,9 +5,11 @@ from __future__ import annotations
 from pathlib import Path
 
 import pytest
+import torch
 
 from ernie5.config.load import load_config
-from ernie5.errors import ConfigError
+from ernie5.errors import ConfigError, EnvironmentFault
+from ernie5.train.build import choose_device
 from ernie5.train.config import RootConfig
 
 
@@ -39,3 +41,15 @@ def test_a_name_without_a_path_is_answered_with_the_whole_configurations_of_that
     with pytest.raises(ConfigError) as caught:
         load_config("no_such_name", schema=RootConfig)
     assert "Did you mean" not in str(caught.value)
+
+
+@pytest.mark.parametrize(("local_rank", "gpus"), [("1", 1), ("8", 8)])
+def test_more_processes_than_gpus_are_refused_by_number(
+    monkeypatch: pytest.MonkeyPatch, local_rank: str, gpus: int
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    monkeypatch.setenv("LOCAL_RANK", local_rank)
+    with pytest.raises(EnvironmentFault, match=rf"process {local_rank} of its host.* sees {gpus} GPU"):
+        choose_device("auto")
+    assert choose_device("cpu") == torch.device("cpu")

@@ -55,11 +55,11 @@ class LocalEngine(Engine):
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over `micro_batches`, gradients summed in fp32."""
         self.model.train()
-        counts = global_counts([batch.to(self.device) for batch in micro_batches], reduce=self.sum_over_ranks)
+        batches = [batch.to(self.device) for batch in micro_batches]
+        counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        self._choose_gradients(len(micro_batches))
-        for batch in micro_batches:
-            batch = batch.to(self.device)
+        self._choose_gradients(len(batches))
+        for batch in batches:
             share, terms, routing = self._step(batch, counts, self.magnitudes)
             share.backward()
             move_gradients(self.model, masters=self._masters)

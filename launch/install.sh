@@ -43,6 +43,12 @@ echo "Installing ernie5 into $root/.venv (Python $version, NVIDIA GPU: $has_gpu)
 pip=(.venv/bin/python -m pip install --quiet --disable-pip-version-check)
 "${pip[@]}" "pip>=24" "setuptools>=77" wheel
 
+# A .venv that was made where there is no GPU (a login node) has a torch that would leave this one idle.
+if [[ "$has_gpu" == yes ]] && .venv/bin/python -c 'import sys, torch; sys.exit(torch.version.cuda is not None)' 2>/dev/null
+then
+  echo "The torch in .venv was built without CUDA: exchanging it."
+  .venv/bin/python -m pip uninstall --quiet --yes torch
+fi
 if ! .venv/bin/python -c 'import torch' 2>/dev/null; then
   if [[ "$has_gpu" == yes ]]; then
     "${pip[@]}" "torch==$TORCH_VERSION"

@@ -62,6 +62,41 @@ def test_what_is_missing_is_named_with_its_debian_package(
     assert what in done.stderr and "apt-get install" in done.stderr and done.stderr.rstrip().endswith(package)
 
 
+@pytest.mark.parametrize(("has_gpu", "has_cuda", "is_exchanged"), [
+    (True, False, True), (True, True, False), (False, False, False),
+])
+def test_a_torch_without_cuda_is_exchanged_where_there_is_a_gpu(
+    tmp_path: Path, repository: Path, has_gpu: bool, has_cuda: bool, is_exchanged: bool
+) -> None:
+    """The .venv is made of a script that notes what it is called with; its torch is gone once it was uninstalled."""
+    root, programs, calls = tmp_path / "root", tmp_path / "bin", tmp_path / "calls"
+    for folder in (root / "launch", root / ".venv" / "bin", programs):
+        folder.mkdir(parents=True)
+    shutil.copy(repository / "launch" / "install.sh", root / "launch")
+    shutil.copy(repository / "setup.py", root)
+    calls.touch()
+    scripts = {
+        programs / "nvidia-smi": "echo 'GPU 0: some card'" if has_gpu else "exit 9",
+        programs / "g++": "exit 0",
+        root / ".venv" / "bin" / "python": f"""echo "$*" >>{calls}
+            case "$*" in
+              *torch.version.cuda*) exit {int(has_cuda)} ;;
+              "-c import torch") ! grep -q uninstall {calls} ;;
+            esac""",
+    }
+    for path, script in scripts.items():
+        path.write_text(f"#!/usr/bin/env bash\n{script}\n", encoding="utf-8")
+        path.chmod(0o755)
+    done = subprocess.run(
+        ["bash", str(root / "launch" / "install.sh")], capture_output=True, text=True, timeout=60,
+        env={"PATH": f"{programs}:{Path(sys.executable).parent}:/usr/bin:/bin", "PYTHON": sys.executable},
+    )
+    assert done.returncode == 0, done.stderr
+    asked = calls.read_text(encoding="utf-8")
+    assert ("pip uninstall --quiet --yes torch" in asked) == is_exchanged
+    assert ("install --quiet --disable-pip-version-check torch==" in asked) == is_exchanged
+
+
 def test_the_quickstart_refuses_words_it_does_not_know_before_installing(repository: Path) -> None:
     script = repository / "launch" / "quickstart.sh"
     done = subprocess.run(["bash", str(script), "--fast"], capture_output=True, text=True, timeout=60)

@@ -170,10 +170,12 @@ def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
 
 def kept_folders(directory: Path) -> tuple[Path, ...]:
     """Where the tokenizers of the checkpoint `directory` may be: beside the folder of checkpoints, where its run keeps
-    them; in the checkpoint, where `convert` and `reshard` put them; with its run, where checkpoint.dir is elsewhere."""
-    run_dir = written_setting(directory / CONFIG_FILE, section="train", key="run_dir")
-    near = (directory.absolute().parent.parent / KEPT_FOLDER, directory.absolute() / KEPT_FOLDER)
-    return (*near, Path(run_dir).absolute() / KEPT_FOLDER) if run_dir else near
+    them; in the checkpoint, where `convert` and `reshard` put them; with its run, where checkpoint.dir is elsewhere: a
+    relative train.run_dir, as runs used to write it there too, starts here or somewhere above the checkpoint."""
+    run_dir, here = written_setting(directory / CONFIG_FILE, section="train", key="run_dir"), directory.absolute()
+    near = (here.parent.parent / KEPT_FOLDER, here / KEPT_FOLDER)
+    of_run = dict.fromkeys(start / run_dir / KEPT_FOLDER for start in (Path.cwd(), *here.parents)) if run_dir else ()
+    return (*near, *of_run)
 
 
 def open_manifest(directory: Path, *, may_be_part: bool = False) -> Manifest:

@@ -91,6 +91,16 @@ class Config:
         return value
 
 
+def with_value(given: C, *, key: str, value: object) -> C:
+    """`given` with another `value` at the dotted `key`, checked; errors keep naming where settings were written."""
+    name, _, below = key.partition(".")
+    inner = with_value(vars(given)[name], key=below, value=value) if below else value
+    changed = type(given).__new__(type(given))
+    object.__setattr__(changed, "_origin", given._origin)
+    changed.__init__(**{field: inner if field == name else vars(given)[field] for field in hints_of(type(given))})
+    return changed
+
+
 @typing.dataclass_transform(kw_only_default=True, frozen_default=True)
 def config(cls: type[C]) -> type[C]:
     """Make a Config subclass a frozen keyword-only dataclass and refuse declarations that could not be loaded."""

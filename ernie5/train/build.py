@@ -10,6 +10,7 @@ import torch
 
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders
 from ernie5.checkpoint.origin import open_origin, start_from
+from ernie5.checkpoint.places import folder_of_run
 from ernie5.checkpoint.save import point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
@@ -98,7 +99,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
         start_from(origin, config=config, engine=engine)
     if engine.is_main:
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
-    checkpoints = checkpoint_folder(config, run_dir=run_dir)
+    checkpoints = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if resume_from is not None and engine.is_main:
         point_latest(checkpoints, target=resume_from)  # before the hooks cut the metrics back to its step
     identity = CheckpointIdentity(config_to_yaml(config), config.engine.precision, identities)
@@ -206,7 +207,7 @@ def build_hooks(
             is_main=engine.is_main,
         ),
         CheckpointHook(
-            checkpoint_folder(config, run_dir=run_dir),
+            folder_of_run(run_dir, setting=config.checkpoint.dir),
             config=config.checkpoint,
             engine=engine,
             progression=progression,
@@ -289,11 +290,6 @@ def restore(loaded: LoadedRun, *, engine: Engine, loader: Loader, progression: P
     loader.load_state_dict(loaded.run.data)
     progression.restore(loaded.run)
     get_log().info("resumed from %s at step %d", loaded.directory, progression.step)
-
-
-def checkpoint_folder(config: RootConfig, *, run_dir: Path) -> Path:
-    """checkpoint.dir, by default RUN_DIR/checkpoints."""
-    return Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
 
 
 def choose_device(name: str) -> torch.device:

@@ -10,9 +10,10 @@ import shutil
 from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
+from ernie5.checkpoint.places import folder_of_run
 from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.arguments import CommandParser, add_overrides
-from ernie5.config.base import Config
+from ernie5.config.base import Config, with_value
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
 from ernie5.errors import ConfigError, Ernie5Error, PeerError
 from ernie5.model.config import num_active_params, num_params
@@ -70,12 +71,15 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         config.fail("train.run_dir", "a file stands in its place. Name another directory or move the file away")
-    folder = Path(config.checkpoint.dir) if config.checkpoint.dir else run_dir / "checkpoints"
+    given, config = config.checkpoint.dir, _with_whole_paths(config, fresh=fresh)
+    folder = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if is_main:
         clear_exit(run_dir)
         if fresh:
             _clear_run(run_dir, folder=folder)
     open_log(run_dir, rank=rank)
+    if given is not None and is_main and folder != Path(os.path.abspath(given)):
+        get_log().info("checkpoint.dir = %s is %s here, where this run has its checkpoints", given, folder)
     reached = _Reached()
     try:
         watched = _watchdog(config, run_dir=run_dir, folder=folder)
@@ -201,6 +205,16 @@ def _load(arguments: argparse.Namespace) -> RootConfig:
             f"{arguments.config} configures a tokenizer. Train it with `ernie5 tokenizer train {arguments.config}`"
         )
     return load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
+
+
+def _with_whole_paths(config: RootConfig, *, fresh: bool) -> RootConfig:
+    """Where checkpoint.dir is set, run and checkpoints lie apart and are written down so that each leads to the other
+    from any working directory."""
+    if config.checkpoint.dir is None:
+        return config
+    run_dir, setting = os.path.abspath(config.train.run_dir), config.checkpoint.dir
+    folder = os.path.abspath(setting) if fresh else folder_of_run(Path(run_dir), setting=setting)
+    return with_value(with_value(config, key="checkpoint.dir", value=str(folder)), key="train.run_dir", value=run_dir)
 
 
 def _resume_source(folder: Path, *, resume: str | None) -> Path | None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -13,15 +14,17 @@ import sys
 import time
 from pathlib import Path
 
+from supervision.endings import Ending, Endings
 from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
 from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
 
-from ernie5.errors import EXIT_INTERRUPTED
+from ernie5.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED
 
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 10.0  # until exit.json, where another host has rank 0
 LAST_SAVE_SECONDS = 300.0
+LOOK_SECONDS, LEAVE_SECONDS = 0.5, 5.0  # between looks at other agents; for a launcher to end its ranks
 REPLICA_VARIABLE = "ERNIE5_REPLICA"  # ernie5/train/replica.py reads it; importing that would load torch
 
 
@@ -55,6 +58,8 @@ class Agent:
         self._environment = {MARK: self._mark, REPLICA_VARIABLE: str(self._replica)}
         self._child: subprocess.Popen | None = None
         self._stopping = False
+        self._endings = Endings(run_dir, node_rank=host.node_rank, nodes=host.nodes)
+        self._looked, self._lost = 0.0, None
 
     def run(self, limits: Limits) -> int:
         """Returns the exit code of the run. The replica of an earlier agent may be of another history: it goes. What
@@ -65,6 +70,9 @@ class Agent:
         neighbours = self._meet_neighbours() if self._host.nodes > 1 else None
         try:
             return self._run(limits)
+        except Exception as error:
+            self._endings.leave(code=EXIT_BUG, reason=repr(error))
+            raise
         finally:
             if neighbours is not None:
                 neighbours.stop()
@@ -91,29 +99,58 @@ class Agent:
             launcher_code = self._start_and_wait()
             if self._node_rank:
                 self._await_record(launcher_code)
+            if self._lost is not None:
+                return self._follow(self._lost, strays=strays)
             outcome = read_outcome(self._run_dir, launcher_code=launcher_code)
             decision = policy.decide(outcome, stopping=self._stopping)
             self._note(code=outcome.code, killed=outcome.killed, step=outcome.step, strays=strays,
                        restart=decision.restart, reason=decision.reason)
             if not decision.restart:
                 kill_strays(self._mark)
+                if decision.code != EXIT_DONE and not self._stopping:
+                    self._endings.leave(code=decision.code, reason=decision.reason)
                 return decision.code
             self._command = going_on(self._command)
             until = time.monotonic() + decision.delay_seconds
-            while time.monotonic() < until and not self._stopping:
+            while time.monotonic() < until and not self._stopping and not self._is_left():
                 time.sleep(POLL_SECONDS)
+            if self._lost is not None:
+                return self._follow(self._lost, strays=[])
         return EXIT_INTERRUPTED
+
+    def _is_left(self) -> bool:
+        """Whether another agent has given up, without which the run cannot go on."""
+        if self._lost is None and time.monotonic() - self._looked > LOOK_SECONDS:
+            self._looked, self._lost = time.monotonic(), self._endings.seen()
+        return self._lost is not None
+
+    def _follow(self, lost: Ending, *, strays: list[int]) -> int:
+        """End as the agent that gave up did."""
+        strays = [*strays, *kill_strays(self._mark)]
+        self._note(code=lost.code, killed=False, step=farthest_step(self._run_dir), strays=strays, restart=False,
+                   reason=f"{lost}. No run without that host")
+        return lost.code
 
     def _start_and_wait(self) -> int:
         self._child = subprocess.Popen(
             self._command, env={**os.environ, **self._environment}, start_new_session=True
         )
-        return self._child.wait()
+        while self._child.poll() is None:
+            if self._is_left():
+                self._child.terminate()
+                with contextlib.suppress(subprocess.TimeoutExpired):
+                    self._child.wait(LEAVE_SECONDS)
+                kill_strays(self._mark)
+                return self._child.wait()
+            time.sleep(POLL_SECONDS)
+        return self._child.returncode
 
     def _await_record(self, launcher_code: int) -> None:
         """The other hosts may still be about to say why the run ended, or to write its last checkpoint."""
         deadline = time.monotonic() + (LAST_SAVE_SECONDS if launcher_code == 0 else RECORD_SECONDS)
-        while time.monotonic() < deadline and not (self._run_dir / EXIT_FILE).exists() and not self._stopping:
+        while time.monotonic() < deadline and not (self._run_dir / EXIT_FILE).exists():
+            if self._stopping or self._is_left():
+                return
             time.sleep(POLL_SECONDS)
 
     def _forward(self, number: int, _frame: object) -> None:

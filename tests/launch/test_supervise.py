@@ -215,3 +215,33 @@ sys.exit(0)
     journals = [[json.loads(line)["code"] for line in (tmp_path / "run" / name).read_text().splitlines()]
                 for name in ("supervise.jsonl", "supervise-node1.jsonl")]
     assert journals == [[5, 0], [5, 0]]
+
+
+@pytest.mark.parametrize(
+    ("gives_up", "code", "waits", "options"),
+    [("end(4)", 4, "signal.signal(signal.SIGTERM, signal.SIG_IGN)", ()), ("end(1)", 1, "pass", ("--nodes", "2")),
+     ("sys.exit(2)", 2, "pass", ("--nodes", "2"))],
+)
+def test_an_agent_that_gives_up_ends_those_of_the_other_hosts(
+    gives_up: str, code: int, waits: str, options: tuple[str, ...], supervise, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Which would wait for its ranks; theirs go, also one that nothing but SIGKILL ends."""
+    share = f"""
+if os.environ["NODE"] == "0":
+    {waits}
+    (run.parent / "waits").touch()
+    time.sleep(600)
+while not (run.parent / "waits").exists(): time.sleep(0.01)
+{gives_up}
+"""
+    agents = []
+    for node in ("0", "1"):
+        monkeypatch.setenv("NODE", node)
+        agents.append(supervise(*script(share), options=("--node-rank", node, "--address", "127.0.0.1", *options)))
+    said = [agent.communicate(timeout=30)[1] for agent in reversed(agents)]
+    assert [agent.returncode for agent in agents] == [code, code], said
+    told = [line for line in said[1].splitlines() if "node 1 (" in line]
+    assert len(told) == 1 and f") gave up with exit code {code}: " in told[0] and told[0].endswith("; ending")
+    last = json.loads((tmp_path / "run" / "supervise.jsonl").read_text().splitlines()[-1])
+    assert (last["code"], last["restart"]) == (code, False) and last["reason"] in told[0]

@@ -219,8 +219,9 @@ class DeepSpeedEngine(Engine):
             yield
 
     def close(self) -> None:
-        """Leave the process group (a group of one has nothing to leave)."""
-        if self.world_size > 1 and dist.is_initialized():
+        """Leave the process group. A gloo group of one has nothing to leave and may serve the next engine of this
+        process; NCCL complains at exit of any group that was not left."""
+        if dist.is_initialized() and (self.world_size > 1 or dist.get_backend() == "nccl"):
             dist.destroy_process_group()
 
     def _build_optimizer(

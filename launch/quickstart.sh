@@ -32,10 +32,14 @@ part() {  # name, command: runs it under a heading and notes the time it took fo
   printf '{"name": "%s", "seconds": %d}\n' "$name" $((SECONDS - started)) >>"$run_dir/timings.jsonl"
 }
 
+has_gpu=no
+if command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; then has_gpu=yes; fi
+
 if [[ "$from_scratch" == yes ]]; then
   for kind in text visual audio; do
-    out="$run_dir/tokenizer_training/$kind"
-    part "train the $kind tokenizer" ernie5 tokenizer train "configs/tokenizer/$kind.yaml" --out "$out" \
+    out="$run_dir/tokenizer_training/$kind" recipe="$kind"
+    if [[ "$kind" == visual && "$has_gpu" == yes ]]; then recipe=visual_gpu; fi
+    part "train the $kind tokenizer" ernie5 tokenizer train "configs/tokenizer/$recipe.yaml" --out "$out" \
       "train.minutes=$minutes" train.threads=0
     if [[ -d "$out/export" ]]; then out="$out/export"; fi
     overrides+=("tokenizers.$kind=$out")
@@ -45,7 +49,7 @@ fi
 # One process with one thread per core (1, 2 or 4, as the configuration has four streams) is twice as fast on a CPU as
 # one process with as many threads: most products of so small a model are too small to be shared by threads.
 processes=1
-if ! { command -v nvidia-smi >/dev/null && nvidia-smi -L 2>/dev/null | grep -q GPU; }; then
+if [[ "$has_gpu" == no ]]; then
   cores="$(nproc)"
   if [[ "$cores" -ge 4 ]]; then processes=4; elif [[ "$cores" -ge 2 ]]; then processes=2; fi
 fi

@@ -35,7 +35,8 @@ from ernie5.checkpoint.parts import Part, join_records, sync_directory, sync_fil
 from ernie5.checkpoint.retention import REPLACED_PREFIX, TEMPORARY_PREFIX, apply_retention, remove_leftovers
 from ernie5.checkpoint.tensor_file import LazyTensor, file_hash
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
-from ernie5.errors import EnvironmentFault
+from ernie5.errors import EnvironmentFault, Ernie5Error
+from ernie5.observe.faults import Refusal, refusal_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -169,9 +170,10 @@ def failures_explained(folder: Path, *, temporary: Path | None) -> Iterator[None
     except Exception as error:
         if temporary is not None:
             shutil.rmtree(temporary, ignore_errors=True)
-        if isinstance(error, OSError) or "No space left" in str(error) or "os error 28" in str(error):
-            raise EnvironmentFault(_failure_text(folder, error=error)) from error
-        raise
+        refusal = None if isinstance(error, Ernie5Error) else refusal_of(error, place="checkpoint.dir=DIR")
+        if refusal is None:
+            raise
+        raise EnvironmentFault(_failure_text(folder, refusal=refusal)) from error
 
 
 def point_latest(folder: Path, *, target: Path) -> None:
@@ -181,10 +183,10 @@ def point_latest(folder: Path, *, target: Path) -> None:
     _replace_text(folder / LATEST_FILE, text=f"{target.name if is_inside else target.resolve()}\n")
 
 
-def _failure_text(folder: Path, *, error: Exception) -> str:
+def _failure_text(folder: Path, *, refusal: Refusal) -> str:
     previous = latest_checkpoint(folder)
     stands = f"The previous checkpoint stands: {previous}" if previous else "No earlier checkpoint exists"
-    return f"saving to {folder} failed: {error}. {stands}. Free disk space or repair permissions and run again"
+    return f"saving to {folder} failed: {refusal.what}. {stands}. {refusal.way}"
 
 
 def _split_slices(contents: Contents, *, behind: bool) -> tuple[list[OutgoingSlice], list[OutgoingSlice]]:

@@ -5,6 +5,7 @@ Computed in fp32 whatever the checkpoint stores, because a comparison should sho
 
 from __future__ import annotations
 
+import contextlib
 import pickle
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import torch
 from ernie5.checkpoint.load import load_model
 from ernie5.errors import DataError, EnvironmentFault
 from ernie5.model.backbone import UnifiedModel
+from ernie5.observe.faults import refusal_of
 
 
 def write_logits(checkpoint: Path, *, ids: Path, out: Path, device: torch.device | str) -> torch.Tensor:
@@ -27,15 +29,25 @@ def write_logits(checkpoint: Path, *, ids: Path, out: Path, device: torch.device
     if low < 0 or high >= size:
         raise DataError(f"{ids} has ids from {low} to {high}; the model knows 0 to {size - 1} (model.vocab_size)")
     logits = text_logits(loaded.model, ids=given)
+    save_logits(out, logits=logits)
+    return logits
+
+
+def save_logits(out: Path, *, logits: torch.Tensor) -> None:
+    """Write a tensor to `out` as torch.save does, whole or not at all. Raises EnvironmentFault."""
     temporary = out.with_name(f".{out.name}.tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        torch.save(logits, temporary)
+        with temporary.open("wb") as file:  # by its path, torch keeps the system's reason to itself
+            torch.save(logits, file)
         temporary.replace(out)
     except (OSError, RuntimeError) as error:
-        temporary.unlink(missing_ok=True)
-        raise EnvironmentFault(f"{out} cannot be written ({error}). Free space or choose another --out") from error
-    return logits
+        with contextlib.suppress(OSError):
+            temporary.unlink(missing_ok=True)
+        refusal = refusal_of(error, place="another --out")
+        if refusal is None:
+            raise
+        raise EnvironmentFault(f"{out} cannot be written: {refusal}") from error
 
 
 def read_ids(path: Path) -> torch.Tensor:

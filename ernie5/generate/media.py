@@ -16,6 +16,7 @@ import torch
 from PIL import Image
 
 from ernie5.errors import DataError, EnvironmentFault
+from ernie5.observe.faults import refusal_of
 
 MIME_TYPES = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav", ".opus": "audio/ogg", ".txt": "text/plain"}
 
@@ -72,9 +73,8 @@ def write_file(path: Path, *, content: bytes) -> None:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(content)
     except OSError as error:
-        raise EnvironmentFault(
-            f"Cannot write {path} ({len(content)} bytes): {error.strerror}. Free space or choose another --out."
-        ) from error
+        refusal = refusal_of(error, place="another --out")
+        raise EnvironmentFault(f"Cannot write {path} ({len(content)} bytes): {refusal}.") from error
 
 
 def data_uri(content: bytes, *, suffix: str) -> str:

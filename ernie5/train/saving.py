@@ -16,6 +16,7 @@ from ernie5.checkpoint.writer import SaveStatus
 from ernie5.data.loader import merge_states
 from ernie5.engine.interface import Engine
 from ernie5.errors import EnvironmentFault
+from ernie5.observe.faults import refusal_of
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Metrics
 from ernie5.train.hooks import FiguresBoard, RoutingHook
@@ -83,9 +84,8 @@ def save_native(folder: Path, *, engine: Engine, step: int, config: CheckpointCo
             remove_leftovers(folder)
             apply_retention(folder, newest=step, config=config)
     except OSError as error:
-        raise EnvironmentFault(
-            f"saving DeepSpeed's files to {folder} failed: {error}. Free disk space, or set checkpoint.format: ernie5"
-        ) from error
+        refusal = refusal_of(error, place="checkpoint.dir=DIR, or set checkpoint.format: ernie5")
+        raise EnvironmentFault(f"saving DeepSpeed's files to {folder} failed: {refusal}") from error
 
 
 class CheckpointHook(Hook):

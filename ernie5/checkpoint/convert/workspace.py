@@ -16,6 +16,7 @@ from pathlib import Path
 
 from ernie5.checkpoint.names import MANIFEST_FILE
 from ernie5.errors import CheckpointError, EnvironmentFault
+from ernie5.observe.faults import refusal_of
 
 JOURNAL = ".journal.jsonl"
 LOCK = ".lock"
@@ -108,7 +109,7 @@ def growing(target: Path, *, is_continued: bool = True) -> Iterator[Path]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = (folder / LOCK).open("w")
     except OSError as error:
-        raise EnvironmentFault(f"cannot write beside {target}: {error}. Free space or choose another DST") from error
+        raise EnvironmentFault(f"cannot write beside {target}: {refusal_of(error, place='another DST')}") from error
     with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -121,10 +122,8 @@ def growing(target: Path, *, is_continued: bool = True) -> Iterator[Path]:
             if not is_continued:
                 shutil.rmtree(folder, ignore_errors=True)
                 stands = "What was written is removed, and nothing stands under that name that did not before"
-            raise EnvironmentFault(
-                f"writing {target} failed: {error}. {stands}: free space or repair permissions and run the same "
-                "command again"
-            ) from error
+            refusal = refusal_of(error, place="another DST")
+            raise EnvironmentFault(f"writing {target} failed: {refusal.what}. {stands}. {refusal.way}") from error
 
 
 def publish(folder: Path, *, target: Path) -> None:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 
 import torch
@@ -28,7 +28,9 @@ from ernie5.engine.interface import BUFFER, KINDS, MOMENT, PARAMETER, Engine, ch
 from ernie5.errors import CheckpointError, TokenizerError
 from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.parallel.boxes import Box
-from ernie5.tokenizers.kept import KEPT_FOLDER
+from ernie5.tokenizers.config import TokenizersConfig
+from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
+
 
 @dataclasses.dataclass(frozen=True)
 class LoadedRun:
@@ -166,6 +168,14 @@ def check_tokenizers(manifest: Manifest, *, identities: dict[str, str]) -> None:
             f"`embedded` is the set of the installed version. Put the run's own, RUN_DIR/{KEPT_FOLDER}, beside the "
             "folder of its checkpoints, or use the version of ernie5 that trained it, or start over with --fresh"
         )
+
+
+def own_tokenizers(
+    config: TokenizersConfig, *, directory: Path, identities: Mapping[str, str], first: Sequence[Path] = ()
+) -> TokenizersConfig:
+    """`config` with the tokenizers that the checkpoint `directory` was trained with, as far as they were kept: in the
+    folders `first`, or where the checkpoint leads to."""
+    return prefer_kept(config, identities=dict(identities), folders=(*first, *kept_folders(directory)))
 
 
 def kept_folders(directory: Path) -> tuple[Path, ...]:

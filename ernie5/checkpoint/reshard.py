@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import heapq
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 
 import torch
@@ -39,7 +39,7 @@ from ernie5.parallel.boxes import Box, Held, whole_box
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.held import GridPlace, held_parts, planned_layout, written_names
 from ernie5.parallel.stages import StagePlan
-from ernie5.tokenizers.kept import KEPT_FOLDER
+from ernie5.tokenizers.kept import KEPT_FOLDER, bring_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -82,7 +82,7 @@ def reshard(
                 wanted = list(_cut(manifest, rank=rank, plan=plan))
             _write_rank(folder, wanted=wanted, tensors=tensors, rank=rank, ranks=ranks)
         part = join_records(folder, ranks=ranks)
-        _bring_the_rest(directory, folder=folder)
+        _bring_the_rest(directory, manifest=manifest, folder=folder)
         small = {name: manifest.files[name] for name in (STATE_FILE, CONFIG_FILE) if name in manifest.files}
         new = dataclasses.replace(manifest, files=part.files | small, tensors=part.tensors)
         (folder / MANIFEST_FILE).write_text(new.to_json(), encoding="utf-8")
@@ -151,15 +151,11 @@ def _file_of(key: str) -> str:
     return OPTIMIZER_FILE if "/" in key else MODEL_FILE
 
 
-def _bring_the_rest(directory: Path, *, folder: Path) -> None:
+def _bring_the_rest(directory: Path, *, manifest: Manifest, folder: Path) -> None:
     """State, configuration, what a converted checkpoint brought along, and the tokenizers that its run keeps."""
     for name in (STATE_FILE, CONFIG_FILE):
         if (directory / name).is_file():
             shutil.copyfile(directory / name, folder / name)
-    kept = (directory / KEPT_FOLDER, *kept_folders(directory))
-    found: Mapping[str, Path | None] = {
-        STASH: directory / STASH, KEPT_FOLDER: next((path for path in kept if path.is_dir()), None)
-    }
-    for name, path in found.items():
-        if path is not None and path.is_dir():
-            shutil.copytree(path, folder / name)
+    if (directory / STASH).is_dir():
+        shutil.copytree(directory / STASH, folder / STASH)
+    bring_kept(folder / KEPT_FOLDER, identities=manifest.tokenizers, folders=kept_folders(directory))

@@ -16,7 +16,7 @@ import math
 import os
 import types
 import zlib
-from collections.abc import Callable, Mapping, Set
+from collections.abc import Callable, Iterable, Mapping, Set
 from pathlib import Path
 
 import torch
@@ -32,6 +32,23 @@ DTYPES: Mapping[str, torch.dtype] = types.MappingProxyType(
         "U8": torch.uint8,
     }
 )
+
+
+METADATA_KEY = "__metadata__"
+
+
+@dataclasses.dataclass(frozen=True)
+class NewTensor:
+    """A tensor that a file is going to hold; dtype as safetensors names it."""
+
+    name: str
+    dtype: str
+    shape: tuple[int, ...]
+
+    @property
+    def num_bytes(self) -> int:
+        """Bytes of the tensor."""
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
 
 
 @dataclasses.dataclass(frozen=True)
@@ -54,6 +71,18 @@ class WrittenFile:
 
     file: FileEntry
     crcs: dict[str, int]
+
+
+def file_header(tensors: Iterable[NewTensor], *, metadata: Mapping[str, str] | None = None) -> bytes:
+    """What a file that holds `tensors` in this order begins with: the length of the JSON, and the JSON."""
+    header: dict[str, object] = {METADATA_KEY: dict(metadata)} if metadata else {}
+    end = 0
+    for tensor in tensors:
+        start, end = end, end + tensor.num_bytes
+        header[tensor.name] = {"dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [start, end]}
+    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
+    text += b" " * (-len(text) % 8)
+    return len(text).to_bytes(8, "little") + text
 
 
 def begin_tensor_file(path: Path, *, tensors: Mapping[str, LazyTensor], now: Set[str]) -> None:
@@ -135,15 +164,7 @@ def _values(tensor: LazyTensor) -> memoryview:
 
 
 def _header(tensors: Mapping[str, LazyTensor], *, order: list[str]) -> bytes:
-    header, offset = {}, 0
-    for name in order:
-        tensor = tensors[name]
-        end = offset + tensor.num_bytes
-        header[name] = {"dtype": dtype_name(tensor.dtype), "shape": list(tensor.shape), "data_offsets": [offset, end]}
-        offset = end
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode("utf-8")
-    text += b" " * (-len(text) % 8)
-    return len(text).to_bytes(8, "little") + text
+    return file_header(NewTensor(name, dtype_name(tensors[name].dtype), tensors[name].shape) for name in order)
 
 
 def _write_all(descriptor: int, raw: memoryview, *, digest: hashlib._Hash | None = None) -> None:

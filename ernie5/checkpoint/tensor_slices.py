@@ -17,14 +17,13 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.tensor_file import DTYPES, raw_bytes
+from ernie5.checkpoint.tensor_file import DTYPES, METADATA_KEY, NewTensor, file_header, raw_bytes
 from ernie5.errors import CheckpointError
 from ernie5.parallel.boxes import Box, flat_boxes, whole_box
 
 ITEM_BYTES: Mapping[str, int] = types.MappingProxyType({name: dtype.itemsize for name, dtype in DTYPES.items()})
 # Real headers of 300 B models have a few megabytes; a damaged length must not become an allocation.
 LARGEST_HEADER = 100 * 2**20
-METADATA_KEY = "__metadata__"
 BLOCK_BYTES = 1 << 24
 
 
@@ -55,20 +54,6 @@ class TensorPlace:
     @property
     def num_bytes(self) -> int:
         """Bytes of the whole tensor."""
-        return math.prod(self.shape) * ITEM_BYTES[self.dtype]
-
-
-@dataclasses.dataclass(frozen=True)
-class NewTensor:
-    """A tensor that a file is going to hold."""
-
-    name: str
-    dtype: str
-    shape: tuple[int, ...]
-
-    @property
-    def num_bytes(self) -> int:
-        """Bytes of the tensor."""
         return math.prod(self.shape) * ITEM_BYTES[self.dtype]
 
 
@@ -248,16 +233,8 @@ def _write_all(descriptor: int, *, view: memoryview, offset: int) -> None:
 
 def create_file(path: Path, *, tensors: Sequence[NewTensor]) -> dict[str, TensorPlace]:
     """Write the header of a file that is to hold `tensors` in this order, at its final size; returns their places."""
-    header: dict[str, object] = {METADATA_KEY: {"format": "pt"}}  # older transformers refuse files without it
-    end = 0
-    for tensor in tensors:
-        header[tensor.name] = {
-            "dtype": tensor.dtype, "shape": list(tensor.shape), "data_offsets": [end, end + tensor.num_bytes]
-        }
-        end += tensor.num_bytes
-    text = json.dumps(header, separators=(",", ":"), ensure_ascii=False).encode()
-    text += b" " * (-len(text) % 8)
+    header = file_header(tensors, metadata={"format": "pt"})  # older transformers refuse files without it
     with path.open("wb") as file:
-        file.write(len(text).to_bytes(8, "little") + text)
-        file.truncate(8 + len(text) + end)
+        file.write(header)
+        file.truncate(len(header) + sum(tensor.num_bytes for tensor in tensors))
     return read_header(path)

@@ -7,14 +7,13 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import check_tokenizers, kept_folders, load_model
+from ernie5.checkpoint.load import check_tokenizers, load_model, own_tokenizers
 from ernie5.config.arguments import replace_settings
 from ernie5.config.base import Config
 from ernie5.errors import TokenizerError
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.interleave import Generation
 from ernie5.tokenizers.bundle import load_tokenizers
-from ernie5.tokenizers.kept import prefer_kept
 
 
 @dataclasses.dataclass(frozen=True)
@@ -36,8 +35,9 @@ def load_generation(
     """
     place = device or ("cuda" if torch.cuda.is_available() else "cpu")
     loaded = load_model(path, device=place)
-    folders = kept_folders(loaded.directory)
-    places = prefer_kept(loaded.config.tokenizers, identities=loaded.manifest.tokenizers, folders=folders)
+    places = own_tokenizers(
+        loaded.config.tokenizers, directory=loaded.directory, identities=loaded.manifest.tokenizers
+    )
     tokenizers = load_tokenizers(places)
     check_tokenizers(loaded.manifest, identities=dataclasses.asdict(tokenizers.identities))
     rows = loaded.model.config.vocab_size

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import torch
 
-from ernie5.checkpoint.load import LoadedRun, check_tokenizers, kept_folders
+from ernie5.checkpoint.load import LoadedRun, check_tokenizers, own_tokenizers
 from ernie5.checkpoint.origin import open_origin, start_from
 from ernie5.checkpoint.places import folder_of_run
 from ernie5.checkpoint.save import point_latest
@@ -32,7 +32,7 @@ from ernie5.observe.sinks import keep_until_step, open_sinks
 from ernie5.observe.throughput import matrix_rate
 from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
-from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers, prefer_kept
+from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers
 from ernie5.train.config import RootConfig
 from ernie5.train.hook import Hook
 from ernie5.train.hooks import FiguresBoard, RecordHook, RoutingHook, StepFiguresHook, ValidationHook
@@ -76,8 +76,9 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     origin = None if loaded is not None or config.train.init_from is None else open_origin(config.train.init_from)
     places, known = config.tokenizers, loaded or origin
     if known is not None:
-        folders = (run_dir / KEPT_FOLDER, *kept_folders(known.directory))
-        places = prefer_kept(places, identities=known.manifest.tokenizers, folders=folders)
+        places = own_tokenizers(
+            places, directory=known.directory, identities=known.manifest.tokenizers, first=[run_dir / KEPT_FOLDER]
+        )
     tokenizers = load_tokenizers(places)
     check_widths(config, tokenizers=tokenizers)
     identities = dataclasses.asdict(tokenizers.identities)

@@ -20,6 +20,7 @@ from ernie5.engine.interface import EngineState
 from ernie5.errors import CheckpointError
 from ernie5.model.backbone import build_model
 from ernie5.model.config import ModelConfig, MoEConfig
+from ernie5.tokenizers.text import load_text_tokenizer, train_text_tokenizer
 from ernie5.train.config import RootConfig
 
 MODEL = ModelConfig(
@@ -44,9 +45,11 @@ def checkpoint(tmp_path: Path) -> Path:
          "data": {"mixture": {"text": 1.0, **dict.fromkeys(tasks, 0.0)}}}, schema=RootConfig,
     )
     run = RunState(step=3, tokens=70, data={}, rng={})
-    contents = Contents(tuple(state.slices()), 3, state.magnitudes, run, config_to_yaml(config), "bf16", {"text": "a"})
-    (tmp_path / "run" / "tokenizers").mkdir(parents=True)
-    (tmp_path / "run" / "tokenizers" / "kept.txt").write_text("kept", encoding="utf-8")
+    tokenizer = train_text_tokenizer(["red green blue"] * 4, vocab_size=290)
+    tokenizer.save(tmp_path / "run" / "tokenizers" / "text")
+    contents = Contents(
+        tuple(state.slices()), 3, state.magnitudes, run, config_to_yaml(config), "bf16", {"text": tokenizer.identity}
+    )
     return save_checkpoint(tmp_path / "run" / "checkpoints", contents=contents, config=CheckpointConfig())
 
 
@@ -69,7 +72,8 @@ def test_there_and_back_gives_the_same_bytes(
         assert all(torch.equal(vars(after)[kind][key], value) for key, value in vars(before)[kind].items())
     ranks = 3 if options[0] == "--files" else 2 if options[1] == "tp=2,etp=2" else 4
     assert len(list((tmp_path / "there").glob("optimizer-*.safetensors"))) == ranks
-    assert (tmp_path / "there" / "tokenizers" / "kept.txt").is_file()
+    kept = read_manifest(checkpoint).tokenizers["text"]
+    assert load_text_tokenizer(tmp_path / "there" / "tokenizers" / "text").identity == kept
     assert verb("reshard", tmp_path / "there", tmp_path / "back")[0] == 0
     assert same_files(tmp_path / "back", checkpoint)
     assert verb("verify", tmp_path / "there")[0] == 0
@@ -153,7 +157,7 @@ def test_a_full_disk_is_the_machines_fault_and_leaves_nothing(
 
     monkeypatch.setattr(reshard_module, "join_records", full)
     code, _, err = verb("reshard", checkpoint, tmp_path / "there")
-    assert code == 3 and "No space left" in err and "What was written is removed" in err and "kept" not in err
+    assert code == 3 and "the disk is full" in err and "What was written is removed" in err and "kept" not in err
     assert not list(tmp_path.glob("*there*"))
 
 

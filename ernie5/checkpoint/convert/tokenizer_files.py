@@ -11,9 +11,9 @@ from pathlib import Path
 
 from ernie5.checkpoint.convert.ernie45_config import SpecialIds
 from ernie5.checkpoint.convert.source import Source
-from ernie5.checkpoint.load import kept_folders
+from ernie5.checkpoint.load import own_tokenizers
 from ernie5.errors import TokenizerError
-from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
+from ernie5.tokenizers.kept import KEPT_FOLDER
 from ernie5.tokenizers.text import FILE_NAME, load_text_tokenizer
 from ernie5.tokenizers.vocab import SPECIALS, Vocab
 
@@ -48,8 +48,8 @@ def save_own(source: Source, *, folder: Path) -> KeptTokenizer:
     identities = dict(source.manifest.tokenizers)
     try:
         wanted = {"text": identities.get("text", "")}
-        place = prefer_kept(source.root.tokenizers, identities=wanted, folders=kept_folders(source.directory)).text
-        tokenizer = load_text_tokenizer(place)
+        own = own_tokenizers(source.root.tokenizers, directory=source.directory, identities=wanted)
+        tokenizer = load_text_tokenizer(own.text)
     except TokenizerError as error:
         return KeptTokenizer(none, f"no tokenizer was written: {error}")
     if tokenizer.identity != identities.get("text"):

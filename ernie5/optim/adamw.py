@@ -14,13 +14,8 @@ from ernie5_kernels.adamw import AdamWStep, AdamWTensors, adamw
 MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
-class AdamW(torch.optim.Optimizer):
-    """AdamW over fp32 (fp64) parameters, or masters; state is named as torch's.
-
-    State is made by `materialise_state` or by the first step and not here, because DeepSpeed puts flat pieces in the
-    place of parameters. copies: the bf16 weight under a master, written in the same pass. A gradient may be bf16 where
-    the master's `grad_dtype` allows it.
-    """
+class KernelAdamW(torch.optim.Optimizer):
+    """What AdamW and CompactAdamW are made of; abstract. copies: the bf16 weight under an fp32 master."""
 
     def __init__(
         self,
@@ -34,6 +29,19 @@ class AdamW(torch.optim.Optimizer):
             {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon},
         )
         self._copies = dict(copies or {})
+        self._begin(config)
+
+    def _begin(self, config: OptimConfig) -> None:
+        """What there is to do once the groups are known."""
+
+
+class AdamW(KernelAdamW):
+    """AdamW over fp32 (fp64) parameters, or masters; state is named as torch's.
+
+    State is made by `materialise_state` or by the first step and not here, because DeepSpeed puts flat pieces in the
+    place of parameters. copies: the bf16 weight under a master, written in the same pass. A gradient may be bf16 where
+    the master's `grad_dtype` allows it.
+    """
 
     @torch.no_grad()
     def step(self, closure: None = None, *, gradient_scale: torch.Tensor | None = None) -> None:

@@ -6,35 +6,22 @@ masters, 4 with both, and 1/32 for the scales of 8-bit moments.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
-
 import torch
 
-from ernie5.optim.adamw import MOMENTS
+from ernie5.optim.adamw import MOMENTS, KernelAdamW
 from ernie5.optim.config import OptimConfig
-from ernie5.optim.groups import ParameterGroup
 from ernie5_kernels.adamw_compact import AdamWStep, CompactTensors, Moment, adamw_compact, count_blocks
 
 
-class CompactAdamW(torch.optim.Optimizer):
+class CompactAdamW(KernelAdamW):
     """AdamW over bf16 weights (rounded at random) or fp32 masters, with state from the start.
 
     State with 8 bits: `exp_avg_codes`, uint8 in the parameter's shape, and `exp_avg_scales`, fp32 [blocks of 256
     elements]; the same of `exp_avg_sq`. Without: torch's names. copies: the bf16 weight under an fp32 master.
     """
 
-    def __init__(
-        self,
-        groups: Sequence[ParameterGroup],
-        *,
-        config: OptimConfig,
-        copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] | None = None,
-    ) -> None:
-        super().__init__(
-            [{"params": list(g.parameters), "weight_decay": g.weight_decay, "name": g.name} for g in groups],
-            {"lr": config.learning_rate, "betas": (config.beta1, config.beta2), "eps": config.epsilon},
-        )
-        self._copies, self._is_coded = dict(copies or {}), config.moments == "8bit"
+    def _begin(self, config: OptimConfig) -> None:
+        self._is_coded = config.moments == "8bit"
         parameters = [parameter for group in self.param_groups for parameter in group["params"]]
         self._seeds = {parameter: index for index, parameter in enumerate(parameters)}
         for parameter in parameters:

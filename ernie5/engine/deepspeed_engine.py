@@ -8,7 +8,6 @@ micro-batches is switched off for the same reason.
 from __future__ import annotations
 
 import contextlib
-import functools
 import math
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -30,7 +29,7 @@ from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers, peers_along
 from ernie5.engine.recompute import install_recompute
-from ernie5.model.shard_plan import Section
+from ernie5.engine.sections import SectionRuns
 from ernie5.observe.log import get_log
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -39,7 +38,7 @@ from ernie5.optim.groups import ParameterGroup, build_groups
 from ernie5.parallel.apply import Layout, apply_layout
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
-from ernie5.parallel.pipeline import Passed, Pipeline
+from ernie5.parallel.pipeline import Pipeline
 from ernie5.parallel.state import build_state
 from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch, TargetCounts
@@ -127,7 +126,7 @@ class DeepSpeedEngine(Engine):
         counts = global_counts(batches, reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         if self._staged is not None:
-            self._staged.train(batches, run=functools.partial(self._run_section, counts=counts, builder=builder))
+            self._staged.train(batches, run=self._sections(builder, counts=counts))
             return builder.finish(reduce=self._sum_over_shares)
         for index, batch in enumerate(batches):
             # DeepSpeed's own count of micro-batches is fixed at its start, that of a step is not (batch.ramp).
@@ -167,7 +166,7 @@ class DeepSpeedEngine(Engine):
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
         if self._staged is not None:
-            self._staged.evaluate([batch], run=functools.partial(self._run_section, counts=counts, builder=builder))
+            self._staged.evaluate([batch], run=self._sections(builder, counts=counts))
             return builder.finish(reduce=self._sum_over_shares)
         share, terms, routing = self._engine(batch, counts, self.magnitudes)
         builder.add(share, terms=terms, routing=routing, tokens=batch.counts().tokens)
@@ -248,18 +247,8 @@ class DeepSpeedEngine(Engine):
         parameters = dict(model.named_parameters())
         return StagedPasses(self._engine, pipeline=pipeline, parameters=parameters, layout=self._layout)
 
-    def _run_section(
-        self,
-        batch: Batch,
-        *,
-        section: Section,
-        hidden: torch.Tensor | None,
-        counts: TargetCounts,
-        builder: SumsBuilder,
-    ) -> Passed:
-        step = self._step.run_section(batch, counts=counts, divisors=self.magnitudes, section=section, hidden=hidden)
-        builder.add(step.share, terms=step.terms, routing=step.routing, tokens=batch.counts().tokens)
-        return Passed(hidden=step.hidden, share=step.share * self._data_axis.size)
+    def _sections(self, builder: SumsBuilder, *, counts: TargetCounts) -> SectionRuns:
+        return SectionRuns(self._step, counts, self.magnitudes, builder, times=self._data_axis.size)
 
     def _sum_over_shares(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Iterator, Sequence
 
 import torch
@@ -27,9 +26,9 @@ from ernie5.engine.local import (
 )
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
 from ernie5.engine.peers import find_peers
+from ernie5.engine.sections import SectionRuns
 from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.engine.recompute import install_recompute
-from ernie5.model.shard_plan import Section
 from ernie5.observe.log import get_log
 from ernie5.optim.adamw import materialise_state
 from ernie5.optim.build import build_optimizer
@@ -41,7 +40,7 @@ from ernie5.parallel.buckets import sum_gradients
 from ernie5.parallel.collectives import all_reduce
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.held import held_parts, written_names
-from ernie5.parallel.pipeline import Passed, Pipeline
+from ernie5.parallel.pipeline import Pipeline
 from ernie5.parallel.state import build_state, join_processes
 from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch, TargetCounts
@@ -106,7 +105,7 @@ class GridEngine(Engine):
         builder = SumsBuilder(counts)
         self._pipeline.train(
             batches,
-            run=functools.partial(self._run_section, counts=counts, builder=builder),
+            run=self._sections(builder, counts=counts),
             after_backward=lambda: move_gradients(self.model, masters=self._masters),
         )
         # sums first: of a group's first call NCCL wants all ranks, and only some stages share gradients
@@ -144,7 +143,7 @@ class GridEngine(Engine):
         batch = self._layout.take(batch.to(self.device))
         counts = global_counts([batch], reduce=self.sum_over_ranks)
         builder = SumsBuilder(counts)
-        self._pipeline.evaluate([batch], run=functools.partial(self._run_section, counts=counts, builder=builder))
+        self._pipeline.evaluate([batch], run=self._sections(builder, counts=counts))
         return builder.finish(reduce=self._sum_over_shares)
 
     def slices(self) -> Iterator[StateSlice]:
@@ -175,20 +174,8 @@ class GridEngine(Engine):
         """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""
         return all_reduce(self.sum_over_ranks(values), axis=self._parallel.pp)
 
-    def _run_section(
-        self,
-        batch: Batch,
-        *,
-        section: Section,
-        hidden: torch.Tensor | None,
-        counts: TargetCounts,
-        builder: SumsBuilder,
-    ) -> Passed:
-        step = self._step.run_section(
-            batch, counts=counts, divisors=self.magnitudes, section=section, hidden=hidden
-        )
-        builder.add(step.share, terms=step.terms, routing=step.routing, tokens=batch.counts().tokens)
-        return Passed(hidden=step.hidden, share=step.share)
+    def _sections(self, builder: SumsBuilder, *, counts: TargetCounts) -> SectionRuns:
+        return SectionRuns(self._step, counts, self.magnitudes, builder)
 
     def _collect(self, part: torch.Tensor | None, *, name: str) -> torch.Tensor:
         """The whole of a tensor like the master of `name`; None on stages without it. Collective."""

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 import matplotlib
@@ -15,6 +15,8 @@ from measure import Device
 matplotlib.use("Agg")
 from matplotlib import pyplot  # the back end first
 
+PANEL_LINES = 2  # what a panel's title takes beside its cases
+TICKS = (0.1, 0.25, 0.5, 1, 2, 4, 8, 16)
 HEADS = ("op", "case", "ms", "rate", "of the device", "host us", "peers: ms (over ours)", "difference", "errors")
 
 
@@ -61,15 +63,41 @@ def line(row: Row) -> str:
 
 
 def draw(rows: Sequence[Row], *, device: Device, folder: Path) -> None:
-    """Each peer's time over ours."""
-    bars = [(f"{row.op}: {row.name}", name, ratio) for row in rows for name, ratio in row.ratios()]
-    if not bars:
+    """A panel per operator, a line per case, a mark per peer at its time over ours."""
+    ops = {op: [row for row in rows if row.op == op and any(row.ratios())] for op in dict.fromkeys(r.op for r in rows)}
+    columns: tuple[list[str], list[str]] = ([], [])
+    heights = [0, 0]
+    for op in sorted((op for op in ops if ops[op]), key=lambda op: -len(ops[op])):
+        side = heights.index(min(heights))
+        columns[side].append(op)
+        heights[side] += len(ops[op]) + PANEL_LINES
+    if not columns[0]:
         return
-    figure, axes = pyplot.subplots(figsize=(13, 1 + 0.22 * len(bars)), layout="constrained")
-    axes.barh([f"{case} | {peer}" for case, peer, _ in bars], [ratio for _, _, ratio in bars], color="#3b6fb6")
-    axes.axvline(1.0, color="black", linewidth=0.8)
-    axes.invert_yaxis()
-    axes.set_xlim(0, 4)
-    axes.set_xlabel(f"peer's time over ours on {device.name}: right of the line ours is faster")
-    figure.savefig(folder / "bench_gpu.png", dpi=110)
+    peers = list(dict.fromkeys(name for row in rows for name, _ in row.ratios()))
+    colours = {peer: pyplot.colormaps["tab20"](n * 7 % 20) for n, peer in enumerate(peers)}
+    figure = pyplot.figure(figsize=(15, 1 + 0.2 * max(heights)), layout="constrained")
+    figure.suptitle(f"peer's time over ours on {device.name}: right of the line ours is faster", fontsize=11)
+    for part, column in zip(figure.subfigures(1, 2), columns, strict=True):
+        if column:
+            panels = part.subplots(len(column), 1, squeeze=False, sharex=True,
+                                   height_ratios=[len(ops[op]) + PANEL_LINES for op in column])[:, 0]
+            for axes, op in zip(panels, column, strict=True):
+                _panel(axes, rows=ops[op], colours=colours)
+    marks = [pyplot.Line2D([], [], marker="o", linestyle="", color=colours[peer], label=peer) for peer in peers]
+    figure.legend(handles=marks, loc="outside lower center", ncols=len(marks), fontsize=8)
+    figure.savefig(folder / "bench_gpu.png", dpi=90)
     pyplot.close(figure)
+
+
+def _panel(axes: pyplot.Axes, *, rows: Sequence[Row], colours: Mapping[str, tuple[float, ...]]) -> None:
+    for place, row in enumerate(rows):
+        for name, ratio in row.ratios():
+            axes.plot(ratio, place, "o", color=colours[name], markersize=5)
+    axes.axvline(1.0, color="black", linewidth=0.8)
+    axes.set_xscale("log")
+    axes.set_xticks(TICKS, [f"{tick:g}" for tick in TICKS])
+    axes.minorticks_off()
+    axes.set_yticks(range(len(rows)), [row.name.replace("forward + backward", "both ways") for row in rows], fontsize=8)
+    axes.set_ylim(len(rows) - 0.5, -0.5)
+    axes.grid(axis="x", linewidth=0.3)
+    axes.set_title(rows[0].op, fontsize=9, loc="left")

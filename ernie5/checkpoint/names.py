@@ -53,6 +53,8 @@ def find_checkpoint(path: Path | str) -> Path:
         newest = latest_checkpoint(folder)
         if newest is not None:
             return newest
+    if not path.exists():
+        raise CheckpointError(f"{path} does not exist. Give a checkpoint, a directory of them, or a run directory")
     if (path / "config.json").is_file():
         raise CheckpointError(
             f"{path} is a model directory of another format. Import it first: ernie5 convert {path} DST --to ernie5"

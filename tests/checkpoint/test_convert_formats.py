@@ -325,6 +325,34 @@ def test_the_whole_model_runs_where_ernie5_is_absent(convert: Callable, tmp_path
     assert (found - wanted).abs().max() < TOLERANCE < wanted.abs().max() / 1000
     stored = read_all(tmp_path / "export")
     assert equal(stored, load_file(own / "model.safetensors")) and equal(read_all(tmp_path / "saved"), stored)
+    convert(tmp_path / "saved", tmp_path / "back", "ernie5")
+    assert equal(load_file(tmp_path / "back" / "model.safetensors"), stored)
+
+
+def test_an_export_with_its_own_code_comes_back_bit_for_bit(verb: Callable, convert: Callable, tmp_path: Path) -> None:
+    """All modalities; a tensor that the config promises, and one that it does not know, are named."""
+    text = train_text_tokenizer(["a few words"] * 4, vocab_size=280)
+    own = save(tmp_path / "run", model=UNIFIED, tokenizer=text.identity)
+    text.save(tmp_path / "run" / "tokenizers" / "text")
+    convert(own, tmp_path / "export", "ernie5-hf", "--shard-size", "20KB")
+    code, out, err = verb("verify", tmp_path / "export")
+    assert code == 0 and "ernie5-hf" in out, err
+    assert "tokenizers of pictures and sound" in convert(tmp_path / "export", tmp_path / "back", "ernie5")
+    loaded, before = load_model(tmp_path / "back"), load_model(own)
+    assert equal(load_file(tmp_path / "back" / "model.safetensors"), load_file(own / "model.safetensors"))
+    assert loaded.config.model == before.config.model
+    assert loaded.manifest.tokenizers["text"] == text.identity
+    convert(tmp_path / "back", tmp_path / "again", "ernie5-hf", "--shard-size", "20KB")
+    assert equal(read_all(tmp_path / "again"), read_all(tmp_path / "export"))
+    assert (tmp_path / "again" / "config.json").read_text() == (tmp_path / "export" / "config.json").read_text()
+    settings = json.loads((tmp_path / "export" / "config.json").read_text())
+    for name in ("bit_head.absent", "bit_head.weight"):
+        changed = {**settings, "media_tensors": {**settings["media_tensors"], name: [1, 2]}}
+        (tmp_path / "export" / "config.json").write_text(json.dumps(changed))
+        code, _, err = verb("convert", tmp_path / "export", tmp_path / "bad", "--to", "ernie5")
+        assert code == 2 and f"{name} " in err and "wanted is [1, 2]" in err and not (tmp_path / "bad").exists()
+    code, _, err = verb("convert", tmp_path / "export", tmp_path / "bad", "--to", "ernie45-hf")
+    assert code == 2
 
 
 def test_the_tokenizers_that_a_run_keeps_come_along(convert: Callable, tmp_path: Path) -> None:

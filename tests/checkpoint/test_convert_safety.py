@@ -124,7 +124,7 @@ COMPLAINTS = {
     ),
     "no config": (lambda hub: (hub / "config.json").write_text("{"), r"config\.json is no JSON"),
     "other family": (lambda hub: change_config(hub, model_type="llama"), 'model_type = "llama": only the ERNIE 4.5'),
-    "export": (lambda hub: change_config(hub, model_type="ernie5"), "ernie5-hf is for transformers and is not read"),
+    "export": (lambda hub: change_config(hub, model_type="ernie5"), "--to ernie5-hf writes has the sections model and"),
     "bias": (lambda hub: change_config(hub, use_bias=True), "use_bias = true"),
     "activation": (lambda hub: change_config(hub, hidden_act="gelu"), 'hidden_act = "gelu"'),
     "yarn": (lambda hub: change_config(hub, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supp"),

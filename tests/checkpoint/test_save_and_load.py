@@ -207,6 +207,8 @@ def test_another_tokenizer_is_refused_by_name(tmp_path: Path) -> None:
 def test_a_directory_without_a_checkpoint_says_what_was_expected(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError, match="holds no checkpoint"):
         find_checkpoint(tmp_path)
+    with pytest.raises(CheckpointError, match="absent does not exist"):
+        find_checkpoint(tmp_path / "absent")
 
 
 def test_the_manifest_is_plain_json_with_shapes_and_checksums(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from ernie5.model.config import ModelConfig, MoEConfig, MTPConfig
 CONFIG_NAME = "config.json"
 DENSE, SPARSE, VISION = ("ernie4_5",), ("ernie4_5_moe",), ("ernie4_5_vl_moe", "ernie4_5_moe_vl")
 EXPORT = "ernie5"  # model_type of --to ernie5-hf
+SPECIAL_IDS = ("pad_token_id", "bos_token_id", "eos_token_id")
 NORM_MIN = 1e-12
 # What `Ernie4_5Config` and `Ernie4_5_MoeConfig` of transformers 5.23 assume where a file is silent.
 HUB_ROPE_BASE = 500_000.0
@@ -79,9 +80,6 @@ def model_type_of(file: ConfigFile) -> str:
     """`model_type`, checked to be of the family."""
     found = file.values.get("model_type")
     known = (*DENSE, *SPARSE, *VISION)
-    if found == EXPORT:
-        raise file.fail("model_type", "an export of --to ernie5-hf is for transformers and is not read back. Use the "
-                                      "checkpoint that it was made from")
     if found not in known:
         raise file.fail("model_type", f"only the ERNIE 4.5 family can be converted ({', '.join(known)})")
     return str(found)

@@ -9,7 +9,7 @@ from importlib import resources
 from pathlib import Path
 
 from ernie5.checkpoint.convert.copying import CopiedTensor, PlannedFile
-from ernie5.checkpoint.convert.ernie45_config import CONFIG_NAME, SpecialIds, config_values
+from ernie5.checkpoint.convert.ernie45_config import CONFIG_NAME, SPECIAL_IDS, SpecialIds, config_values
 from ernie5.checkpoint.convert.source import INDEX_NAME, STASH, Source
 from ernie5.checkpoint.convert.tokenizer_files import (
     KeptTokenizer,
@@ -83,7 +83,7 @@ def _own_tokenizer(finished: Finished) -> KeptTokenizer | None:
 def _write_generation(folder: Path, *, values: dict[str, object]) -> None:
     path = folder / GENERATION_NAME
     if not path.is_file():
-        ids = {key: values.get(key) for key in ("pad_token_id", "bos_token_id", "eos_token_id")}
+        ids = {key: values.get(key) for key in SPECIAL_IDS}
         _write_json(path, {"_from_model_config": True, **{k: v for k, v in ids.items() if v is not None}})
 
 
@@ -150,6 +150,7 @@ def _root_config(source: Source, *, precision: str) -> Config:
     values = {
         "train": {"steps": 1, "run_dir": f"runs/{source.directory.resolve().name or 'imported'}"},
         "data": {"mixture": shares}, "model": config_to_dict(source.model), "engine": {"precision": precision},
+        "tokenizers": {"audio_levels": source.model.audio.levels},
     }
     return config_from_dict(values, schema=schema, name="the imported config")
 
@@ -158,7 +159,7 @@ def write_remote_files(finished: Finished) -> tuple[str, ...]:
     """A directory that needs no ernie5: config.json, our modelling code as files of its own, the index of shards."""
     source, folder = finished.source, finished.folder
     tokenizer = _own_tokenizer(finished)
-    ids = tokenizer.ids if tokenizer else SpecialIds(None, None, None)
+    ids = tokenizer.ids if tokenizer else SpecialIds(*(source.hub_config.get(key) for key in SPECIAL_IDS))
     values: dict[str, object] = {
         "architectures": ["Ernie5ForCausalLM"], "model_type": "ernie5",
         "auto_map": {

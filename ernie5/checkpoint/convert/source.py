@@ -10,6 +10,8 @@ from pathlib import Path
 
 from ernie5.checkpoint.convert.ernie45_config import (
     CONFIG_NAME,
+    EXPORT,
+    SPECIAL_IDS,
     VISION,
     ConfigFile,
     model_config_of,
@@ -38,12 +40,12 @@ from ernie5.checkpoint.names import (
 from ernie5.checkpoint.stored import StoredTensors
 from ernie5.checkpoint.tensor_slices import TensorPlace, read_header
 from ernie5.config.base import Config
-from ernie5.config.load import load_config
+from ernie5.config.load import config_from_dict, load_config
 from ernie5.config.registry import resolve
 from ernie5.errors import CheckpointError
 from ernie5.model.config import ModelConfig
 
-VL_FORMAT = "ernie45-vl"
+VL_FORMAT, EXPORT_FORMAT = "ernie45-vl", "ernie5-hf"
 INDEX_NAME = "model.safetensors.index.json"
 SINGLE_NAME = "model.safetensors"
 LISTED_PROBLEMS = 6
@@ -105,14 +107,40 @@ def _open_own(directory: Path, *, masters: bool) -> Source:
             )
         held = [key for key in manifest.tensors if key.startswith(MASTER_PREFIX)]
         places |= {key.removeprefix(MASTER_PREFIX): tensors.place(key) for key in held}
-    table = {stored.name: stored for stored in own_layout(root.model)}
-    extra = {name: place for name, place in places.items() if name not in table}
-    foreign = [name for name in extra if not _is_media(name)]
-    pieces = _locate(directory, places={k: v for k, v in places.items() if k not in extra}, tables=(table,),
-                     unknown=foreign)
+    pieces, extra = _own_pieces(directory, places=places, model=root.model)
     stash = directory / STASH / CONFIG_NAME
     hub_config = read_config_file(stash).values if stash.is_file() else {}
     return Source(directory, "ernie5", root.model, pieces, extra, root, manifest, hub_config, ())
+
+
+def _own_pieces(
+    directory: Path, *, places: dict[str, TensorPlace], model: ModelConfig
+) -> tuple[dict[str, Location], dict[str, TensorPlace]]:
+    """The pieces of a model under our own names, and what belongs to media."""
+    table = {stored.name: stored for stored in own_layout(model)}
+    extra = {name: place for name, place in places.items() if name not in table}
+    foreign = [name for name in extra if not _is_media(name)]
+    known = {name: place for name, place in places.items() if name not in extra}
+    return _locate(directory, places=known, tables=(table,), unknown=foreign), extra
+
+
+def _open_export(path: Path, *, file: ConfigFile) -> Source:
+    """What --to ernie5-hf wrote, or transformers made of it: our names, the whole model's config, no tokenizers but the
+    text's."""
+    values, shapes = file.values.get("model"), file.values.get("media_tensors")
+    if not isinstance(values, dict) or not isinstance(shapes, dict):
+        rule = "what --to ernie5-hf writes has the sections model and media_tensors too"
+        raise file.fail("model_type", f"{rule}. Use the checkpoint that it was made from")
+    model = config_from_dict(values, schema=ModelConfig, name=str(path / CONFIG_NAME))
+    places = read_shards(path)
+    pieces, extra = _own_pieces(path, places=places, model=model)
+    for name, shape in shapes.items():
+        if name not in extra or list(extra[name].shape) != shape:
+            found = f"has shape {list(extra[name].shape)}" if name in extra else "is missing"
+            raise CheckpointError(f"the tensors of {path} do not fit its config: {name} {found}, wanted is {shape}")
+    note = "tokenizers of pictures and sound are none of the export's: those of this installation are meant"
+    ids = {key: file.values.get(key) for key in SPECIAL_IDS}
+    return Source(path, EXPORT_FORMAT, model, pieces, extra, None, None, ids, (note,) if extra else ())
 
 
 # Where a converted checkpoint keeps the files of the directory that it came from.
@@ -125,6 +153,8 @@ def _is_media(name: str) -> bool:
 
 def _open_foreign(path: Path) -> Source:
     file = read_config_file(path / CONFIG_NAME)
+    if file.values.get("model_type") == EXPORT:
+        return _open_export(path, file=file)
     places = read_shards(path)
     from_paddle = any(name.startswith("ernie.") for name in places)
     depths = [int(found[1]) for name in places if (found := MTP_KEY.search(name))]

@@ -15,6 +15,7 @@ from ..launch import capability_of, ceil_div, num_processors
 from .tiles import GemmTiles, choose_tiles, column_tiles, fits_tma, most_programs, most_tiles, tile_table
 
 SHARED_TILES = 8
+LONG_SUM = 2048
 
 
 @triton.jit
@@ -174,13 +175,19 @@ def multiply_rows(
     return out
 
 
-def outer_tiles(*, capability: int, element_bytes: int) -> GemmTiles:
-    """Tiles of dW: rows are the contraction here, `inner` of them per step."""
+def outer_tiles(*, rows: int, groups: int, capability: int, element_bytes: int) -> GemmTiles:
+    """Tiles of dW: rows are the contraction here, `inner` of them per step.
+
+    On sm_90 long sums (a mean of 2,048 rows) take 128 x 256, which reads a fifth less shared memory per FLOP; short
+    ones two programs of 128 x 128, one of which stores while the other multiplies (README, measured on a GPU).
+    """
     if element_bytes == 4:
         return GemmTiles(64, 64, 32, warps=4, stages=2)
     if capability < 90:
         return GemmTiles(128, 128, 32, warps=8, stages=3)
-    return GemmTiles(128, 128 if capability < 100 else 256, 64, warps=8, stages=3, uses_tma=True)
+    if capability >= 100 or rows >= LONG_SUM * groups:
+        return GemmTiles(128, 256, 64, warps=8, stages=3, uses_tma=True)
+    return GemmTiles(128, 128, 64, warps=8, stages=3, uses_tma=True, programs=2)
 
 
 def multiply_outer(
@@ -198,7 +205,9 @@ def multiply_outer(
         return out
     if not left.shape[0]:
         return out.zero_()
-    tiles = tiles or outer_tiles(capability=capability_of(left.device), element_bytes=left.element_size())
+    tiles = tiles or outer_tiles(
+        rows=left.shape[0], groups=groups, capability=capability_of(left.device), element_bytes=left.element_size()
+    )
     tma = tiles.uses_tma and sources is None and fits_tma(left, right)
     launched = groups * ceil_div(left_width, tiles.rows) * ceil_div(right_width, tiles.cols)
     outer_kernel[(most_programs(tiles=launched, processors=tiles.programs * num_processors(left.device)),)](

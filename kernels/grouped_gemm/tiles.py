@@ -40,10 +40,12 @@ class GemmTiles:
 def choose_tiles(*, rows: int, groups: int, capability: int, element_bytes: int) -> GemmTiles:
     """Tiles by the mean rows of a group in powers of two, never by the rows of one step (PARALLEL section 5).
 
-    Below 64 rows the kernel multiplies the transposed way, so that the tensor core's 64 rows are weight columns.
+    Below 64 rows the kernel multiplies the transposed way, so that the tensor core's 64 rows are weight columns. From
+    sm_90 on, a mean of more than 128 rows takes the large tile, for all that its last tile is half empty, and small
+    tiles run as many programs side by side as a processor holds (README, measured on a GPU).
     """
     mean = power_of_two(max(1, rows // max(1, groups)))
-    block = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= 256 else 128
+    block = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= (256 if capability < 90 else 128) else 128
     inner = 32 if element_bytes == 4 else 64
     if element_bytes == 4 or capability < 80:
         return GemmTiles(min(block, 64), 64, inner, warps=4, stages=2)
@@ -51,7 +53,8 @@ def choose_tiles(*, rows: int, groups: int, capability: int, element_bytes: int)
         return GemmTiles(block, 128, inner if block < 128 else 32, warps=8 if block == 128 else 4, stages=3)
     if block == 128:  # with 256 columns specialised warps spill on sm_100 (aot_report)
         return GemmTiles(128, 256, inner, warps=8, stages=3, uses_tma=True)
-    return GemmTiles(block, 128, inner, warps=4, stages=3, uses_tma=True, specializes=capability >= 100 and block == 64)
+    specializes = capability >= 100 and block == 64  # 12 warps of 168 registers fill a processor
+    return GemmTiles(block, 128, inner, 4, 3, uses_tma=True, specializes=specializes, programs=1 if specializes else 3)
 
 
 def fits_tma(*tensors: torch.Tensor) -> bool:

@@ -27,7 +27,7 @@ def test_default_configurations_compile_for_h100_without_spills_and_use_its_tens
     rows = {(row["op"], row["variant"]): row for row in json.loads((tmp_path / "report.json").read_text())}
     assert {op for op, _ in rows} == {"swiglu", "rms_norm", "quant_cast", "grouped_gemm"}
     product = rows["grouped_gemm", "forward, mean 32 rows"]
-    assert product["tensor_instruction"] == "wgmma" and product["copies"] == "TMA"
+    assert product["tensor_instruction"] == "wgmma" and product["copies"] == "TMA" and product["programs"] == 3
     assert all(row["spills"] == 0 and row["registers"] > 8 and row["faults"] == [] for row in rows.values())
     assert all(row["moved_over_least"] <= 1.15 for (op, _), row in rows.items() if op != "grouped_gemm")
     assert "| swiglu | forward |" in (tmp_path / "report.md").read_text()
@@ -53,3 +53,18 @@ def test_the_report_fails_where_a_kernel_spills_or_misses_its_tensor_core(tool: 
     assert row.roofline_seconds == pytest.approx(2e12 / 989e12)
     bad = tool.compiler.Compiled(255, 3, 16, 300_000, 8, "mma", "")
     assert len(tool.report.row_of(case, chip=h100, compiled=bad).faults) == 3
+
+
+def test_the_report_fails_where_the_programs_of_a_launch_do_not_fit_a_processor(tool: SimpleNamespace) -> None:
+    work = tool.cases.Work(operations=2e12, moved=1e9, least=5e8, tiles=10, arithmetic="bf16")
+    h100 = tool.chips.CHIPS[1]
+
+    def faults(*, programs: int, registers: int, shared: int) -> tuple[str, ...]:
+        case = tool.cases.Case("x", "y", lambda _: None, lambda _: work, programs_for=lambda _: programs)
+        compiled = tool.compiler.Compiled(registers, 0, 0, shared, 8, "wgmma", "TMA")
+        return tool.report.row_of(case, chip=h100, compiled=compiled).faults
+
+    assert not faults(programs=2, registers=128, shared=113 << 10)
+    too_many = ("2 programs wanted on a processor that holds 1",)
+    assert faults(programs=2, registers=129, shared=113 << 10) == too_many
+    assert faults(programs=2, registers=128, shared=114 << 10) == too_many

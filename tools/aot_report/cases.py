@@ -35,7 +35,8 @@ class Work:
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A configuration: `source_for(capability)` gives what to compile, `work_for(capability)` what it does."""
+    """A configuration: `source_for(capability)` gives what to compile, `work_for(capability)` what it does,
+    `programs_for(capability)` how many of its programs the launch wants on a processor at once."""
 
     op: str
     variant: str
@@ -44,6 +45,7 @@ class Case:
     capabilities: tuple[int, ...] = (80, 90, 100)
     uses_tensor_core: bool = False
     quick: bool = False
+    programs_for: Callable[[int], int] = lambda capability: 1
 
 
 def streaming(*, moved: float, tiles: float, least: float | None = None, operations: float = 0.0) -> Work:

@@ -27,13 +27,16 @@ class Chip:
         """Peak of "bf16" or "fp8" tensor cores, or of "fp32" lanes."""
         return {"bf16": self.bf16_rate, "fp8": self.fp8_rate, "fp32": self.fp32_rate}[arithmetic]
 
-    def occupancy(self, *, registers: int, shared: int, warps: int) -> float:
-        """Resident warps over the processor's most, by registers (given in units of 8), shared memory and threads."""
+    def resident(self, *, registers: int, shared: int, warps: int) -> int:
+        """Programs that a processor holds, by registers (given in units of 8), shared memory and threads."""
         per_warp = -(-registers * 32 // 256) * 256
         by_registers = self.registers // (per_warp * warps)
         by_shared = self.shared_processor // (shared + 1024)  # 1 KiB of each block is the system's
-        resident = min(by_registers, by_shared, self.threads // (32 * warps), self.blocks)
-        return resident * warps * 32 / self.threads
+        return min(by_registers, by_shared, self.threads // (32 * warps), self.blocks)
+
+    def occupancy(self, *, registers: int, shared: int, warps: int) -> float:
+        """Resident warps over the processor's most."""
+        return self.resident(registers=registers, shared=shared, warps=warps) * warps * 32 / self.threads
 
 
 CHIPS = (

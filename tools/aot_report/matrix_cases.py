@@ -28,7 +28,7 @@ from ernie5_kernels.grouped_gemm import scaled
 from ernie5_kernels.grouped_gemm.tiles import GemmTiles, choose_tiles
 from ernie5_kernels.linear_cross_entropy import kernel as head
 
-SPARSE_ROWS = {32: "mean 32 rows", 256: "mean 256 rows"}
+SPARSE_ROWS = {16: "mean 16 rows", 32: "mean 32 rows", 128: "mean 128 rows"}
 PRECISION = "tf32"
 
 
@@ -38,7 +38,8 @@ def cases() -> Iterator[Case]:
     for rows, name in {**SPARSE_ROWS, even: "even load"}.items():
         for transposed in (False, True):
             yield _rows(rows, name=name, transposed=transposed)
-    yield Case("grouped_gemm", "dW, even load", _outer_source, _outer_work, uses_tensor_core=True)
+    for rows, name in {256: "mean 256 rows", even: "even load"}.items():
+        yield _outer(rows, name=name)
     for rows, name in {32: "mean 32 rows", even: "even load"}.items():
         yield _scaled(rows, name=name)
     yield _head(head.statistics_kernel)
@@ -47,7 +48,7 @@ def cases() -> Iterator[Case]:
 
 
 def processors_of(capability: int) -> int:
-    """Processors of the chip, each of which runs one program of a matrix kernel at a time."""
+    """Processors of the chip."""
     return next(chip.processors for chip in CHIPS if chip.capability == capability)
 
 
@@ -81,12 +82,28 @@ def _rows(rows: int, *, name: str, transposed: bool) -> Case:
         "grouped_gemm", f"{'dX' if transposed else 'forward'}, {name}", source,
         lambda capability: _work(rows, cols=cols, inner=inner, element_bytes=2, tiles=tiles_of(capability)),
         uses_tensor_core=True, quick=rows == 32 and not transposed,
+        programs_for=lambda capability: tiles_of(capability).programs,
     )
 
 
-def _outer_source(capability: int) -> Source:
-    t = grouped.outer_tiles(capability=capability, element_bytes=2)
+def _outer(rows: int, *, name: str) -> Case:
+    """dW of `rows` per expert."""
 
+    def tiles_of(capability: int) -> GemmTiles:
+        return grouped.outer_tiles(
+            rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2
+        )
+
+    return Case(
+        "grouped_gemm", f"dW, {name}", lambda capability: _outer_source(tiles_of(capability)),
+        lambda capability: _outer_work(
+            rows * LOCAL_EXPERTS, tiles=tiles_of(capability), processors=processors_of(capability)
+        ),
+        uses_tensor_core=True, programs_for=lambda capability: tiles_of(capability).programs,
+    )
+
+
+def _outer_source(t: GemmTiles) -> Source:
     def operand(cols: int) -> str:
         return f"tensordesc<bf16[{t.inner}, {cols}]>" if t.uses_tma else "*bf16"
 
@@ -98,18 +115,16 @@ def _outer_source(capability: int) -> Source:
     return Source(grouped.outer_kernel, types, constants, ("left_width", "right_width"), t.warps, t.stages)
 
 
-def _outer_work(capability: int) -> Work:
+def _outer_work(rows: int, *, tiles: GemmTiles, processors: int) -> Work:
     """A wave of programs covers SHARED tiles of `left` and the rest of them over `right`: each is read once a wave."""
-    t = grouped.outer_tiles(capability=capability, element_bytes=2)
     left, right = 2 * EXPERT_WIDTH, WIDTH
     results = LOCAL_EXPERTS * left * right * 2
-    left_tiles, right_tiles = -(-left // t.rows), -(-right // t.cols)
-    across = processors_of(capability) // grouped.SHARED_TILES
-    least = ROWS * (left + right) * 2 + results
+    left_tiles, right_tiles = -(-left // tiles.rows), -(-right // tiles.cols)
+    across = tiles.programs * processors // grouped.SHARED_TILES
+    least = rows * (left + right) * 2 + results
     reads_left, reads_right = -(-right_tiles // across), -(-left_tiles // grouped.SHARED_TILES)
-    moved = ROWS * (reads_left * left + reads_right * right) * 2 + results
-    count = LOCAL_EXPERTS * left_tiles * right_tiles
-    return Work(2.0 * ROWS * left * right, moved, least, count, "bf16")
+    moved = rows * (reads_left * left + reads_right * right) * 2 + results
+    return Work(2.0 * rows * left * right, moved, least, LOCAL_EXPERTS * left_tiles * right_tiles, "bf16")
 
 
 def _scaled(rows: int, *, name: str) -> Case:

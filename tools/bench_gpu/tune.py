@@ -104,10 +104,9 @@ def default_of(subject: str, *, quick: bool) -> Tiles:
     if op == "attention":
         width = _heads(int(index), quick=quick).width
         return choose_blocks(capability=capability, width=width, element_bytes=2, part=part)
-    if part == "dW":
-        return outer_tiles(capability=capability, element_bytes=2)
     shape = shapes_of(quick=quick)[int(index)]
-    return choose_tiles(rows=shape.rows, groups=shape.groups, capability=capability, element_bytes=2)
+    choose = outer_tiles if part == "dW" else choose_tiles
+    return choose(rows=shape.rows, groups=shape.groups, capability=capability, element_bytes=2)
 
 
 def candidates(subject: str, *, quick: bool) -> list[Tiles]:

@@ -25,15 +25,18 @@ class AttentionBlocks:
 def choose_blocks(*, capability: int, width: int, element_bytes: int, part: str) -> AttentionBlocks:
     """Blocks of `part` (forward, keys or queries: whose gradient) that compile without spilling (tools/aot_report).
 
-    The rows of the kernel's own product are a multiple of 64 on sm_90 and later, as their tensor cores want.
+    On sm_90 each group of four warps owns 64 rows of the result: 128 keys for dK and dV, 128 queries for dQ. Half of
+    that made the groups share rows and halved their columns, to 16 in scores (README, measured on a GPU).
     """
     if element_bytes == 4 or width > 128:
         return AttentionBlocks(32, 32, warps=4, stages=1)
-    if part == "keys" or (part == "queries" and capability < 90):
-        return AttentionBlocks(32, 64, warps=8, stages=2)
-    if part == "queries":
-        return AttentionBlocks(64, 64, warps=8, stages=2)
-    return AttentionBlocks(128, 64, warps=8, stages=3) if capability >= 90 else AttentionBlocks(64, 32, 4, 2)
+    if capability < 90:
+        return AttentionBlocks(64, 32, warps=4, stages=2) if part == "forward" else AttentionBlocks(32, 64, 8, 2)
+    if part == "forward":
+        return AttentionBlocks(128, 64, warps=8, stages=3)
+    if capability < 100:
+        return AttentionBlocks(32, 128, 8, 2) if part == "keys" else AttentionBlocks(128, 64, warps=8, stages=3)
+    return AttentionBlocks(32, 64, 8, 2) if part == "keys" else AttentionBlocks(64, 64, warps=8, stages=2)
 
 
 @triton.jit
@@ -62,17 +65,17 @@ def forward_blocks(
     peak, mass, total, q, key, value, intervals, row, others, begin, end, keys, key_stride, value_stride, width, factor,
     MASKED: tl.constexpr, PRECISION: tl.constexpr, BLOCK_KEYS: tl.constexpr, BLOCK_WIDTH: tl.constexpr,
 ):
-    """Fold the listed key blocks into the running maximum, mass and weighted sum of values."""
+    """Fold the listed key blocks into the running maximum (before `factor` > 0), mass and weighted sum of values."""
     for index in range(begin, end):
         column = tl.load(others + index) * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
         k = rows_of(key, column, keys, key_stride, width, BLOCK_WIDTH)
-        scores = tl.dot(q, k.T, input_precision=PRECISION) * factor
+        scores = tl.dot(q, k.T, input_precision=PRECISION)
         if MASKED:
             scores = tl.where(visible_pairs(intervals, row, column, keys), scores, float("-inf"))
         higher = tl.maximum(peak, tl.max(scores, axis=1))
-        bound = tl.where(higher == float("-inf"), 0.0, higher)
-        weights = tl.exp2(scores - bound[:, None])
-        shrink = tl.exp2(peak - bound)
+        bound = tl.where(higher == float("-inf"), 0.0, higher * factor)
+        weights = tl.exp2(scores * factor - bound[:, None])  # one instruction: the factor waits for the difference
+        shrink = tl.exp2(peak * factor - bound)
         mass = mass * shrink + tl.sum(weights, axis=1)
         v = rows_of(value, column, keys, value_stride, width, BLOCK_WIDTH)
         total = tl.dot(weights.to(v.dtype), v, total * shrink[:, None], input_precision=PRECISION)
@@ -115,7 +118,7 @@ def attention_forward_kernel(
     lane = tl.arange(0, BLOCK_WIDTH)
     place = ((batch * queries + position.to(tl.int64)) * heads + head)[:, None] * width + lane[None, :]
     tl.store(out + place, result.to(out.dtype.element_ty), mask=(position < queries)[:, None] & (lane < width)[None, :])
-    normaliser = tl.where(seen, peak + tl.log2(tl.where(seen, mass, 1.0)), float("inf"))
+    normaliser = tl.where(seen, peak * factor + tl.log2(tl.where(seen, mass, 1.0)), float("inf"))
     tl.store(lse + (batch * heads + head) * queries + position, normaliser, mask=position < queries)
 
 

@@ -36,7 +36,7 @@ ENVIRONMENT_ERRNOS: Mapping[int, tuple[str, str]] = types.MappingProxyType({
 })
 # What means the machine only where something is being written: elsewhere the program asked for what is not there.
 WRITING_ERRNOS: Mapping[int, tuple[str, str]] = types.MappingProxyType({
-    errno.ENOENT: ("the folder is gone: it was removed, or is not mounted any more",
+    errno.ENOENT: ("the folder is not there: it was removed, or is not mounted",
                    f"Bring it back or choose another place, for example {{place}}, {AGAIN}"),
     errno.ESTALE: ("the folder is gone from the server that it lies on",
                    f"Mount it again or choose another place, for example {{place}}, {AGAIN}"),
@@ -78,7 +78,7 @@ def refusal_of(error: BaseException, *, place: str = RUN_PLACE) -> Refusal | Non
     what, way = (ENVIRONMENT_ERRNOS | WRITING_ERRNOS).get(
         number, (str(error), f"Look at the disk and at permissions, {AGAIN}")
     )
-    file = found.filename if found is not None and number else None
+    file = (found.filename2 or found.filename) if found is not None and number else None
     return Refusal(f"{what} ({file})" if file else what, way.format(place=place))
 
 

@@ -120,7 +120,7 @@ def in_a_child(action: Callable[[], str]) -> str:
         (full, "the disk is full", "Free some space, then run the same command again"),
         (read_only, "that file system is read-only", "Choose another place, for example checkpoint.dir="),
         (forbidden, "permission denied", "Choose a place that you may write to, for example checkpoint.dir="),
-        (removed, "the folder is gone", "Bring it back or choose another place, for example checkpoint.dir="),
+        (removed, "the folder is not there", "Bring it back or choose another place, for example checkpoint.dir="),
         (no_quota, "the disk quota is used up", "Free some space or ask for more"),
     ],
 )

@@ -121,8 +121,8 @@ def test_a_scale_that_is_not_positive_turns_scores_round_or_ignores_them(scale: 
     plan = plan_attention(packed([[9, -8], [5]]), batch_rows=1, query_tokens=22, key_tokens=22)
     inputs = tuple(random_tensor(1, 22, 2, 8, seed=n) for n in range(3))
     assert_backends_agree(
-        lambda q, k, v, b: attention(q, key=k, value=v, plan=plan, scale=scale, backend=b), inputs=inputs, tolerance=1e-3,
-        reason="scores of hundreds in fp32 keep four decimals",
+        lambda q, k, v, b: attention(q, key=k, value=v, plan=plan, scale=scale, backend=b),
+        inputs=inputs, tolerance=1e-3, reason="scores of hundreds in fp32 keep four decimals",
     )
 
 

@@ -9,6 +9,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from ernie5.errors import EnvironmentFault, TokenizerError
+from ernie5.observe.faults import refusal_of
 from ernie5.observe.log import get_log
 from ernie5.tokenizers.config import TokenizersConfig
 from ernie5.tokenizers.text import FILE_NAME as TEXT_FILE
@@ -39,7 +40,7 @@ def keep_tokenizers(config: TokenizersConfig, *, folder: Path) -> None:
                 if (stored.path.parent / QUALITY_FILE).is_file():  # what the report says about the run's tokenizers
                     _copy(stored.path.parent / QUALITY_FILE, target=folder / kind / QUALITY_FILE)
     except OSError as error:
-        raise EnvironmentFault(f"Cannot keep the tokenizers in {folder}: {error}. Free space there.") from error
+        raise EnvironmentFault(f"Cannot keep the tokenizers in {folder}: {refusal_of(error)}.") from error
 
 
 def prefer_kept(

@@ -18,6 +18,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ernie5.errors import EnvironmentFault, TokenizerError
+from ernie5.observe.faults import refusal_of
 
 FILE_NAME = "weights.safetensors"
 EMBEDDED = Path(__file__).parent / "embedded"
@@ -67,8 +68,8 @@ def save_weights(
         header = json.dumps({"kind": kind, "config": json.loads(config_json)})
         save_file(tensors, temporary, metadata={"ernie5": header})
         os.replace(temporary, path)
-    except OSError as error:
-        raise EnvironmentFault(f"Cannot write {path}: {error}. Free space or choose another directory.") from error
+    except (OSError, SafetensorError) as error:
+        raise EnvironmentFault(f"Cannot write {path}: {refusal_of(error, place='another --out')}.") from error
     return path
 
 

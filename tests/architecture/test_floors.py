@@ -20,7 +20,6 @@ FLOORS = {
 SIDEWAYS = {
     ("ernie5.data", "ernie5.tokenizers"): "examples are made of tokens",
     ("ernie5.checkpoint", "ernie5.engine.interface"): "a checkpoint saves what the engine's interface hands out",
-    ("ernie5.generate.load", "ernie5.checkpoint.load"): "generation starts from a checkpoint",
     ("ernie5.generate.load", "ernie5.checkpoint.load"): "a prompt needs a trained model; checkpoint knows no generate",
     ("ernie5.observe", "ernie5.records"): "the routing groups are named by TokenKind",
     ("ernie5.train.config", "ernie5.evaluate.config"): "one YAML configures both; schemas are torch-free",

@@ -1,9 +1,11 @@
 import dataclasses
+import resource
+import signal
 
 import pytest
 import torch
 
-from ernie5.errors import TokenizerError
+from ernie5.errors import EnvironmentFault, TokenizerError
 from ernie5.tokenizers.config import VisualTokenizerConfig
 from ernie5.tokenizers.visual.tokenizer import (
     UNTRAINED,
@@ -168,3 +170,17 @@ def test_attention_sees_all_cells_of_its_frame_and_none_of_another(tokenizer):
 def test_attention_knows_where_a_cell_is(tokenizer):
     out = tokenizer.decoder.attention[0](torch.ones(1, 12, 3, 3), frames=1)
     assert (out[..., 1, 1] - out[..., 0, 0]).abs().max() > 1e-3
+
+
+def test_a_file_that_may_not_grow_is_refused_in_one_line_and_the_old_one_stays(tokenizer, tmp_path):
+    path = save_visual_tokenizer(tokenizer, tmp_path)
+    before, limits = path.read_bytes(), resource.getrlimit(resource.RLIMIT_FSIZE)
+    handler = signal.signal(signal.SIGXFSZ, signal.SIG_IGN)  # as Python does at its start, said here all the same
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
+    try:
+        with pytest.raises(EnvironmentFault, match="weights.safetensors: the file is larger than .* allows. Choose"):
+            save_visual_tokenizer(tokenizer, tmp_path)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+        signal.signal(signal.SIGXFSZ, handler)
+    assert path.read_bytes() == before

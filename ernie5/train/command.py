@@ -7,6 +7,7 @@ import contextlib
 import dataclasses
 import os
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
@@ -33,7 +34,8 @@ from ernie5.train.recover import (
 )
 
 CONFIG_FILE = "config.yaml"
-RUN_FILES = ("metrics.jsonl", "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
+METRICS_FILE = "metrics.jsonl"
+RUN_FILES = (METRICS_FILE, "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
 
 
@@ -204,7 +206,18 @@ def _load(arguments: argparse.Namespace) -> RootConfig:
         raise ConfigError(
             f"{arguments.config} configures a tokenizer. Train it with `ernie5 tokenizer train {arguments.config}`"
         )
-    return load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
+    config = load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
+    return _in_its_place(config, file=Path(arguments.config), overrides=arguments.overrides)
+
+
+def _in_its_place(config: RootConfig, *, file: Path, overrides: Sequence[str]) -> RootConfig:
+    """RUN/config.yaml, what a run wrote down of itself, means RUN: from any working directory, and after RUN moved."""
+    folder = file.absolute().parent
+    is_record = file.name == CONFIG_FILE and (folder / METRICS_FILE).is_file()
+    is_named = any(override.startswith("train.run_dir=") for override in overrides)
+    if not is_record or is_named or folder == Path(config.train.run_dir).absolute():
+        return config
+    return with_value(config, key="train.run_dir", value=str(folder))
 
 
 def _with_whole_paths(config: RootConfig, *, fresh: bool) -> RootConfig:

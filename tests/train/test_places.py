@@ -64,6 +64,23 @@ def test_a_relative_folder_is_found_from_another_directory_and_gone_on_with(
     assert (away / "far" / "mine" / "step-00000001").is_dir()
 
 
+def test_a_runs_own_config_means_that_run_from_any_directory_and_after_it_moved(
+    world: Path, homes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = homes
+    monkeypatch.chdir(home)
+    train([str(world / "run.yaml"), "train.eval_every_steps=0", "train.run_dir=runs/one", "train.steps=1"])
+    monkeypatch.chdir(away)
+    train([str(home / "runs" / "one" / "config.yaml"), "train.steps=2"])
+    assert not any(away.iterdir()) and find_checkpoint(home / "runs" / "one").name == "step-00000002"
+    shutil.move(home / "runs" / "one", home / "moved")
+    train([str(home / "moved" / "config.yaml"), "train.steps=3"])
+    assert not any(away.iterdir()) and find_checkpoint(home / "moved").name == "step-00000003"
+    assert not (home / "runs" / "one").exists()
+    train([str(home / "moved" / "config.yaml"), "train.run_dir=other", "train.steps=1"])  # another run, named
+    assert find_checkpoint(away / "other").name == "step-00000001"
+
+
 @pytest.mark.parametrize("run_dir", ["runs/one", "{home}/runs/one"])
 def test_runs_that_wrote_it_relative_are_found_and_never_taken_for_another(
     run_dir: str, world: Path, homes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch,

@@ -15,6 +15,7 @@ import time
 from pathlib import Path
 
 from supervision.endings import Ending, Endings
+from supervision.launches import Launches
 from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
 from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
@@ -24,6 +25,7 @@ from ernie5.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 10.0  # until exit.json, where another host has rank 0
 LAST_SAVE_SECONDS = 300.0
+LAUNCHERS_SECONDS = 120.0  # until other hosts notice that this one was lost; then it starts all the same
 LOOK_SECONDS, LEAVE_SECONDS = 0.5, 5.0  # between looks at other agents; for a launcher to end its ranks
 REPLICA_VARIABLE = "ERNIE5_REPLICA"  # ernie5/train/replica.py reads it; importing that would load torch
 
@@ -59,6 +61,7 @@ class Agent:
         self._child: subprocess.Popen | None = None
         self._stopping = False
         self._endings = Endings(run_dir, node_rank=host.node_rank, nodes=host.nodes)
+        self._launches = Launches(run_dir, node_rank=host.node_rank, nodes=host.nodes)
         self._looked, self._lost = 0.0, None
 
     def run(self, limits: Limits) -> int:
@@ -92,11 +95,13 @@ class Agent:
         for number in (signal.SIGINT, signal.SIGTERM):
             signal.signal(number, self._forward)
         policy = RestartPolicy(limits, step=farthest_step(self._run_dir))
+        self._await_launchers()
         while not self._stopping:
             strays = kill_strays(self._mark)
             if self._node_rank == 0:  # rank 0's host
                 (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
-            launcher_code = self._start_and_wait()
+            with self._launches.running():
+                launcher_code = self._start_and_wait()
             if self._node_rank:
                 self._await_record(launcher_code)
             if self._lost is not None:
@@ -117,6 +122,16 @@ class Agent:
             if self._lost is not None:
                 return self._follow(self._lost, strays=[])
         return EXIT_INTERRUPTED
+
+    def _await_launchers(self) -> None:
+        """Where the agent before this one was killed: until the other hosts' launchers of that time have ended."""
+        deadline, told = time.monotonic() + LAUNCHERS_SECONDS, False
+        while (remaining := self._launches.remain()) and time.monotonic() < deadline and not self._stopping:
+            if not told:
+                told = True
+                print(f"supervise: waits for launchers that lost this host to end: {', '.join(remaining)}",
+                      file=sys.stderr, flush=True)
+            time.sleep(POLL_SECONDS)
 
     def _is_left(self) -> bool:
         """Whether another agent has given up, without which the run cannot go on."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import types
 from pathlib import Path
 
@@ -19,16 +18,6 @@ from ernie5.errors import CheckpointError, ConfigError
 from ernie5_kernels.testing import assert_close
 
 OPTIONS = ({"moments": "8bit"}, {"rounding": True}, {"moments": "8bit", "rounding": True})
-
-
-@pytest.fixture(scope="module")
-def tiny() -> types.ModuleType:
-    """The module that builds tiny engines."""
-    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "tiny_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
 
 
 def train(tiny: types.ModuleType, engine: object, *, steps: range, micro: int = 1) -> list[float]:

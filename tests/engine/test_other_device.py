@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-import importlib.util
 import types
-from pathlib import Path
 
 import pytest
 import torch
@@ -16,16 +14,6 @@ from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
 from ernie5.records import TensorRecord
-
-
-@pytest.fixture(scope="module")
-def tiny() -> types.ModuleType:
-    """The module that builds tiny engines."""
-    spec = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent / "tiny_run.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    torch.set_num_threads(1)
-    return module
 
 
 def _make_engine(tiny: types.ModuleType, *, optimizer: str, device: torch.device) -> LocalEngine:

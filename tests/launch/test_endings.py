@@ -2,24 +2,19 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
-import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
 
 @pytest.fixture(scope="session")
-def endings(repository: Path) -> types.ModuleType:
-    """launch/supervision/endings.py, which is not installed."""
-    spec = importlib.util.spec_from_file_location("endings", repository / "launch" / "supervision" / "endings.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["endings"] = module
-    spec.loader.exec_module(module)
-    return module
+def endings(load_supervision: Callable[[str], types.ModuleType]) -> types.ModuleType:
+    """launch/supervision/endings.py."""
+    return load_supervision("endings")
 
 
 @pytest.fixture

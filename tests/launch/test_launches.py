@@ -3,22 +3,17 @@
 from __future__ import annotations
 
 import contextlib
-import importlib.util
 import os
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
 
-PATH = Path(__file__).resolve().parents[2] / "launch" / "supervision" / "launches.py"
-
 
 @pytest.fixture(scope="module")
-def launches() -> type:
-    spec = importlib.util.spec_from_file_location("launches", PATH)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module.Launches
+def launches(load_supervision: Callable[[str], types.ModuleType]) -> type:
+    return load_supervision("launches").Launches
 
 
 @pytest.fixture

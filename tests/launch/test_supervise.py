@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import json
 import os
 import signal
@@ -10,6 +9,7 @@ import subprocess
 import sys
 import time
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -18,13 +18,9 @@ PATIENCE_SECONDS = 240
 
 
 @pytest.fixture(scope="session")
-def policy(repository: Path) -> types.ModuleType:
-    """launch/supervision/policy.py, which is not installed."""
-    spec = importlib.util.spec_from_file_location("policy", repository / "launch" / "supervision" / "policy.py")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules["policy"] = module
-    spec.loader.exec_module(module)
-    return module
+def policy(load_supervision: Callable[[str], types.ModuleType]) -> types.ModuleType:
+    """launch/supervision/policy.py."""
+    return load_supervision("policy")
 
 
 @pytest.fixture

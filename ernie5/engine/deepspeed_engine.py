@@ -79,7 +79,6 @@ class DeepSpeedEngine(Engine):
         install_recompute(model, engine=engine, device=device)
         topology = place_parts(model, layout=self._layout)
         placement = ExpertPlacement(self._layout, stage=self._stage)
-        placement.mark(model)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
         groups = placement.split_groups(groups)
@@ -116,7 +115,7 @@ class DeepSpeedEngine(Engine):
             own_norm(self._engine, parameters=named, layout=self._layout)
         self._staged = self._stage_passes(model) if parallel.pp > 1 else None
         self._state = DeepSpeedState(self._engine, model=model, stage=self._stage, layout=self._layout)
-        check_copies(self._state.parts(), layout=self._layout)
+        self.check_copies()
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:
         """Forward and backward over this rank's micro-batches; the last backward reduces gradients over ranks."""
@@ -197,6 +196,10 @@ class DeepSpeedEngine(Engine):
     def layout(self) -> Layout:
         """How the model is spread."""
         return self._layout
+
+    def check_copies(self) -> None:
+        """Raise EnvironmentFault where ranks that hold one part of a parameter hold other values; collective."""
+        check_copies(self._state.parts(), layout=self._layout)
 
     def gather(self, value: dict) -> list[dict]:
         """Collect a small value from every rank."""

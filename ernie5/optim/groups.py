@@ -28,6 +28,9 @@ NOT_HIDDEN = (
 FUSED = (("*.gate_up", 2), ("*.gate_up.weight", 2))
 """Matrices that stand on top of one another in a single parameter: pattern of the name, how many."""
 
+GROUP_KINDS = ("matrix", "decay", "plain")
+"""Names of groups: hidden matrices (for Muon), what else decays, vectors."""
+
 
 @dataclasses.dataclass(frozen=True)
 class ParameterGroup:
@@ -61,7 +64,7 @@ def build_groups(model: torch.nn.Module, *, weight_decay: float, split_matrices:
 
     split_matrices: put hidden matrices into a group of their own, for Muon.
     """
-    sorted_out: dict[str, list[tuple[str, torch.nn.Parameter]]] = {"matrix": [], "decay": [], "plain": []}
+    sorted_out: dict[str, list[tuple[str, torch.nn.Parameter]]] = {kind: [] for kind in GROUP_KINDS}
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue

@@ -95,6 +95,12 @@ class Layout:
         """Whether this rank's stage is the first that holds the parameter: it counts and saves it."""
         return self.state.axis("pp").coordinate == self.shards[name].stages[0]
 
+    def is_uneven(self, name: str) -> bool:
+        """Whether some ranks hold a larger part of the parameter than others."""
+        shard = self.shards[name]
+        rows = ((shard.shape[cut.dim] // cut.fused, self.state.axis(cut.axis).size) for cut in shard.cuts)
+        return any(count % ranks for count, ranks in rows)
+
     def is_here(self, name: str) -> bool:
         """Whether this rank's stage holds the parameter."""
         return self.state.axis("pp").coordinate in self.shards[name].stages

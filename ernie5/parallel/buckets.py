@@ -17,14 +17,17 @@ def sum_gradients(parameters: dict[str, torch.nn.Parameter], *, layout: Layout) 
     """Sum `parameters[...].grad` in place over the axes that the layout names, and over the pipeline stages that share
     a parameter; a missing gradient counts as zero.
 
-    Buckets follow the order of names, which is the same on every rank of an axis.
+    Buckets follow the order of names, which is the same on every rank of an axis. Parameters of which ranks hold parts
+    of different sizes have buckets of their own: a ring adds up an element in an order that depends on its place, and
+    the copies of a parameter must lie at the same place on the ranks that hold them, to stay equal bit for bit.
     """
-    by_axes: dict[tuple[str, ...], list[torch.Tensor]] = {}
+    by_axes: dict[tuple[tuple[str, ...], bool], list[torch.Tensor]] = {}
     for name, parameter in parameters.items():
         if parameter.grad is None:
             parameter.grad = torch.zeros_like(parameter)
-        by_axes.setdefault(layout.shards[name].sum_axes, []).append(parameter.grad)
-    for axes, gradients in by_axes.items():
+        key = layout.shards[name].sum_axes, layout.is_uneven(name)
+        by_axes.setdefault(key, []).append(parameter.grad)
+    for (axes, _), gradients in by_axes.items():
         for axis in axes:
             sum_tensors(gradients, axis=layout.state.axis(axis))
     for name, parameter in parameters.items():

@@ -26,7 +26,7 @@ from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
 from ernie5.engine.interface import BUFFER, KINDS, MOMENT, PARAMETER, Engine, check_names
 from ernie5.errors import CheckpointError, TokenizerError
-from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.model.backbone import UnifiedModel
 from ernie5.parallel.boxes import Box
 from ernie5.tokenizers.config import TokenizersConfig
 from ernie5.tokenizers.kept import KEPT_FOLDER, prefer_kept
@@ -141,7 +141,7 @@ def load_model(
     manifest = open_manifest(directory)
     refuse_damage(find_damage(directory, manifest=manifest, with_optimizer=False), directory=directory)
     config = load_config(directory / CONFIG_FILE, schema=resolve("root", name="train"))
-    model = build_model(config.model, seed=0)
+    model = UnifiedModel.outline(config.model, seed=0)  # strict: every parameter is read
     tensors = StoredTensors(directory, manifest=manifest)
     parameters = dict(model.named_parameters())
     own = {name: value for name, value in model.state_dict(keep_vars=True).items() if name in parameters}
@@ -152,7 +152,7 @@ def load_model(
         for name, tensor in own.items():
             values = tensors.read_whole(name)
             if name in parameters:
-                parameters[name].data = values.to(dtype or values.dtype)
+                model.hold(name, values=values.to(dtype or values.dtype))
             else:
                 tensor.copy_(values)
     return LoadedModel(model=model.to(device).eval(), config=config, manifest=manifest, directory=directory)

@@ -11,7 +11,6 @@ from ernie5.model.block import DenseBlock, MoEBlock
 from ernie5.model.config import ModelConfig
 from ernie5.model.embedding import InputEmbedding
 from ernie5.model.heads import AudioHead
-from ernie5.model.init import initialize
 from ernie5.model.interfaces import AttentionPlanner, KeyValueCache, LayerInputs
 from ernie5.model.linear import Linear
 from ernie5.model.moe.balance import LayerRouting, stack_routings
@@ -19,6 +18,7 @@ from ernie5.model.moe.layer import MoELayer
 from ernie5.model.moe.router import Router, check_subnetwork
 from ernie5.model.mtp import MTPModule
 from ernie5.model.norm import RMSNorm
+from ernie5.model.outline import OutlinedModel
 from ernie5.model.rope import rotation
 from ernie5.model.shard_plan import Section, whole_section
 from ernie5.records import AudioFrames, Batch, ModelOutput, SubNetwork, TokenKind
@@ -26,7 +26,7 @@ from ernie5_kernels.attention import plan_attention
 from ernie5_kernels.linear import linear
 
 
-class UnifiedModel(nn.Module):
+class UnifiedModel(OutlinedModel):
     """Text, image, video and audio, in and out, over one sparse decoder (SPEC sections 1 and 2).
 
     `plan_attention` is the seam beside each layer's AttentionOp. `forward` runs a section of the model where asked to;
@@ -34,8 +34,7 @@ class UnifiedModel(nn.Module):
     """
 
     def __init__(self, config: ModelConfig) -> None:
-        super().__init__()
-        self.config = config
+        super().__init__(config)
         self.plan_attention: AttentionPlanner = plan_attention
         self.embedding = InputEmbedding(config)
         self.layers = nn.ModuleList(
@@ -244,9 +243,5 @@ def _chosen(subnetwork: SubNetwork | None, *, total: int) -> tuple[int, ...]:
 
 
 def build_model(config: ModelConfig, *, seed: int) -> UnifiedModel:
-    """Construct the model in fp32 on CPU and initialise every parameter from (seed, its name)."""
-    with torch.device("meta"):
-        model = UnifiedModel(config)
-    model.to_empty(device="cpu")
-    initialize(model, config=config, seed=seed)
-    return model
+    """The whole model in fp32 on the CPU, every parameter drawn from (seed, its name)."""
+    return UnifiedModel.outline(config, seed=seed).draw()

@@ -1,8 +1,16 @@
 """Every initialisation in one table: parameter-name pattern -> rule (SPEC section 1, ERNIE 4.5's).
 
 std = sqrt(0.3333 / width) of the stream that the parameter belongs to (the backbone's or the ViT's); projections that
-write into the residual stream are scaled by 1/sqrt(2 * layers) of that stream. Each parameter has its own random
-stream, seeded by (seed, name), so that values depend neither on the order of construction nor on the layout.
+write into the residual stream are scaled by 1/sqrt(2 * layers) of that stream.
+
+Each parameter has its own random stream, seeded by (seed, name), so that values depend neither on the order of
+construction nor on the layout. A parameter of more than WHOLE_STREAM_ELEMENTS has one stream for each index of its
+first dim (an expert, a row of the vocabulary), seeded by (seed, name, index), so that a rank draws the experts that it
+holds and no others. Every tensor of the configurations that were trained here is smaller than that.
+
+torch fills a CPU tensor of at least 16 elements 16 at a time, and draws the last 16 anew where their number is no
+multiple of 16. A stream drawn in consecutive pieces of multiples of 16 elements is therefore that of one draw, if what
+is left for the last piece is at least 16 elements too.
 """
 
 from __future__ import annotations
@@ -11,13 +19,17 @@ import dataclasses
 import fnmatch
 import hashlib
 import math
+from collections.abc import Iterator
 
 import torch
-from torch import nn
 
 from ernie5.model.config import ModelConfig
+from ernie5.model.interfaces import KeptIndices
 
 VARIANCE_WIDTH = 0.3333
+WHOLE_STREAM_ELEMENTS = 1 << 25
+PIECE_ELEMENTS = 1 << 20
+BLOCK_ELEMENTS = 16  # of torch's normal_ on a CPU
 
 
 @dataclasses.dataclass(frozen=True)
@@ -59,18 +71,58 @@ def std_of(name: str, *, config: ModelConfig) -> float | None:
     return std / math.sqrt(2 * layers) if rule.kind == "residual" else std
 
 
-@torch.no_grad()
-def initialize(module: nn.Module, *, config: ModelConfig, seed: int) -> None:
-    """Fill every parameter of `module` in place by the table, and set the balance biases to zero."""
-    for name, parameter in module.named_parameters():
-        std = std_of(name, config=config)
+class SeededValues:
+    """The InitialValues of a model of `config`: drawn by the table from `seed`, in pieces of PIECE_ELEMENTS or, where a
+    row is longer, of some rows (16 at most)."""
+
+    def __init__(self, config: ModelConfig, *, seed: int) -> None:
+        self._config, self._seed = config, seed
+
+    @torch.no_grad()
+    def fill(self, part: torch.Tensor, *, name: str, shape: tuple[int, ...], kept: KeptIndices) -> None:
+        """As InitialValues."""
+        std = std_of(name, config=self._config)
         if std is None:
-            parameter.fill_(1.0)
-            continue
-        digest = hashlib.sha256(f"{seed}/{name}".encode()).digest()
-        generator = torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
-        values = torch.empty(parameter.shape, dtype=torch.float32).normal_(std=std, generator=generator)
-        parameter.copy_(values)
-    for name, buffer in module.named_buffers():
-        if name.endswith("balance_bias"):
-            buffer.zero_()
+            part.fill_(1.0)
+        elif math.prod(shape) <= WHOLE_STREAM_ELEMENTS or len(shape) == 1:
+            _draw(part, stream=_stream(f"{self._seed}/{name}"), std=std, shape=shape, kept=kept)
+        else:
+            own = range(shape[0]) if kept[0] is None else kept[0].tolist()
+            for values, index in zip(part, own, strict=True):
+                stream = _stream(f"{self._seed}/{name}/{index}")
+                _draw(values, stream=stream, std=std, shape=shape[1:], kept=kept[1:])
+
+
+def _stream(key: str) -> torch.Generator:
+    digest = hashlib.sha256(key.encode()).digest()
+    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+
+
+def _draw(
+    part: torch.Tensor, *, stream: torch.Generator, std: float, shape: tuple[int, ...], kept: KeptIndices
+) -> None:
+    """Draw a tensor of `shape` piece by piece and write what is kept of it into `part`."""
+    own, written = kept[0], 0
+    for first, stop in _pieces(shape[0], row_elements=math.prod(shape[1:])):
+        if written == part.shape[0]:
+            return  # the rest belongs to others
+        values = torch.empty(stop - first, *shape[1:], dtype=torch.float32).normal_(std=std, generator=stream)
+        if own is not None:
+            values = values.index_select(0, own[(own >= first) & (own < stop)] - first)
+        for dim, indices in enumerate(kept[1:], start=1):
+            values = values if indices is None else values.index_select(dim, indices)
+        part[written : written + values.shape[0]] = values
+        written += values.shape[0]
+
+
+def _pieces(rows: int, *, row_elements: int) -> Iterator[tuple[int, int]]:
+    """(first, stop) of runs of rows that give the stream of one draw."""
+    fewest = BLOCK_ELEMENTS // math.gcd(BLOCK_ELEMENTS, row_elements)
+    size = max(1, PIECE_ELEMENTS // (fewest * row_elements)) * fewest
+    first = 0
+    while first < rows:
+        stop = first + size
+        if (rows - stop) * row_elements < BLOCK_ELEMENTS:
+            stop = rows
+        yield first, stop
+        first = stop

@@ -13,8 +13,19 @@ import torch
 
 from ernie5_kernels.attention import AttentionPlan
 
+KeptIndices = tuple[torch.Tensor | None, ...]
+"""By dim of a whole tensor the indices that a part of it has, int64 and ascending; None: all of them."""
+
 NO_EXPERT = -1
 """In place of an expert's number: a choice that concerns another place."""
+
+
+class InitialValues(Protocol):
+    """What the parameters of a model start with."""
+
+    def fill(self, part: torch.Tensor, *, name: str, shape: tuple[int, ...], kept: KeptIndices) -> None:
+        """Write the part of the parameter `name`, of `shape` as a whole, that `kept` leaves of it. The same values on
+        every layout, and never the whole of a large tensor in memory."""
 
 
 class AttentionOp(Protocol):

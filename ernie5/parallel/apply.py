@@ -1,17 +1,21 @@
-"""From a whole, seeded model to one rank's part of it, in one visible order.
+"""From the outline of a model, which has names and shapes alone, to one rank's part of it, in one visible order.
 
-Every rank builds the same whole model from the seed and keeps its slices, so that all layouts start from identical
-weights. What is cut where stands in `model/shard_plan.py`; names stay global, shapes become local.
+The layout is planned from shapes. Then each parameter of this rank is drawn by itself, from the random stream that is
+its own on every layout, and of the stream only this rank's part is kept: all layouts start from identical weights, and
+no rank ever holds a whole model. What is cut where stands in `model/shard_plan.py`; names stay global, shapes become
+local.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterator, Mapping
+from typing import Protocol
 
 import torch
 
+from ernie5.model.interfaces import KeptIndices
 from ernie5.model.shard_plan import Placement, placements_of
 from ernie5.objectives.next_token import TextLoss
 from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_part
@@ -113,11 +117,23 @@ class Layout:
         """This rank's contiguous part of a whole tensor."""
         part = whole
         for cut in self.shards[name].cuts:
-            axis = self.state.axis(cut.axis)
-            pieces = part.unflatten(cut.dim, (cut.fused, -1))
-            sizes = even_sizes(pieces.shape[cut.dim + 1], axis=axis)
-            part = own_part(pieces, axis=axis, sizes=sizes, dim=cut.dim + 1).flatten(cut.dim, cut.dim + 1)
+            part = self._cut_once(part, cut=cut, dim=cut.dim)
         return part.contiguous()
+
+    def kept_indices(self, name: str) -> KeptIndices:
+        """Which indices of each dim this rank's part of a parameter has."""
+        shard = self.shards[name]
+        by_dim = {cut.dim: cut for cut in shard.cuts}
+        return tuple(
+            self._cut_once(torch.arange(size), cut=by_dim[dim], dim=0) if dim in by_dim else None
+            for dim, size in enumerate(shard.shape)
+        )
+
+    def _cut_once(self, whole: torch.Tensor, *, cut: Cut, dim: int) -> torch.Tensor:
+        axis = self.state.axis(cut.axis)
+        pieces = whole.unflatten(dim, (cut.fused, -1))
+        sizes = even_sizes(pieces.shape[dim + 1], axis=axis)
+        return own_part(pieces, axis=axis, sizes=sizes, dim=dim + 1).flatten(dim, dim + 1)
 
     def gather(self, part: torch.Tensor, *, name: str) -> torch.Tensor:
         """The whole tensor on every rank of a stage, out of this rank's part; collective over the axes that cut it."""
@@ -195,35 +211,69 @@ class Layout:
                 setattr(absent.owner, absent.attribute, None)
 
 
-def apply_layout(model: torch.nn.Module, *, state: ParallelState, parallel: ParallelConfig) -> Layout:
-    """Turn the whole `model` into this rank's part, in this order: plan, stage, cut, tensor, context, dispatchers."""
+class Place(Protocol):
+    """What planning needs of a ParallelState, or of a place in grids that do not run."""
+
+    def axis(self, name: str) -> Axis:
+        """The axis called `name`."""
+
+
+def apply_layout(
+    model: torch.nn.Module, *, state: ParallelState, parallel: ParallelConfig, is_drawn: bool = True
+) -> Layout:
+    """Turn `model` into this rank's part, in this order: plan, stage, parts, tensor, context, dispatchers. The model is
+    an outline; one that has values already is cut. is_drawn: as in `make_parts`."""
     stages = plan_stages(model.config, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
-    layout = Layout(state, stages=stages, shards=plan_shards(model, state=state, stages=stages))
+    layout = Layout(state, stages=stages, shards=plan_shards(shapes_of(model), place=state, stages=stages))
     layout.leave_out(model)
-    cut_parameters(model, layout=layout)
+    make_parts(model, layout=layout, is_drawn=is_drawn)
     install_tensor(model, state=state, install=layout.install, is_sequence=parallel.sequence)
     install_context(model, axis=state.cp, install=layout.install, mode=parallel.context)
     install_dispatchers(model, layout=layout, parallel=parallel)
     return layout
 
 
-def plan_shards(model: torch.nn.Module, *, state: ParallelState, stages: StagePlan) -> dict[str, Shard]:
-    """The shard of every parameter of the whole `model`, by the one placement that matches its name."""
+def shapes_of(model: torch.nn.Module) -> dict[str, tuple[int, ...]]:
+    """The shape of every parameter by name."""
+    return {name: tuple(parameter.shape) for name, parameter in model.named_parameters()}
+
+
+def plan_shards(
+    shapes: Mapping[str, tuple[int, ...]], *, place: Place, stages: StagePlan
+) -> dict[str, Shard]:
+    """The shard of every parameter of a whole model, by the one placement that matches its name."""
     shards = {}
-    for name, parameter in model.named_parameters():
+    for name, shape in shapes.items():
         (placement,) = placements_of(name)
         holders = stages.holders(name, placement=placement)
-        shards[name] = plan_shard(
-            name, placement=placement, shape=tuple(parameter.shape), state=state, stages=holders
-        )
+        shards[name] = plan_shard(name, placement=placement, shape=shape, state=place, stages=holders)
     return shards
 
 
-def cut_parameters(model: torch.nn.Module, *, layout: Layout) -> None:
-    """Replace the values of every cut parameter by this rank's part; the Parameter objects stay."""
-    for name, parameter in model.named_parameters():
-        if layout.shards[name].cuts:
-            parameter.data = layout.cut(parameter.data, name=name).clone()
+def make_parts(model: torch.nn.Module, *, layout: Layout, is_drawn: bool = True) -> None:
+    """Give every parameter of this rank its part, one by one: of an outline its initial values, else a cut of what it
+    has. is_drawn: False gives an outline stand-ins, of the shape of a part and in the memory of one element."""
+    for name, parameter in list(model.named_parameters()):
+        if not parameter.is_meta:
+            if layout.shards[name].cuts:
+                parameter.data = layout.cut(parameter.data, name=name).clone()
+        elif is_drawn:
+            model.hold(name, values=draw_part(model, name=name, layout=layout, dtype=parameter.dtype))
+        else:
+            one = torch.zeros((), dtype=parameter.dtype, device="cpu")
+            model.hold(name, values=one.expand(_part_shape(layout.shards[name].shape, kept=layout.kept_indices(name))))
+
+
+def draw_part(model: torch.nn.Module, *, name: str, layout: Layout, dtype: torch.dtype) -> torch.Tensor:
+    """This rank's part of a parameter's initial values, on the CPU."""
+    shape, kept = layout.shards[name].shape, layout.kept_indices(name)
+    part = torch.empty(_part_shape(shape, kept=kept), dtype=dtype, device="cpu")
+    model.initial.fill(part, name=name, shape=shape, kept=kept)
+    return part
+
+
+def _part_shape(shape: tuple[int, ...], *, kept: KeptIndices) -> tuple[int, ...]:
+    return tuple(size if own is None else own.numel() for size, own in zip(shape, kept, strict=True))
 
 
 def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: ParallelConfig) -> None:
@@ -243,7 +293,7 @@ def install_dispatchers(model: torch.nn.Module, *, layout: Layout, parallel: Par
 
 
 def plan_shard(
-    name: str, *, placement: Placement, shape: tuple[int, ...], state: ParallelState, stages: tuple[int, ...]
+    name: str, *, placement: Placement, shape: tuple[int, ...], state: Place, stages: tuple[int, ...]
 ) -> Shard:
     """The shard of one parameter of `shape` that `stages` hold; of `state`, only sizes of axes matter."""
     is_expert = placement.ep_dim is not None

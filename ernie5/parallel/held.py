@@ -6,11 +6,10 @@ import heapq
 import math
 from collections.abc import Collection, Mapping
 
-from ernie5.model.shard_plan import placements_of
-from ernie5.parallel.apply import Layout, plan_shard
+from ernie5.parallel.apply import Layout, plan_shards
 from ernie5.parallel.boxes import Held, HeldCut
 from ernie5.parallel.collectives import even_sizes
-from ernie5.parallel.dims import GridDims
+from ernie5.parallel.dims import AXES, GridDims
 from ernie5.parallel.stages import StagePlan
 from ernie5.parallel.state import Axis, Traffic
 
@@ -60,18 +59,16 @@ class GridPlace:
 
     def __init__(self, dims: GridDims, *, rank: int) -> None:
         self.dims, self.rank = dims, rank
+        groups = {name: dims.group(rank, axis=name) for name in AXES}
+        self._axes = {
+            name: Axis(name, ranks, ranks.index(rank), None, Traffic(), ranks) for name, ranks in groups.items()
+        }
 
     def axis(self, name: str) -> Axis:
         """The rank's place along an axis, without a process group."""
-        ranks = self.dims.group(self.rank, axis=name)
-        return Axis(name, ranks, ranks.index(self.rank), None, Traffic(), ranks)
+        return self._axes[name]
 
 
 def planned_layout(shapes: Mapping[str, tuple[int, ...]], *, place: GridPlace, stages: StagePlan) -> Layout:
     """The layout of the parameters of `shapes` as the rank at `place` would see it."""
-    shards = {}
-    for name, shape in shapes.items():
-        (placement,) = placements_of(name)
-        holders = stages.holders(name, placement=placement)
-        shards[name] = plan_shard(name, placement=placement, shape=shape, state=place, stages=holders)
-    return Layout(place, stages=stages, shards=shards)
+    return Layout(place, stages=stages, shards=plan_shards(shapes, place=place, stages=stages))

@@ -84,7 +84,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     identities = dataclasses.asdict(tokenizers.identities)
     if known is not None:
         check_tokenizers(known.manifest, identities=identities)
-    model = build_model(config.model, seed=config.train.seed)
+    make_model = build_model if config.engine.kind == "local" else UnifiedModel.outline
+    model = make_model(config.model, seed=config.train.seed)
     engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
     loader = open_loader(config, tokenizers=tokenizers, split="train", engine=engine)
     progression = Progression()

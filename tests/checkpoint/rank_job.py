@@ -25,7 +25,7 @@ from ernie5.engine.grid import GridEngine
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.local import LocalEngine
 from ernie5.errors import CheckpointError, EnvironmentFault
-from ernie5.model.backbone import build_model
+from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
@@ -41,7 +41,7 @@ MODEL = dataclasses.replace(TINY.MODEL, kv_heads=2, layers=2, modalities=("text"
 
 def make_engine(layout: dict | None, *, seed: int = 3, precision: str = "fp32") -> Engine:
     """A grid engine of `layout`, or the local one; other seeds make other weights."""
-    model = build_model(MODEL, seed=seed)
+    model = (build_model if layout is None else UnifiedModel.outline)(MODEL, seed=seed)
     settings = StepSettings(
         objectives=ObjectivesConfig(ema_decay=0.5), clip_norm=0.05, balance_speed=0.01,
         magnitudes=uniform_magnitudes(vocab_size=TINY.MODEL.vocab_size, audio_codes=TINY.MODEL.audio.codes),

@@ -35,12 +35,13 @@ from ernie5.engine.config import EngineConfig
 from ernie5.engine.grid import GridEngine
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.local import LocalEngine
-from ernie5.model.backbone import build_model
+from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.interfaces import Routing
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
 from layout_replay import Choices, Notes
 from layout_rows import LEARNING_RATES, MODELS, OBJECTIVES, STEPS, Row, find_row
@@ -84,8 +85,9 @@ def _speech(*, seed: int) -> Document:
 
 
 def make_engine(row: Row) -> Engine:
-    """The engine of a row around the same whole model; `case` shifts the routers' bias."""
-    model = build_model(changed(TINY.MODEL, fields=MODELS[row.model]), seed=3)
+    """The engine of a row around the same model, of which a rank builds its part; `case` shifts the routers' bias."""
+    make_model = build_model if row.is_local else UnifiedModel.outline
+    model = make_model(changed(TINY.MODEL, fields=MODELS[row.model]), seed=3)
     precision, device = row.precision, torch.device("cpu")
     if precision == "fp64":
         model, precision = model.double(), "fp32"
@@ -164,8 +166,8 @@ def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[
 def finish_row(row: Row, *, engine: Engine, steps: int, out: Path) -> dict[str, object]:
     """What is to be seen after the steps."""
     result: dict[str, object] = {"state": engine.state()}
-    if not row.is_local:  # copies of one part, those of two stages included
-        engine.check_copies()
+    if not (row.is_local or row.drifts or row.stage == 3):  # copies of one part, those of two stages included
+        check_copies(dict(engine.model.named_parameters()), layout=engine.layout)
     batch = make_rows(7, row=row, rows=1)[0]
     with engine.whole_model(), torch.no_grad():
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model

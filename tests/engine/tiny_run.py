@@ -18,7 +18,7 @@ from ernie5.engine import deepspeed_config
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.local import LocalEngine
-from ernie5.model.backbone import build_model
+from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, VisualModelConfig
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
@@ -76,7 +76,7 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
                 optimizer: str = "adamw", offload: str = "none", moments: str = "fp32",
                 rounding: bool = False) -> Engine:
     """A tiny engine; every call starts from the same weights."""
-    model = build_model(MODEL, seed=3)
+    model = (build_model if kind == "local" else UnifiedModel.outline)(MODEL, seed=3)
     settings = StepSettings(
         objectives=ObjectivesConfig(ema_decay=0.5),
         clip_norm=clip,

@@ -2,13 +2,23 @@
 
 from __future__ import annotations
 
+import hashlib
+import math
+from pathlib import Path
+
 import pytest
 import torch
 
-from ernie5.model.backbone import build_model
+from ernie5.config.load import load_config
+from ernie5.model import init
+from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.config import ModelConfig, MoEConfig, VisualModelConfig
-from ernie5.model.init import std_of
+from ernie5.model.init import SeededValues, std_of
 from ernie5.model.shard_plan import SHARD_PLAN, placements_of
+from ernie5.train.config import RootConfig
+
+CONFIGS = Path(__file__).parent.parent.parent / "configs" / "pretrain"
+ODD_SHAPES = ((1,), (15,), (16,), (17,), (33,), (3, 5), (5, 16), (7, 9), (2, 100, 3), (6, 1, 31), (9, 2, 8))
 
 
 @pytest.fixture(scope="module")
@@ -63,3 +73,64 @@ def test_cut_dims_exist_and_fused_parts_split_evenly(wide) -> None:
             # Codec heads have an odd number of classes: their ranks hold rows of unlike number.
             pieces = 1 if name.startswith("audio_head.") else 2 * placement.fused
             assert parameter.shape[placement.tp_dim] % pieces == 0, name
+
+
+def one_draw(key: str, *, shape: tuple[int, ...], std: float) -> torch.Tensor:
+    """A stream in one call of torch: what every run so far has started from."""
+    seed = int.from_bytes(hashlib.sha256(key.encode()).digest()[:8], "little") >> 1
+    return torch.empty(shape).normal_(std=std, generator=torch.Generator().manual_seed(seed))
+
+
+@pytest.mark.parametrize("name", ["debug", "quickstart", "small"])
+def test_trained_configurations_start_from_one_draw_per_parameter(name: str) -> None:
+    config = load_config(CONFIGS / f"{name}.yaml", schema=RootConfig).model
+    for key, parameter in build_model(config, seed=1234).named_parameters():
+        std = std_of(key, config=config)
+        if std is not None:
+            assert torch.equal(parameter, one_draw(f"1234/{key}", shape=tuple(parameter.shape), std=std)), key
+
+
+@pytest.mark.parametrize("name", ["debug", "quickstart", "small", "single_gpu"])
+def test_no_parameter_of_a_small_configuration_has_a_stream_per_index(name: str) -> None:
+    outline = UnifiedModel.outline(load_config(CONFIGS / f"{name}.yaml", schema=RootConfig).model, seed=0)
+    assert max(parameter.numel() for parameter in outline.parameters()) <= init.WHOLE_STREAM_ELEMENTS
+
+
+def test_an_outline_has_names_and_shapes_and_no_parameters_in_memory(wide) -> None:
+    config, model = wide
+    outline = UnifiedModel.outline(config, seed=5)
+    assert all(parameter.is_meta for parameter in outline.parameters())
+    assert not any(buffer.is_meta or buffer.any() for buffer in outline.buffers())
+    found, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (outline, model))
+    assert found == expected
+
+
+@pytest.mark.parametrize("piece_elements", [1, 40, 100])
+@pytest.mark.parametrize("shape", ODD_SHAPES)
+def test_a_part_drawn_in_pieces_is_that_of_one_draw(
+    wide, shape: tuple[int, ...], piece_elements: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(init, "PIECE_ELEMENTS", piece_elements)
+    config, name = wide[0], "text_head.weight"
+    expected = one_draw(f"5/{name}", shape=shape, std=std_of(name, config=config))
+    kept = tuple(torch.arange(n)[dim % 2 :: 2] if n > 2 else None for dim, n in enumerate(shape))
+    for dim, indices in enumerate(kept):
+        expected = expected if indices is None else expected.index_select(dim, indices)
+    part = torch.full(expected.shape, torch.nan)
+    SeededValues(config, seed=5).fill(part, name=name, shape=shape, kept=kept)
+    assert torch.equal(part, expected)
+
+
+def test_a_huge_parameter_has_a_stream_per_index_and_a_rank_draws_its_own(wide, monkeypatch) -> None:
+    config, name, shape = wide[0], "layers.1.moe.experts.down", (6, 5, 33)
+    monkeypatch.setattr(init, "WHOLE_STREAM_ELEMENTS", math.prod(shape) - 1)
+    drawn = []
+    plain = init._stream
+    monkeypatch.setattr(init, "_stream", lambda key: drawn.append(key) or plain(key))
+    part = torch.full((2, 5, 3), torch.nan)
+    kept = (torch.tensor([1, 4]), None, torch.tensor([0, 1, 30]))
+    SeededValues(config, seed=5).fill(part, name=name, shape=shape, kept=kept)
+    std = std_of(name, config=config)
+    for values, index in zip(part, (1, 4), strict=True):
+        assert torch.equal(values, one_draw(f"5/{name}/{index}", shape=(5, 33), std=std)[:, [0, 1, 30]])
+    assert drawn == [f"5/{name}/1", f"5/{name}/4"]

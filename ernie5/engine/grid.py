@@ -73,7 +73,7 @@ class GridEngine(Engine):
         self._layout = apply_layout(model, state=self._parallel, parallel=parallel)
         model.to(device)
         install_recompute(model, engine=engine, device=device)
-        check_copies(dict(model.named_parameters()), layout=self._layout)
+        self.check_copies()
         self._masters = make_masters(model, precision=engine.precision)
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
         groups = [
@@ -169,6 +169,10 @@ class GridEngine(Engine):
     def layout(self) -> Layout:
         """How the model is spread."""
         return self._layout
+
+    def check_copies(self) -> None:
+        """Raise EnvironmentFault where ranks that hold one part of a parameter hold other values; collective."""
+        check_copies(dict(self.model.named_parameters()), layout=self._layout)
 
     def _sum_over_shares(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""

@@ -41,7 +41,6 @@ from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
-from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch
 from layout_replay import Choices, Notes
 from layout_rows import LEARNING_RATES, MODELS, OBJECTIVES, STEPS, Row, find_row
@@ -166,8 +165,8 @@ def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[
 def finish_row(row: Row, *, engine: Engine, steps: int, out: Path) -> dict[str, object]:
     """What is to be seen after the steps."""
     result: dict[str, object] = {"state": engine.state()}
-    if not (row.is_local or row.drifts or row.stage == 3):  # copies of one part, those of two stages included
-        check_copies(dict(engine.model.named_parameters()), layout=engine.layout)
+    if not row.is_local:  # copies of one part, those of two stages included
+        engine.check_copies()
     batch = make_rows(7, row=row, rows=1)[0]
     with engine.whole_model(), torch.no_grad():
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model

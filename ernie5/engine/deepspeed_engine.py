@@ -23,6 +23,7 @@ from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_norm import own_norm, whole_gradients
 from ernie5.engine.deepspeed_order import OrderedStep
 from ernie5.engine.deepspeed_pipe import StagedPasses
+from ernie5.engine.deepspeed_start import move_buffers, partition_parameters
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_parts
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
@@ -73,9 +74,10 @@ class DeepSpeedEngine(Engine):
         self.dp_rank, self.dp_size = parallel_state.dp.coordinate, parallel_state.dp.size
         self.magnitudes = settings.magnitudes.to(device)
         self._stage, self.updates = engine.zero_stage, 0
-        self._layout = apply_layout(model, state=parallel_state, parallel=parallel)
+        is_outline = self._stage == 3 and any(parameter.is_meta for parameter in model.parameters())
+        self._layout = apply_layout(model, state=parallel_state, parallel=parallel, is_drawn=not is_outline)
         self._data_axis, self._pp_axis = parallel_state.dp_cp, parallel_state.pp
-        model.to(device)
+        move_buffers(model, device=device) if is_outline else model.to(device)
         install_recompute(model, engine=engine, device=device)
         topology = place_parts(model, layout=self._layout)
         placement = ExpertPlacement(self._layout, stage=self._stage)
@@ -101,11 +103,15 @@ class DeepSpeedEngine(Engine):
         placement.mark_groups(optimizer)
         wrapped = self._prepare(step)
         placement.announce(wrapped)
+        settled = deepspeed_config(engine, optim=optim, plan=plan)
+        if is_outline:
+            dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32
+            partition_parameters(model, layout=self._layout, config=settled, topology=topology, dtype=dtype)
         self._engine, _, _, _ = deepspeed.initialize(
             model=wrapped,
             optimizer=optimizer,
             mpu=topology,
-            config=deepspeed_config(engine, optim=optim, plan=plan),
+            config=settled,
             dist_init_required=False,
         )
         _restore_buffers(model, buffers=buffers)

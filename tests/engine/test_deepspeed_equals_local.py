@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernie5.engine import deepspeed_start
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.deepspeed_config import check_combination
 from ernie5.errors import ConfigError, NumericsError
@@ -208,3 +209,19 @@ def test_combinations_that_would_give_other_results_are_refused() -> None:
     with pytest.raises(ConfigError, match="offload_optimizer = 'cpu': optim.name = muon"):
         check_combination(EngineConfig(zero_stage=2, offload_optimizer="cpu"), optim=muon)
     check_combination(EngineConfig(zero_stage=2), optim=muon)
+
+
+def test_stage_three_draws_a_parameter_when_no_other_one_is_whole(
+    tiny: types.ModuleType, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    held = {}
+    plain = deepspeed_start.draw_part
+
+    def draw(model: torch.nn.Module, *, name: str, **how: object) -> torch.Tensor:
+        held[name] = sum(parameter.untyped_storage().nbytes() for parameter in model.parameters())
+        return plain(model, name=name, **how)
+
+    monkeypatch.setattr(deepspeed_start, "draw_part", draw)
+    engine = tiny.make_engine("deepspeed", stage=3)
+    assert set(held) == set(engine.layout.shards)
+    assert max(held.values()) <= 4 * len(held)  # stand-ins, one fp32 element each

@@ -2,7 +2,8 @@
 
     OMP_NUM_THREADS=1 .venv/bin/python tools/layout_memory/main.py
 
-Measured: the largest VmHWM of any rank during the second step, less what the process held before it built its model.
+Measured: the largest VmHWM of any rank while it builds its model and engine (start) and during the second step (peak),
+less what the process held before it built its model.
 Theory, fp32 with AdamW, P parameters of a rank: 16 P under the grid engine (weights, gradients, two moments); under
 ZeRO over n ranks DeepSpeed keeps weights, gradients and a master with its moments: stage 0 16 P, stage 1
 (8 + 12 / n) P, stage 2 (4 + 16 / n) P, stage 3 20 P / n and 4 bytes for each weight that is whole while a step runs:
@@ -29,7 +30,7 @@ from ernie5.engine.config import EngineConfig
 from ernie5.engine.grid import GridEngine
 from ernie5.engine.interface import StepSettings
 from ernie5.engine.local import LocalEngine
-from ernie5.model.backbone import build_model
+from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.config import ModelConfig, MoEConfig, MTPConfig
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.optim.config import OptimConfig
@@ -53,7 +54,7 @@ LAYOUTS = (  # ranks, stage of ZeRO or none, degrees
 def theory_bytes(stage: int | None, *, ranks: int, ep: int = 1, etp: int = 1, tp: int = 1, pp: int = 1) -> float:
     """Of the rank that holds most."""
     per_layer, around = {"expert": 0, "cut": 0, "whole": 0}, 0
-    for name, parameter in build_model(MODEL, seed=0).named_parameters():
+    for name, parameter in UnifiedModel.outline(MODEL, seed=0).named_parameters():
         kind = "expert" if ".experts." in name else "cut" if ".attention." in name and "norm" not in name else "whole"
         if name.startswith("layers."):
             per_layer[kind] += parameter.numel() / MODEL.layers
@@ -69,8 +70,8 @@ def theory_bytes(stage: int | None, *, ranks: int, ep: int = 1, etp: int = 1, tp
     return total + (4 * (around + dense + experts) if stage == 3 else 0)
 
 
-def run_rank(rank: int, ranks: int, stage: int | None, degrees: dict[str, int], store: str) -> int:
-    """Two steps; the peak of the second, in bytes."""
+def run_rank(rank: int, ranks: int, stage: int | None, degrees: dict[str, int], store: str) -> tuple[int, int]:
+    """Two steps; the peaks of the start and of the second step, in bytes."""
     os.environ |= {"RANK": str(rank), "WORLD_SIZE": str(ranks), "LOCAL_RANK": str(rank)}
     dist.init_process_group("gloo", init_method=f"file://{store}", rank=rank, world_size=ranks)
     buckets.BUCKET_ELEMENTS = deepspeed_config.BUCKET_ELEMENTS = 1 << 18
@@ -82,16 +83,18 @@ def run_rank(rank: int, ranks: int, stage: int | None, degrees: dict[str, int], 
     small = LocalEngine(build_model(small, seed=0), precision="fp32", **shared)
     small.train_step([batch_of(0)], learning_rate=1e-3)  # libraries that load late
     del small
-    before, model = resident("VmRSS"), build_model(MODEL, seed=0)
+    Path("/proc/self/clear_refs").write_text("5")
+    before, model = resident("VmRSS"), UnifiedModel.outline(MODEL, seed=0)
     pp = degrees.get("pp", 1)
     shared["parallel"] = ParallelConfig(stage_layers=(MODEL.layers // pp,) * pp if pp > 1 else (), **degrees)
     engine = (GridEngine(model, engine=EngineConfig(kind="grid"), **shared) if stage is None else
               DeepSpeedEngine(model, engine=EngineConfig(zero_stage=stage), micro_batches=1, micro_sequences=1,
                               log_path=Path(os.devnull), **shared))
+    start = resident("VmHWM") - before
     for _ in range(2):
         Path("/proc/self/clear_refs").write_text("5")
         engine.train_step([batch_of(engine.dp_rank)], learning_rate=1e-3)
-    return resident("VmHWM") - before
+    return start, resident("VmHWM") - before
 
 
 def batch_of(rank: int) -> Batch:
@@ -110,15 +113,17 @@ def resident(field: str) -> int:
 def main() -> None:
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system
-    print("| layout | ranks | engine | peak, MiB | theory, MiB | ratio |\n|---|---|---|---|---|---|")
+    print("| layout | ranks | engine | start, MiB | peak, MiB | theory, MiB | ratio |\n|---|---|---|---|---|---|---|")
     for ranks, stage, degrees in LAYOUTS:
         with tempfile.TemporaryDirectory() as work, multiprocessing.get_context("fork").Pool(ranks) as pool:
             jobs = [(rank, ranks, stage, degrees, f"{work}/store") for rank in range(ranks)]
-            peak = max(pool.starmap(run_rank, jobs, chunksize=1)) / 2**20
+            peaks = pool.starmap(run_rank, jobs, chunksize=1)
+        start, peak = (max(found) / 2**20 for found in zip(*peaks, strict=True))
         theory = theory_bytes(stage, ranks=ranks, **degrees) / 2**20
         name = " ".join(f"{axis}{value}" for axis, value in degrees.items()) or f"dp{ranks}"
         engine = "grid" if stage is None else f"ZeRO-{stage}"
-        print(f"| {name} | {ranks} | {engine} | {peak:.0f} | {theory:.0f} | {peak / theory:.2f} |", flush=True)
+        figures = f"{start:.0f} | {peak:.0f} | {theory:.0f} | {peak / theory:.2f}"
+        print(f"| {name} | {ranks} | {engine} | {figures} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The DeepSpeed configuration of a run, and the two settings DeepSpeed cannot keep its promise for, refused.
+"""The DeepSpeed configuration of a run, and the settings DeepSpeed cannot keep its promise for, refused.
 
 Torch-free, so that a test can compare it with a golden text and `--validate` can refuse early.
 """
@@ -109,14 +109,6 @@ def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
     optim.check_engine(kind="deepspeed", precision=engine.precision)
-    if optim.name == "muon" and (engine.zero_stage == 3 or engine.offload_optimizer != "none"):
-        field = "zero_stage" if engine.zero_stage == 3 else "offload_optimizer"
-        engine.fail(
-            field,
-            "optim.name = muon gathers matrices out of the flat pieces of stages 1 and 2 on the device, and these are "
-            "others. Set engine.zero_stage: 1 or 2 with engine.offload_optimizer: none, or optim.name: adamw",
-            error=ConfigError,
-        )
     if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":
         engine.fail(
             "recompute",

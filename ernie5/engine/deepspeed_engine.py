@@ -28,7 +28,7 @@ from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_parts
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.engine.peers import find_peers, peers_along
+from ernie5.engine.peers import find_spreads
 from ernie5.engine.recompute import install_recompute
 from ernie5.engine.sections import SectionRuns
 from ernie5.observe.log import get_log
@@ -67,7 +67,6 @@ class DeepSpeedEngine(Engine):
         self.model, self.device, self.settings = model, device, settings
         self.rank, self.world_size = dist.get_rank(), dist.get_world_size()
         parallel.check_zero(engine.zero_stage)
-        parallel.check_optimizer(optim.name)
         parallel.check_model(model.config)
         dims = parallel.derive_dims(self.world_size, kv_heads=model.config.kv_heads)
         parallel_state = build_state(dims, node_size=parallel.node_size)
@@ -99,7 +98,7 @@ class DeepSpeedEngine(Engine):
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
             pin_memory=device.type == "cuda",
         )
-        optimizer = self._build_optimizer(groups, optim=optim, placement=placement)
+        optimizer = self._build_optimizer(groups, optim=optim)
         placement.mark_groups(optimizer)
         wrapped = self._prepare(step)
         placement.announce(wrapped)
@@ -232,15 +231,12 @@ class DeepSpeedEngine(Engine):
         if dist.is_initialized() and (self.world_size > 1 or dist.get_backend() == "nccl"):
             dist.destroy_process_group()
 
-    def _build_optimizer(
-        self, groups: Sequence[ParameterGroup], *, optim: OptimConfig, placement: ExpertPlacement
-    ) -> torch.optim.Optimizer:
+    def _build_optimizer(self, groups: Sequence[ParameterGroup], *, optim: OptimConfig) -> torch.optim.Optimizer:
         """What DeepSpeed steps: on flat pieces from stage 1 on, which Muon must know."""
-        state = self._layout.state
-        if optim.name != "muon" or self._stage == 0:
-            return build_optimizer(groups, config=optim, peers=find_peers(state))
-        axes = {group.name: state.edp if placement.holds(group) else state.dp_cp for group in groups}
-        return FlatMuon(groups, config=optim, peers={name: peers_along(axis) for name, axis in axes.items()})
+        spreads = find_spreads(self._layout, device=self.device)
+        if optim.name == "muon" and self._stage:
+            return FlatMuon(groups, config=optim, spreads=spreads)
+        return build_optimizer(groups, config=optim, spreads=spreads)
 
     def _stage_passes(self, model: torch.nn.Module) -> StagedPasses:
         """What runs the sections of this pipeline stage; collective."""

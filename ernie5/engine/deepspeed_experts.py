@@ -68,10 +68,6 @@ class ExpertPlacement:
                     self._mark(parameter, name=own, apart=apart)
         return [group for group in result if group.names]
 
-    def holds(self, group: ParameterGroup) -> bool:
-        """Whether `group` is one of experts that ranks share out."""
-        return group.name in self._apart and self._apart[group.name].is_expert
-
     def mark_groups(self, optimizer: torch.optim.Optimizer) -> None:
         """Set the flag by which DeepSpeed knows an expert group."""
         for group in optimizer.param_groups:

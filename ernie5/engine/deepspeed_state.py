@@ -16,7 +16,7 @@ import torch.distributed as dist
 from ernie5.engine.deepspeed_norm import PARTITION_AXES
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.engine.slices import buffer_slices, part_slices
-from ernie5.optim.adamw import MOMENTS, create_state
+from ernie5.optim.adamw import create_state
 from ernie5.optim.flat_muon import FlatMuon
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.held import held_parts, written_names
@@ -31,6 +31,8 @@ class DeepSpeedState:
         inner = self._inner()
         if isinstance(inner, FlatMuon):
             inner.materialise()
+            if stage == 3:
+                self._locate_pieces(inner)
         for master in self._masters():
             create_state(inner, parameter=master)
         if stage in (1, 2):
@@ -96,7 +98,8 @@ class DeepSpeedState:
         if self._stage == 0:
             return tuple(key for key in self._inner().state[parameter] if key != "step")
         if self._stage == 3:
-            return MOMENTS
+            group, _, _ = self._optimizer().grad_position[self._optimizer().get_param_id(parameter)]
+            return tuple(key for key in self._inner().state[self._masters()[group]] if key != "step")
         return tuple(parameter._hp_mapping.get_optim_state_keys()) if parameter._hp_mapping is not None else ()
 
     def _read(self, parameter: torch.nn.Parameter, *, key: str | None) -> torch.Tensor:
@@ -126,6 +129,14 @@ class DeepSpeedState:
         if self._stage == 3:
             return self._optimizer().get_fp32_grad_for_param(parameter)
         return parameter.grad if self._stage == 0 else parameter.get_full_hp_grad()
+
+    def _locate_pieces(self, inner: FlatMuon) -> None:
+        """Stage 3 makes a flat master of each of its sub-groups: a piece of every parameter in it."""
+        names = {id(parameter): name for name, parameter in self._names.items()}
+        for master, members in zip(self._masters(), self._optimizer().fp16_groups, strict=True):
+            inner.locate(
+                master, names=[names[id(one)] for one in members], lengths=[one.partition_numel() for one in members]
+            )
 
     def _optimizer(self) -> torch.optim.Optimizer:
         return self._engine.optimizer

@@ -25,7 +25,7 @@ from ernie5.engine.local import (
     poison_gradients,
 )
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.engine.peers import find_peers
+from ernie5.engine.peers import find_spreads
 from ernie5.engine.sections import SectionRuns
 from ernie5.engine.slices import buffer_slices, optimizer_slices
 from ernie5.engine.recompute import install_recompute
@@ -59,7 +59,6 @@ class GridEngine(Engine):
         settings: StepSettings,
         device: torch.device,
     ) -> None:
-        parallel.check_optimizer(optim.name)
         optim.check_engine(kind="grid", precision=engine.precision)
         parallel.check_model(model.config)
         join_processes(device)
@@ -81,7 +80,8 @@ class GridEngine(Engine):
             for group in groups
         ]
         copies = copies_of(self._masters, model=model)
-        self._optimizer = build_optimizer(groups, config=optim, peers=find_peers(self._parallel), copies=copies)
+        spreads = find_spreads(self._layout, device=device)
+        self._optimizer = build_optimizer(groups, config=optim, spreads=spreads, copies=copies)
         if optim.name == "adamw":
             materialise_state(self._optimizer)
         self._step = MicroStep(model, config=settings.objectives)

@@ -1,4 +1,4 @@
-"""Who shares Muon's iterations: the ranks that hold the same parameters and, after the sum, the same gradients."""
+"""Who holds Muon's matrices together, and how: the teams of the optimizer out of the layout's axes and cuts."""
 
 from __future__ import annotations
 
@@ -6,23 +6,51 @@ from collections.abc import Sequence
 
 import torch
 
-from ernie5.optim.muon import ALONE, Peers
-from ernie5.parallel.collectives import all_gather
-from ernie5.parallel.state import Axis, ParallelState
+from ernie5.optim.spread import Peers, Spread, Team
+from ernie5.parallel.apply import Layout
+from ernie5.parallel.collectives import all_gather, even_sizes
+from ernie5.parallel.state import Axis
 
 
-def find_peers(state: ParallelState) -> Peers:
-    """All ranks, where each holds the whole model (dp and cp alone); else every rank works on its own."""
-    axis, dims = state.dp_cp, state.dims
-    if axis.size < state.world.size or dims.ep * dims.etp > 1:
-        return ALONE
-    return peers_along(axis)
+def find_spreads(layout: Layout, *, device: torch.device) -> dict[str, Spread]:
+    """How the ranks of this pipeline stage hold each of its parameters, by name; matrices are iterated on `device`.
+
+    Parts of an expert are on etp ranks and their copies (or ZeRO's pieces) on edp ranks, those of all else on tp and
+    dp x cp. What ep cuts off are other experts, and so other matrices.
+    """
+    state = layout.state
+    plain = Team(peers_along(state.tp, device=device), peers_along(state.dp_cp, device=device))
+    routed = Team(peers_along(state.etp, device=device), peers_along(state.edp, device=device))
+    experts = set(layout.experts)
+    return {
+        name: _spread(layout, name=name, team=routed if name in experts else plain)
+        for name in layout.shards
+        if layout.is_here(name)
+    }
 
 
-def peers_along(axis: Axis) -> Peers:
-    """The ranks of `axis`, which hold copies or pieces of the same parameters."""
+def _spread(layout: Layout, *, name: str, team: Team) -> Spread:
+    shard, state = layout.shards[name], layout.state
+    shape = list(shard.shape)
+    for cut in shard.cuts:
+        if cut.axis == "ep":
+            shape[cut.dim] //= state.ep.size
+    inner = [cut for cut in shard.cuts if cut.axis != "ep"]
+    if not inner:
+        return Spread(torch.Size(shape), team)
+    (cut,) = inner
+    sizes = even_sizes(shape[cut.dim] // cut.fused, axis=state.axis(cut.axis))
+    spans = [(sum(sizes[:place]), size) for place, size in enumerate(sizes)]
+    # several tensor-parallel ranks in a row hold one key head where heads are few
+    copies = team.parts.size // len(spans)
+    spread_out = tuple(span for span in spans for _ in range(copies))
+    return Spread(torch.Size(shape), team, cut.dim, cut.fused, spread_out)
+
+
+def peers_along(axis: Axis, *, device: torch.device) -> Peers:
+    """The ranks of `axis`; what they gather, also from host memory, is on `device`."""
 
     def gather(part: torch.Tensor, sizes: Sequence[int]) -> torch.Tensor:
-        return all_gather(part, axis=axis, sizes=sizes)
+        return all_gather(part.to(device), axis=axis, sizes=sizes)
 
     return Peers(rank=axis.coordinate, size=axis.size, gather=gather)

@@ -10,23 +10,24 @@ from ernie5.optim.adamw import AdamW
 from ernie5.optim.compact import CompactAdamW
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
-from ernie5.optim.muon import ALONE, Muon, Peers
+from ernie5.optim.muon import Muon
+from ernie5.optim.spread import Spread
 
 
 def build_optimizer(
     groups: Sequence[ParameterGroup],
     *,
     config: OptimConfig,
-    peers: Peers = ALONE,
+    spreads: Mapping[str, Spread] | None = None,
     copies: Mapping[torch.nn.Parameter, torch.nn.Parameter] | None = None,
 ) -> AdamW | CompactAdamW | Muon:
-    """AdamW or Muon over `groups` of fp32 parameters; `peers`, which hold the same ones, share Muon's iterations.
+    """AdamW or Muon over `groups` of fp32 parameters; `spreads`: how ranks share Muon's matrices, by name.
 
     copies: the bf16 weight of each master that has one, which steps write too. With `stochastic_rounding` parameters
     may be bf16 themselves.
     """
     if config.name == "muon":
-        return Muon(groups, config=config, peers=peers, copies=copies)
+        return Muon(groups, config=config, spreads=spreads, copies=copies)
     if config.is_compact:
         return CompactAdamW(groups, config=config, copies=copies)
     return AdamW(groups, config=config, copies=copies)

@@ -1,109 +1,168 @@
-"""Muon where every rank of an axis keeps a piece of the flattened parameters, as ZeRO's first two stages do.
+"""Muon where every rank of an axis keeps a piece of the flattened parameters, as ZeRO does.
 
 A momentum moves element by element, a matrix is orthogonalised as a whole. So the ranks move their pieces of the
-momentum, gather them bucket by bucket, orthogonalise an even part of the matrices each, gather the results, and step
+momentum, gather them bucket by bucket, orthogonalise an even share of the whole matrices each (`spread`), and step
 their pieces of the parameters.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator, Mapping, Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 
 from ernie5.optim.adamw import AdamW, create_state
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
-from ernie5.optim.muon import Peers, orthogonalise, share_matrices
+from ernie5.optim.muon import scale_of
+from ernie5.optim.spread import Peers, Spread, buckets, find_directions
 
-BUCKET_ELEMENTS = 50_000_000
+
+@dataclasses.dataclass(frozen=True)
+class Pieces:
+    """Who holds which elements of a flat part: rank r those from bounds[r] to bounds[r + 1]; this rank has its own from
+    element `offset` of its flat piece on."""
+
+    bounds: tuple[int, ...]
+    offset: int
+
+    def size(self, rank: int) -> int:
+        """How many elements a rank holds."""
+        return self.bounds[rank + 1] - self.bounds[rank]
+
+    def own(self, piece: torch.Tensor, *, rank: int) -> torch.Tensor:
+        """The elements in this rank's flat piece, a view."""
+        return piece[self.offset : self.offset + self.size(rank)]
+
+
+def cut_as_one(lengths: Sequence[int], *, length: int, rank: int, size: int) -> list[Pieces]:
+    """The parts of `lengths`, one after another, cut into equal pieces of `length` (ZeRO's stages 1 and 2)."""
+    pieces, first = [], 0
+    for numel in lengths:
+        bounds = [min(max(place * length - first, 0), numel) for place in range(size)]
+        pieces.append(Pieces((*bounds, numel), max(first - rank * length, 0)))
+        first += numel
+    return pieces
+
+
+def cut_apart(lengths: Sequence[int], *, size: int, own: Sequence[int]) -> list[Pieces]:
+    """Each of the parts of `lengths` cut into equal pieces by itself, own[i] long with what pads the last (stage 3)."""
+    pieces, offset = [], 0
+    for numel, length in zip(lengths, own, strict=True):
+        pieces.append(Pieces(tuple(min(place * length, numel) for place in range(size + 1)), offset))
+        offset += length
+    return pieces
+
+
+@dataclasses.dataclass(frozen=True)
+class Stack:
+    """One parameter of a flat piece: how it is spread, its maps [.., M, N], and who holds which of its elements."""
+
+    spread: Spread
+    maps: torch.Size
+    pieces: Pieces
 
 
 class FlatMuon(AdamW):
-    """Muon for groups of hidden matrices, AdamW for all others; made of whole parameters, stepped on their pieces.
+    """Muon for groups of hidden matrices, AdamW for all others; made of this rank's parts, stepped on pieces of them.
 
     After it was made, each group's parameters are to be replaced by one flat piece: equal parts of the parameters one
-    after another, padded at the end. peers: the ranks that hold the pieces of a group, by its name.
+    after another, padded at the end; or by pieces of which `locate` says what they are. spreads: by name, of matrices.
     """
 
     def __init__(
-        self, groups: Sequence[ParameterGroup], *, config: OptimConfig, peers: Mapping[str, Peers]
+        self, groups: Sequence[ParameterGroup], *, config: OptimConfig, spreads: Mapping[str, Spread]
     ) -> None:
         super().__init__(groups, config=config)
-        self._config, self._peers = config, dict(peers)
-        # gate and up are two maps: [.., 2F, D] -> [.., 2, F, D]
-        self._shapes = {
-            group.name: [p.unflatten(-2, (n, -1)).shape for p, n in zip(group.parameters, group.fused, strict=True)]
-            for group in groups
-            if group.is_matrix
-        }
+        self._config = config
+        self._located: dict[torch.Tensor, list[Stack]] = {}
+        self._fused = {n: count for group in groups for n, count in zip(group.names, group.fused, strict=True)}
+        self._spreads = {name: spreads[name] for group in groups if group.is_matrix for name in group.names}
+        for group, made in zip(self.param_groups, groups, strict=True):
+            group["matrices"] = made.names if made.is_matrix else ()
+
+    def locate(self, piece: torch.Tensor, *, names: Sequence[str], lengths: Sequence[int]) -> None:
+        """Say that a flat piece, which steps will find in its group, holds equal pieces of `lengths` of each of the
+        parameters `names`. Nothing is to be known of pieces that AdamW steps."""
+        if all(name in self._spreads for name in names):
+            parts = [self._spreads[name].numel for name in names]
+            size = self._spreads[names[0]].team.copies.size
+            self._located[piece] = self._stacks(names, pieces=cut_apart(parts, size=size, own=lengths))
+            self._materialise(piece, is_matrix=True)
 
     def materialise(self) -> None:
         """Create the state of the pieces: a momentum for matrices, AdamW's for the others."""
         for group in self.param_groups:
             for piece in group["params"]:
-                if group["name"] not in self._shapes:
-                    create_state(self, parameter=piece)
-                elif not self.state[piece]:
-                    self.state[piece]["momentum"] = torch.zeros_like(piece)
+                self._materialise(piece, is_matrix=bool(group["matrices"]))
+
+    def _materialise(self, piece: torch.Tensor, *, is_matrix: bool) -> None:
+        if not is_matrix:
+            create_state(self, parameter=piece)
+        elif not self.state[piece]:
+            self.state[piece]["momentum"] = torch.zeros_like(piece)
 
     @torch.no_grad()
     def step(self, closure: None = None, *, gradient_scale: torch.Tensor | None = None) -> None:
-        """Update the pieces of all groups, times `gradient_scale`; collective over the peers of each."""
+        """Update the pieces of all groups, times `gradient_scale`; collective over the team of each."""
         self.materialise()
         everything = self.param_groups
         for group in everything:
-            if group["name"] in self._shapes:
-                self._step_matrices(group, gradient_scale=gradient_scale)
-        self.param_groups = [group for group in everything if group["name"] not in self._shapes]
+            for piece in group["params"] if group["matrices"] else ():
+                self._step_matrices(piece, group, gradient_scale=gradient_scale)
+        self.param_groups = [group for group in everything if not group["matrices"]]
         try:
             super().step(closure, gradient_scale=gradient_scale)
         finally:
             self.param_groups = everything
 
-    def _step_matrices(self, group: dict, *, gradient_scale: torch.Tensor | None) -> None:
-        (piece,) = group["params"]
+    def _step_matrices(self, piece: torch.Tensor, group: dict, /, *, gradient_scale: torch.Tensor | None) -> None:
         gradient = piece.grad if gradient_scale is None else piece.grad * gradient_scale
         momentum = self.state[piece]["momentum"].lerp_(gradient, 1.0 - self._config.muon_momentum)
         ahead = gradient.lerp(momentum, self._config.muon_momentum)
         piece.mul_(1.0 - group["lr"] * group["weight_decay"])
-        peers, first = self._peers[group["name"]], 0
-        for shapes in _buckets(self._shapes[group["name"]]):
-            # where the ranks' pieces cut the elements of this bucket
-            stop = first + sum(shape.numel() for shape in shapes)
-            cuts = [min(max(rank * piece.numel(), first), stop) for rank in range(peers.size)] + [stop]
-            sizes = [end - start for start, end in zip(cuts, cuts[1:], strict=False)]
-            start = cuts[peers.rank] - peers.rank * piece.numel()
-            own = slice(start, start + sizes[peers.rank])
-            whole = peers.gather(ahead[own], sizes)
-            update = self._direction(whole, shapes=shapes, peers=peers)[cuts[peers.rank] - first :][: own.stop - start]
-            piece[own].add_(update, alpha=-group["lr"])
-            first = stop
+        stacks = self._located.get(piece) or self._stacks_in_turn(piece, names=group["matrices"])
+        for bucket in buckets([stack.spread for stack in stacks]):
+            self._step_bucket(piece, [stacks[index] for index in bucket], ahead=ahead, rate=group["lr"])
 
-    def _direction(self, whole: torch.Tensor, *, shapes: Sequence[torch.Size], peers: Peers) -> torch.Tensor:
-        """Orthogonalised matrices out of the flat momentum of a bucket, flat fp32, in the scale of AdamW's updates."""
-        shares = share_matrices(shapes, num_ranks=peers.size)
-        own = []
-        for part, shape, cut in zip(whole.split([shape.numel() for shape in shapes]), shapes, shares, strict=True):
-            matrices = part.view(-1, *shape[-2:])[cut[peers.rank] : cut[peers.rank + 1]]
-            own.append(orthogonalise(matrices, steps=self._config.muon_steps).flatten())
-        sizes = [
-            sum((cut[rank + 1] - cut[rank]) * shape[-2:].numel() for cut, shape in zip(shares, shapes, strict=True))
-            for rank in range(peers.size)
+    def _step_bucket(
+        self, piece: torch.Tensor, stacks: Sequence[Stack], /, *, ahead: torch.Tensor, rate: float
+    ) -> None:
+        peers = stacks[0].spread.team.copies
+        momenta = _gather_pieces(ahead, [stack.pieces for stack in stacks], peers=peers)
+        directions = find_directions(
+            momenta,
+            spreads=[stack.spread for stack in stacks],
+            maps=[stack.maps for stack in stacks],
+            steps=self._config.muon_steps,
+        )
+        for stack, direction in zip(stacks, directions, strict=True):
+            update = direction[stack.pieces.bounds[peers.rank] : stack.pieces.bounds[peers.rank + 1]]
+            own = stack.pieces.own(piece, rank=peers.rank)
+            own.add_(update.to(own.device), alpha=-rate * scale_of(stack.maps))
+
+    def _stacks_in_turn(self, piece: torch.Tensor, *, names: Sequence[str]) -> list[Stack]:
+        spreads = [self._spreads[name] for name in names]
+        peers = spreads[0].team.copies
+        lengths = [spread.numel for spread in spreads]
+        pieces = cut_as_one(lengths, length=piece.numel(), rank=peers.rank, size=peers.size)
+        return self._stacks(names, pieces=pieces)
+
+    def _stacks(self, names: Sequence[str], *, pieces: Sequence[Pieces]) -> list[Stack]:
+        return [
+            Stack(self._spreads[name], self._spreads[name].maps(self._fused[name]), own)
+            for name, own in zip(names, pieces, strict=True)
         ]
-        found = peers.gather(torch.cat(own), sizes).split([shape.numel() for shape in shapes])
-        scaled = zip(found, shapes, strict=True)
-        return torch.cat([part.float() * (0.2 * math.sqrt(max(shape[-2:]))) for part, shape in scaled])
 
 
-def _buckets(shapes: Sequence[torch.Size]) -> Iterator[list[torch.Size]]:
-    """Neighbouring shapes of at most BUCKET_ELEMENTS together, or one of more."""
-    bucket: list[torch.Size] = []
-    for shape in shapes:
-        if bucket and sum(one.numel() for one in bucket) + shape.numel() > BUCKET_ELEMENTS:
-            yield bucket
-            bucket = []
-        bucket.append(shape)
-    if bucket:
-        yield bucket
+def _gather_pieces(piece: torch.Tensor, pieces: Sequence[Pieces], /, *, peers: Peers) -> list[torch.Tensor]:
+    """The whole flat parts whose elements lie in the pieces of all `peers`, of which this rank has `piece`."""
+    lengths = [[one.size(rank) for one in pieces] for rank in range(peers.size)]
+    own = torch.cat([one.own(piece, rank=peers.rank) for one in pieces])
+    everything = peers.gather(own, [sum(sizes) for sizes in lengths])
+    rows = [
+        row.split(sizes)
+        for row, sizes in zip(everything.split([sum(sizes) for sizes in lengths]), lengths, strict=True)
+    ]
+    return [torch.cat(own) for own in zip(*rows, strict=True)]

@@ -153,16 +153,6 @@ class ParallelConfig(Config):
                 "ZeRO), or parallel.pp: 1",
             )
 
-    def check_optimizer(self, name: str) -> None:
-        """Refuse Muon where matrices are cut: an orthogonalised part is no part of the orthogonalised whole."""
-        for axis in ("tp", "etp"):
-            if name == "muon" and vars(self)[axis] > 1:
-                self._refuse(
-                    axis,
-                    f"optim.name = muon needs whole matrices, and {axis} cuts them. Set parallel.{axis}: 1 (ep and cp "
-                    "leave matrices whole) or optim.name: adamw",
-                )
-
     def _check_experts(self, model: ModelConfig) -> None:
         experts, width = model.moe.num_experts, model.moe.expert_width
         if experts % self.ep:

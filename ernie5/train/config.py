@@ -139,7 +139,6 @@ class RootConfig(Config):
                 f"the {self.engine.kind} engine keeps whole optimizer states, gradients and parameters and would "
                 "ignore it. Set engine.kind: deepspeed or leave engine.zero_stage out",
             )
-        self.parallel.check_optimizer(self.optim.name)
         self.optim.check_engine(kind=self.engine.kind, precision=self.engine.precision)
         self.parallel.check_model(self.model)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:

@@ -39,6 +39,7 @@ from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.interfaces import Routing
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
+from ernie5.optim import newton_schulz
 from ernie5.optim.config import OptimConfig
 from ernie5.parallel.config import ParallelConfig
 from ernie5.records import Batch
@@ -49,6 +50,7 @@ SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent.
 TINY = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TINY)
 FAR = 1e3
+NATIVE = newton_schulz.iteration_dtype
 
 
 def make_rows(step: int, *, row: Row, rows: int) -> list[Batch]:
@@ -263,7 +265,10 @@ def run_rank(job: dict, *, rank: int, port: int) -> None:
     out = Path(job["out"])
     for name, reference in zip(job["rows"], job["references"], strict=True):
         recorded = None if reference is None else torch.load(reference, weights_only=False)["noted"]
-        result = run_row(find_row(name), steps=job["steps"], recorded=recorded, out=out)
+        row = find_row(name)
+        # Muon iterates in the type of the row: what bf16 rounds, it would raise to whole steps, and hide wrong ones
+        newton_schulz.iteration_dtype = NATIVE if row.precision == "bf16" else lambda matrix: matrix.dtype
+        result = run_row(row, steps=job["steps"], recorded=recorded, out=out)
         if rank == 0:
             torch.save(result, out / f"{name}.part")
             (out / f"{name}.part").rename(out / f"{name}.pt")

@@ -17,7 +17,7 @@ import torch
 from ernie5.engine import deepspeed_start
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.deepspeed_config import check_combination
-from ernie5.errors import ConfigError, NumericsError
+from ernie5.errors import NumericsError
 from ernie5.optim.config import OptimConfig
 
 HERE = Path(__file__).parent
@@ -114,7 +114,7 @@ def test_bf16_masters_follow_the_local_bf16_engine(stage: int, tiny: types.Modul
 
 
 @pytest.mark.parametrize(
-    "stage,optimizer", [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (1, "muon"), (2, "muon")]
+    "stage,optimizer", [(0, "adamw"), (1, "adamw"), (2, "adamw"), (3, "adamw"), (1, "muon"), (2, "muon"), (3, "muon")]
 )
 def test_state_moves_between_engines_without_a_difference(
     stage: int, optimizer: str, tiny: types.ModuleType
@@ -202,12 +202,10 @@ def test_ranks_that_disagree_about_the_order_of_gradients_stop(tiny: types.Modul
         )
 
 
-def test_combinations_that_would_give_other_results_are_refused() -> None:
+def test_muon_is_refused_in_no_stage_and_not_with_its_state_on_the_host() -> None:
     muon = OptimConfig(name="muon")
-    with pytest.raises(ConfigError, match="zero_stage = 3: optim.name = muon"):
-        check_combination(EngineConfig(zero_stage=3), optim=muon)
-    with pytest.raises(ConfigError, match="offload_optimizer = 'cpu': optim.name = muon"):
-        check_combination(EngineConfig(zero_stage=2, offload_optimizer="cpu"), optim=muon)
+    for stage in (1, 2, 3):
+        check_combination(EngineConfig(zero_stage=stage, offload_optimizer="cpu"), optim=muon)
     check_combination(EngineConfig(zero_stage=2), optim=muon)
 
 

@@ -12,7 +12,8 @@ from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, Visual
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import NOT_HIDDEN, ParameterGroup, build_groups
-from ernie5.optim.muon import Peers, join_stacks, orthogonalise, share_matrices
+from ernie5.optim.newton_schulz import join_stacks, orthogonalise
+from ernie5.optim.spread import Peers, Spread, Team, share_matrices
 
 CONFIG = ModelConfig(
     layers=3, width=16, query_heads=2, kv_heads=1, head_width=8, vocab_size=64, dense_layers=1, dense_width=16,
@@ -85,7 +86,10 @@ def test_peers_that_share_the_iterations_step_as_one_rank_does(size: int) -> Non
     def step(peers: Peers) -> torch.nn.Module:
         model = fresh()
         groups = build_groups(model, weight_decay=0.1, split_matrices=True)
-        build_optimizer(groups, config=OptimConfig(name="muon", learning_rate=0.1), peers=peers).step()
+        (matrix,) = (group for group in groups if group.is_matrix)
+        shapes = zip(matrix.names, (parameter.shape for parameter in matrix.parameters), strict=True)
+        spreads = {name: Spread(shape, Team(copies=peers)) for name, shape in shapes}
+        build_optimizer(groups, config=OptimConfig(name="muon", learning_rate=0.1), spreads=spreads).step()
         return model
 
     parts: dict[int, tuple[torch.Tensor, list[int]]] = {}

@@ -11,7 +11,7 @@ from ernie5.optim.build import build_optimizer
 from ernie5.optim.clip import clip_gradients, global_norm
 from ernie5.optim.config import OptimConfig, ScheduleConfig
 from ernie5.optim.groups import build_groups
-from ernie5.optim.muon import orthogonalise
+from ernie5.optim.newton_schulz import orthogonalise
 from ernie5.optim.schedule import learning_rate, warmup_steps
 
 

@@ -119,11 +119,3 @@ def test_degrees_that_do_not_fit_the_heads_are_refused_with_the_nearest_that_do(
     message = refused(ParallelConfig(tp=2, cp=2, context="ulysses"), model)
     assert "does not divide the 3 query heads" in message and "parallel.context: ring" in message
     ParallelConfig(tp=2, cp=2).check_model(model)
-
-
-@pytest.mark.parametrize("axis", ["tp", "etp"])
-def test_muon_is_refused_where_matrices_are_cut(axis: str) -> None:
-    with pytest.raises(LayoutError, match=f"optim.name = muon needs whole matrices, and {axis} cuts them"):
-        ParallelConfig(**{axis: 2}).check_optimizer("muon")
-    ParallelConfig(cp=2, ep=2).check_optimizer("muon")
-    ParallelConfig(**{axis: 2}).check_optimizer("adamw")

@@ -8,7 +8,7 @@
 
 namespace {
 
-constexpr int64_t QUERIES = 48, KEYS = 64;  // small, because documents are short and a block is skipped whole
+constexpr int64_t QUERIES = TILES ? 64 : 48, KEYS = 64;  // small, because documents are short and a block is skipped whole
 constexpr float LOG2E = 1.44269504f;
 constexpr float NEVER = -std::numeric_limits<float>::infinity();
 
@@ -238,12 +238,19 @@ inline void zip(vfloat first, vfloat second, Unit<bf16>* out) {
 #endif
 }
 
+// Where units of column n begin in a block of weights: turned rows of KEYS, or for tiles panels of a right side.
+template <class T>
+int64_t column_of(const Block& b, int64_t n) {
+  return takes_tiles<T>() ? n / PANEL * units_of<T>(b.queries) * PANEL + n % PANEL : n;
+}
+
 // Weights 2^(scale2 s - lse), turned; changes of the scores scale * weights * (dP - delta), as rows and turned. Columns
 // up to a whole number of vectors hold numbers, those past b.keys zeros.
 template <class T>
 void change_block(const Block& b, const Shape& s, const float* scores, const float* grads, const float* lse,
                   const float* delta, Unit<T>* weights, T* changes, Unit<T>* turned) {
   constexpr int depth = depth_of<T>;
+  const int64_t leading = takes_tiles<T>() ? PANEL : KEYS;
   for (int64_t m = 0; m < b.queries; m += depth)
     for (int64_t n = 0; n < b.keys; n += LANES) {
       vfloat w[2] = {}, c[2] = {};
@@ -253,8 +260,8 @@ void change_block(const Block& b, const Shape& s, const float* scores, const flo
         c[i] = w[i] * (load(grads + at) - delta[m + i]) * s.scale;
         store(changes + at, c[i]);
       }
-      zip(w[0], w[1], weights + m / depth * KEYS + n);
-      zip(c[0], c[1], turned + m / depth * KEYS + n);
+      zip(w[0], w[1], weights + m / depth * leading + column_of<T>(b, n));
+      zip(c[0], c[1], turned + m / depth * leading + column_of<T>(b, n));
     }
 }
 
@@ -263,7 +270,7 @@ struct Gradients {
   const T *upstream, *out;
   const float* lse;
   T* query;
-  float *key, *value;  // [keys, width] sums over the heads that share this key head
+  float *key, *value;  // [keys, width] sums over the heads that share this key head; by tiles [width, keys]
 };
 
 template <class T>
@@ -275,6 +282,28 @@ void row_deltas(const Gradients<T>& g, const Block& b, const Shape& s, float* de
       sum += load(g.upstream + at + c, s.width - c) * load(g.out + at + c, s.width - c);
     delta[m] = total(sum);
   }
+}
+
+// Sides of the products that make gradients of keys and values: one [queries, width] right side, or for tiles, whose
+// left sides are row-major, the same transposed as a left side.
+template <class T>
+void pack_side(const T* source, int64_t leading, const Block& b, const Shape& s, Unit<T>* packed) {
+  if (takes_tiles<T>())
+    pack_left(source, leading, b.queries, s.width, packed);
+  else
+    pack_rows(source, leading, b.queries, s.width, packed);
+}
+
+// sums (+)= weights^T side, [keys, width]; by tiles transposed, side^T weights, because the weights lie as a right side.
+template <class T>
+void add_to_keys(const Unit<T>* weights, const Unit<T>* side, const Block& b, const Shape& s, float* sums) {
+  const int64_t units = units_of<T>(b.queries);
+  if (takes_tiles<T>())
+    multiply<T, float>(s.width, b.keys, b.queries, {side, units, 1}, weights, units * PANEL, sums + b.key, s.keys,
+                       true);
+  else
+    multiply<T, float>(b.keys, s.width, b.queries, {weights, 1, KEYS}, side, units * PANEL, sums + b.key * s.width,
+                       s.width, true);
 }
 
 template <class T>
@@ -290,10 +319,9 @@ void backward_head(const T* query, const Packed<T>& p, const Mask& mask, const S
   for (int64_t q = 0; q < s.queries; q += QUERIES) {
     Block b{q, std::min(QUERIES, s.queries - q), 0, 0, nullptr};
     const T *own = query + q * leading, *upstream = g.upstream + q * leading;
-    const int64_t stride = units_of<T>(b.queries) * PANEL;
     row_deltas(g, b, s, delta);
-    pack_rows(own, leading, b.queries, s.width, query_rows);
-    pack_rows(upstream, leading, b.queries, s.width, upstream_rows);
+    pack_side(own, leading, b, s, query_rows);
+    pack_side(upstream, leading, b, s, upstream_rows);
     std::memset(grad_query, 0, b.queries * s.width * sizeof(float));
     while (mask.next(b)) {
       scores_of(own, p, b, s, scores);
@@ -303,10 +331,8 @@ void backward_head(const T* query, const Packed<T>& p, const Mask& mask, const S
       change_block(b, s, scores, grads, g.lse, delta, weights, changes, turned);
       multiply<T, float>(b.queries, s.width, b.keys, rows_of(changes, KEYS), p.rows(p.key_rows, b.key),
                          p.row_stride, grad_query, s.width, true);
-      multiply<T, float>(b.keys, s.width, b.queries, {weights, 1, KEYS}, upstream_rows, stride,
-                         g.value + b.key * s.width, s.width, true);
-      multiply<T, float>(b.keys, s.width, b.queries, {turned, 1, KEYS}, query_rows, stride, g.key + b.key * s.width,
-                         s.width, true);
+      add_to_keys<T>(weights, upstream_rows, b, s, g.value);
+      add_to_keys<T>(turned, query_rows, b, s, g.key);
     }
     for (int64_t m = 0; m < b.queries; ++m)
       for (int64_t c = 0; c < s.width; c += LANES)
@@ -314,11 +340,28 @@ void backward_head(const T* query, const Packed<T>& p, const Mask& mask, const S
   }
 }
 
+// Sums of add_to_keys to one head's gradients.
+template <class T>
+void narrow_keys(const float* sums, const Shape& s, T* out) {
+  float square[LANES * LANES];
+  for (int64_t k = 0; k < s.keys; k += LANES)
+    for (int64_t c = 0; c < s.width; c += LANES) {
+      const int64_t keys = std::min<int64_t>(LANES, s.keys - k), left = s.width - c;
+      const float* from = sums + k * s.width + c;
+      if (takes_tiles<T>())
+        transpose_part(sums + c * s.keys + k, s.keys, std::min<int64_t>(LANES, left), keys, square, LANES);
+      for (int64_t i = 0; i < keys; ++i)
+        store(out + (k + i) * s.groups * s.width + c,
+              takes_tiles<T>() ? load(square + i * LANES) : load(from + i * s.width, left), left);
+    }
+}
+
 template <class T>
 void forward(const T* query, const T* key, const T* value, const int32_t* intervals, T* out, float* lse, Shape s,
              int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < s.batch * s.groups; ++item) {
+    const TileScope tiles;
     const int64_t row = item / s.groups, group = item % s.groups;
     const int64_t at = row * s.keys * s.groups * s.width + group * s.width;
     const Mask mask(intervals == nullptr ? nullptr : intervals + row * s.keys * 4, s);
@@ -335,6 +378,7 @@ void backward(const T* query, const T* key, const T* value, const int32_t* inter
               const T* upstream, T* grad_query, T* grad_key, T* grad_value, Shape s, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t item = 0; item < s.batch * s.groups; ++item) {
+    const TileScope tiles;
     const int64_t row = item / s.groups, group = item % s.groups;
     const int64_t at = row * s.keys * s.groups * s.width + group * s.width;
     const Mask mask(intervals == nullptr ? nullptr : intervals + row * s.keys * 4, s);
@@ -347,12 +391,8 @@ void backward(const T* query, const T* key, const T* value, const int32_t* inter
       backward_head(query + cell, packed, mask, s,
                     {upstream + cell, out + cell, lse + first, grad_query + cell, sum_key, sum_value});
     }
-    for (int64_t k = 0; k < s.keys; ++k)
-      for (int64_t c = 0; c < s.width; c += LANES) {
-        const int64_t to = at + k * s.groups * s.width + c, left = s.width - c;
-        store(grad_key + to, load(sum_key + k * s.width + c, left), left);
-        store(grad_value + to, load(sum_value + k * s.width + c, left), left);
-      }
+    narrow_keys(sum_key, s, grad_key + at);
+    narrow_keys(sum_value, s, grad_value + at);
   }
 }
 

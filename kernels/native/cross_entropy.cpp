@@ -4,7 +4,7 @@
 
 namespace {
 
-constexpr int64_t ROWS = 4 * TALL;  // rows whose logits exist at a time, per thread
+constexpr int64_t ROWS = TILES ? 64 : 4 * TALL;  // rows whose logits exist at a time, per thread
 constexpr int64_t BLOCK = 512;      // rows per addition to the weight's gradient
 
 struct Sizes {
@@ -72,6 +72,7 @@ void run(const Task<T>& t, const Sizes& s, int threads) {
   const int64_t strip_rows = 8 * TALL;
 #pragma omp parallel num_threads(threads)
   {
+    const TileScope tiles;
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels_of(s.classes); ++p)
       pack_columns(t.weight + p * PANEL * s.width, s.width, s.width, std::min<int64_t>(PANEL, s.classes - p * PANEL),

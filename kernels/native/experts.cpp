@@ -21,6 +21,7 @@ void forward(const T* x, const float* weights, const int64_t* ends, const T* gat
   const int64_t twice = 2 * s.hidden;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t e = 0; e < s.experts; ++e) {
+    const TileScope tiles;
     const int64_t start = first_of(ends, e), end = ends[e];
     if (start == end) continue;
     Unit<T>* first = scratch<Unit<T>>(0, packed_size<T>(s.width, twice));
@@ -74,6 +75,7 @@ void narrow_copy(const float* from, int64_t count, T* to) {
 
 template <class T>
 void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
+  const TileScope tiles;
   const int64_t start = first_of(b.ends, e), end = b.ends[e], twice = 2 * s.hidden, cells = s.width * s.hidden;
   T *grad_up = b.grad_gate_up + e * 2 * cells, *grad_down = b.grad_down + e * cells;
   if (start == end) {

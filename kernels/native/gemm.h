@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <type_traits>
 
+#include "tiles.h"
 #include "vector.h"
 
 constexpr int WIDE = 2;                  // vectors per panel
@@ -69,10 +70,25 @@ inline void strip(int64_t rows, int64_t units, Left<T> left, const Unit<T>* pane
   if (rows - m >= 1) advance(std::integral_constant<int, 1>{});
 }
 
+// Whether products of T take the matrix tiles: their left side must then be row-major (step 1).
+template <class T>
+inline bool takes_tiles() {
+  if constexpr (TILES && std::is_same<T, bf16>::value) return tiles_run;
+  return false;
+}
+
+// multiply() by matrix tiles; compiled once, in tiles.cpp.
+template <class O>
+void multiply_tiles(int64_t rows, int64_t columns, int64_t units, Left<bf16> left, const Unit<bf16>* packed,
+                    int64_t stride, O* out, int64_t leading, bool add);
+
 // out[rows, columns] (+)= left[rows, summed] * packed[summed, columns]; `stride`: units between two panels.
 template <class T, class O>
 void multiply(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const Unit<T>* packed, int64_t stride,
               O* out, int64_t leading, bool add) {
+  if constexpr (TILES && std::is_same<T, bf16>::value)
+    if (tiles_run)
+      return multiply_tiles<O>(rows, columns, units_of<T>(summed), left, packed, stride, out, leading, add);
   for (int64_t j = 0; j < columns; j += PANEL)
     strip<T, O>(rows, units_of<T>(summed), left, packed + j / PANEL * stride, out + j, leading, columns - j, add);
 }
@@ -114,16 +130,6 @@ void pack_rows(const T* source, int64_t leading, int64_t summed, int64_t columns
   }
 }
 
-// Left side from the transpose of a row-major [summed, rows] matrix.
-template <class T>
-Left<T> pack_left(const T* source, int64_t leading, int64_t summed, int64_t rows, Unit<T>* packed) {
-  for (int64_t u = 0; u < units_of<T>(summed); ++u) {
-    const T* first = source + u * depth_of<T> * leading;
-    zip_rows(first, u * depth_of<T> + 1 < summed ? first + leading : nullptr, rows, packed + u * rows);
-  }
-  return {packed, 1, rows};
-}
-
 // Sixteen rows of sixteen units, transposed in four rounds of exchanges between rows.
 template <class U>
 inline void transpose_square(const U* source, int64_t leading, U* out, int64_t out_leading) {
@@ -154,6 +160,44 @@ inline void transpose_square(const U* source, int64_t leading, U* out, int64_t o
   for (int n = 0; n < LANES; ++n)
     for (int k = 0; k < LANES; ++k) out[k * out_leading + n] = source[n * leading + k];
 #endif
+}
+
+// The transpose of [rows, columns] cells, at most sixteen each way.
+template <class U>
+inline void transpose_part(const U* source, int64_t leading, int64_t rows, int64_t columns, U* out,
+                           int64_t out_leading) {
+  if (rows == LANES && columns == LANES) return transpose_square(source, leading, out, out_leading);
+  for (int64_t n = 0; n < columns; ++n)
+    for (int64_t m = 0; m < rows; ++m) out[n * out_leading + m] = source[m * leading + n];
+}
+
+// pack_left as tiles want it: row-major, [rows, units].
+template <class T>
+Left<T> pack_left_turned(const T* source, int64_t leading, int64_t summed, int64_t rows, Unit<T>* packed) {
+  const int64_t units = units_of<T>(summed);
+  for (int64_t u = 0; u < units; u += LANES)
+    for (int64_t m = 0; m < rows; m += LANES) {
+      const int64_t deep = std::min<int64_t>(LANES, units - u), tall = std::min<int64_t>(LANES, rows - m);
+      Unit<T> square[LANES * LANES];
+      for (int64_t k = 0; k < deep; ++k) {
+        const int64_t at = (u + k) * depth_of<T>;
+        const T* first = source + at * leading + m;
+        zip_rows(first, at + 1 < summed ? first + leading : nullptr, tall, square + k * LANES);
+      }
+      transpose_part(square, LANES, deep, tall, packed + m * units + u, units);
+    }
+  return {packed, units, 1};
+}
+
+// Left side from the transpose of a row-major [summed, rows] matrix.
+template <class T>
+Left<T> pack_left(const T* source, int64_t leading, int64_t summed, int64_t rows, Unit<T>* packed) {
+  if (takes_tiles<T>()) return pack_left_turned(source, leading, summed, rows, packed);
+  for (int64_t u = 0; u < units_of<T>(summed); ++u) {
+    const T* first = source + u * depth_of<T> * leading;
+    zip_rows(first, u * depth_of<T> + 1 < summed ? first + leading : nullptr, rows, packed + u * rows);
+  }
+  return {packed, 1, rows};
 }
 
 // One unit of row n starting at element k; past the end it holds zero.

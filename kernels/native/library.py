@@ -23,32 +23,55 @@ from pathlib import Path
 
 import torch
 
+from ernie5.errors import KernelError
+
 SOURCES = (
-    "gemm.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp", "optimizer.cpp",
-    "compact.cpp",
+    "gemm.cpp", "tiles.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp",
+    "optimizer.cpp", "compact.cpp",
 )
-HEADERS = ("vector.h", "gemm.h", "swiglu.h")
+HEADERS = ("vector.h", "tiles.h", "emulated_tiles.h", "gemm.h", "swiglu.h")
 FLAGS = (
     "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
     "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
 )
+MODES = {"": (), "1": (), "0": (), "no-tiles": (), "tiles-emulated": ("-DERNIE5_EMULATED_TILES",)}
+"""What ERNIE5_NATIVE may be, and the compiler flags that it adds. `0`: no library; `no-tiles`: bf16 by AVX-512 though
+the processor has matrix tiles (AMX); `tiles-emulated`: tiles in software, for tests (slow)."""
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 COMPILER_SECONDS = 1800  # a dozen of one core; at a load of 30 on two cores 300 were not enough
 
 
 @functools.cache
 def native_library() -> ctypes.CDLL | None:
-    """The loaded library; None, after one warning, where it cannot be built. ERNIE5_NATIVE=0 switches it off."""
-    if os.environ.get("ERNIE5_NATIVE") == "0":
+    """The loaded library; None, after one warning, where it cannot be built, and under ERNIE5_NATIVE=0 (see MODES).
+
+    Raises KernelError for a value of ERNIE5_NATIVE that MODES has not.
+    """
+    mode = os.environ.get("ERNIE5_NATIVE", "")
+    if mode not in MODES:
+        raise KernelError(f"ERNIE5_NATIVE is {mode!r}. It may be unset or one of {', '.join(filter(None, MODES))}")
+    if mode == "0":
         return None
     try:
-        library = ctypes.CDLL(str(_built(_compiler())))
+        library = ctypes.CDLL(str(_built(_compiler(), (*FLAGS, *MODES[mode]))))
         library.ernie5_sum_squares.restype = ctypes.c_double
+        library.ernie5_start_tiles.restype = ctypes.c_int64
+        _start_tiles(library, wanted=mode != "no-tiles")
         return library
     except subprocess.CalledProcessError as error:
         return _without(error.stderr.strip() or str(error))
     except (OSError, subprocess.SubprocessError) as error:
         return _without(str(error))
+
+
+def _start_tiles(library: ctypes.CDLL, *, wanted: bool) -> None:
+    refused = -library.ernie5_start_tiles(ctypes.c_int(wanted))
+    if refused > 0:
+        warnings.warn(
+            f"the operating system refused this process the matrix tiles (AMX) of its processor ({os.strerror(refused)}"
+            "); bf16 runs by AVX-512. ERNIE5_NATIVE=no-tiles does not ask",
+            stacklevel=4,
+        )
 
 
 def _without(reason: str) -> None:
@@ -72,7 +95,7 @@ def runs_native(*tensors: torch.Tensor) -> bool:
 
 
 def has_tiles(tensor: torch.Tensor) -> bool:
-    """Whether oneDNN multiplies this tensor with the processor's matrix tiles (AMX), which the library has not."""
+    """Whether oneDNN multiplies this tensor with the processor's matrix tiles (AMX): the library's never ran on any."""
     return tensor.dtype == torch.bfloat16 and _cpu_has_tiles()
 
 
@@ -121,11 +144,11 @@ def _compiler() -> str:
     return found
 
 
-def _built(compiler: str) -> Path:
+def _built(compiler: str, flags: tuple[str, ...]) -> Path:
     """Path of the compiled library; of processes that start together one compiles and the others wait for it."""
     folder = Path(__file__).parent
     texts = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *FLAGS)).encode(), _processor()])).hexdigest()[:20]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *flags)).encode(), _processor()])).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie5"
     library = cache / f"kernels-{key}.so"
     if not library.exists():
@@ -134,7 +157,7 @@ def _built(compiler: str) -> Path:
             fcntl.flock(lock, fcntl.LOCK_EX)
             if not library.exists():
                 made = Path(work) / "kernels.so"
-                command = [compiler, *FLAGS, *(str(folder / name) for name in SOURCES), "-o", str(made)]
+                command = [compiler, *flags, *(str(folder / name) for name in SOURCES), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
                 made.replace(library)
     return library

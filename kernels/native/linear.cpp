@@ -13,6 +13,7 @@ void product(const T* x, const T* weight, T* out, int64_t rows, int64_t summed, 
   const int64_t stride = units_of<T>(summed) * PANEL, panels = panels_of(columns);
 #pragma omp parallel num_threads(threads)
   {
+    const TileScope tiles;
 #pragma omp for schedule(static)
     for (int64_t p = 0; p < panels; ++p) {
       const int64_t j = p * PANEL, count = std::min<int64_t>(PANEL, columns - j);
@@ -37,6 +38,7 @@ void outer(const T* left, const T* right, T* out, int64_t rows, int64_t columns,
   const int64_t share = (panels + threads - 1) / threads;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t p = 0; p < panels; p += share) {
+    const TileScope tiles;
     const int64_t j = p * PANEL, own = std::min(share * PANEL, columns - j);
     Unit<T>*packed = scratch<Unit<T>>(0, packed_size<T>(deep, own)), *turned = scratch<Unit<T>>(1, deep * rows);
     float* sums = scratch<float>(2, rows * own);

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import os
 import subprocess
 import sys
@@ -28,6 +29,25 @@ from ernie5_kernels.token_rows import gather_rows, sum_places
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler on this machine")
 FP32, BF16 = (torch.float32, 4e-6, "sums of fp32"), (torch.bfloat16, 2e-2, "bf16 keeps 8 bits, products add 2^-8 each")
 TYPES = pytest.mark.parametrize(("dtype", "tolerance", "reason"), (FP32, BF16), ids=("fp32", "bf16"))
+PRODUCTS = pytest.mark.parametrize(
+    ("library_mode", "dtype", "tolerance", "reason"),
+    ((None, *FP32), (None, *BF16), ("tiles-emulated", *BF16)),
+    ids=("fp32", "bf16", "bf16-tiles"),
+    indirect=["library_mode"],
+)
+
+
+@pytest.fixture(autouse=True)
+def library_mode(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
+    """The library that a test's parameter names by ERNIE5_NATIVE's value, else the one of the environment."""
+    mode = getattr(request, "param", None)
+    if mode is None:
+        yield
+        return
+    monkeypatch.setenv("ERNIE5_NATIVE", mode)
+    native_library.cache_clear()
+    yield
+    native_library.cache_clear()
 
 
 @pytest.fixture(autouse=True)
@@ -76,7 +96,7 @@ def documents(batch: int, tokens: int) -> torch.Tensor:
     return intervals
 
 
-@TYPES
+@PRODUCTS
 @pytest.mark.parametrize(
     ("tokens", "queries", "heads", "groups", "width"),
     ((300, 300, 2, 1, 64), (129, 129, 4, 2, 10), (63, 63, 4, 4, 32), (2, 1, 2, 2, 6), (200, 133, 2, 1, 16)),
@@ -105,7 +125,7 @@ def test_attention_passes_on_a_nan() -> None:
     assert (out[:, 0] == 0).all(), "the row that sees nothing reads nothing"
 
 
-@TYPES
+@PRODUCTS
 @pytest.mark.parametrize("rows", (0, *ODD_SIZES, 1030))
 def test_linear_matches_the_reference(rows: int, dtype: torch.dtype, tolerance: float, reason: str) -> None:
     for inner, outer in ((7, 33), (64, 96)):
@@ -116,7 +136,7 @@ def test_linear_matches_the_reference(rows: int, dtype: torch.dtype, tolerance: 
         )
 
 
-@TYPES
+@PRODUCTS
 @pytest.mark.parametrize(
     "counts", ((0, 5, 0, 130, 1, 0), (0, 0, 0), (700,), (1, 64, 63)), ids=("uneven", "none", "one", "few")
 )
@@ -136,7 +156,7 @@ def test_experts_match_the_reference(
         )
 
 
-@TYPES
+@PRODUCTS
 @pytest.mark.parametrize(("rows", "width", "classes"), ((0, 8, 20), (1, 7, 5), (100, 32, 301), (1030, 16, 77)))
 def test_cross_entropy_matches_the_reference(
     rows: int, width: int, classes: int, dtype: torch.dtype, tolerance: float, reason: str
@@ -209,19 +229,22 @@ def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:
         assert torch.equal(whole, turned)
 
 
-def test_two_threads_give_the_bits_of_one() -> None:
+@PRODUCTS
+def test_two_threads_give_the_bits_of_one(dtype: torch.dtype, tolerance: float, reason: str) -> None:
+    del tolerance, reason  # none: the bits are equal
+    values = functools.partial(normal, dtype=dtype)
     offsets = torch.tensor([100, 100, 700])
     targets = torch.arange(703) % 301
     plan = plan_attention(documents(2, 300), batch_rows=2, query_tokens=300, key_tokens=300)
     calls = (
-        (lambda x, w: linear(x, weight=w, backend="native"), (normal(703, 64), normal(96, 64))),
+        (lambda x, w: linear(x, weight=w, backend="native"), (values(703, 64), values(96, 64))),
         (lambda x, w: linear_cross_entropy(x, weight=w, targets=targets, backend="native"),
-         (normal(703, 64), normal(301, 64))),
-        (lambda x, w: rms_norm(x, weight=w, eps=1e-5, backend="native"), (normal(703, 64), normal(64))),
+         (values(703, 64), values(301, 64))),
+        (lambda x, w: rms_norm(x, weight=w, eps=1e-5, backend="native"), (values(703, 64), values(64))),
         (lambda x, p, u, d: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend="native"),
-         (normal(703, 64), normal(703), normal(3, 64, 64), normal(3, 64, 32))),
+         (values(703, 64), normal(703), values(3, 64, 64), values(3, 64, 32))),
         (lambda q, k: attention(q, key=k, value=k, plan=plan, backend="native"),
-         (normal(2, 300, 4, 16), normal(2, 300, 2, 16))),
+         (values(2, 300, 4, 16), values(2, 300, 2, 16))),
     )
     for function, inputs in calls:
         single = outputs_and_gradients(function, inputs=inputs)

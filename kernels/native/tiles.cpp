@@ -1,0 +1,196 @@
+// Products of bf16 by matrix tiles: a block of sums is two tiles high and two wide, or one high and four wide where no
+// more than sixteen rows are left, so that four products are always under way. A step is sixteen units deep.
+#include "tiles.h"
+
+#include <cerrno>
+
+#include "gemm.h"
+#if defined(__linux__)
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
+bool tiles_run = false;
+
+#if defined(ERNIE5_TILES)
+namespace {
+
+constexpr int64_t SIDE = 16;  // rows, columns and units of a tile
+typedef Unit<bf16> Pair;
+
+// Tiles 0 to 3 hold sums, 4 (and 5 in a high block) left rows, the others right columns. A configuration is known by
+// its number of rows, 1 to 32, because a thread keeps its last one: loading another costs more than a short product.
+thread_local int64_t configured = 0;
+
+void configure(int64_t rows) {
+  if (rows == configured) return;
+  const bool high = rows > SIDE;
+  TileShapes shapes;
+  for (int i = 0; i < TILES_HELD; ++i) {
+    const bool right = i > (high ? 5 : 4), second = high && (i == 2 || i == 3 || i == 5);
+    shapes.bytes[i] = TILE_BYTES;
+    shapes.rows[i] = right ? SIDE : second ? rows - SIDE : std::min(SIDE, rows);
+  }
+  tile_configure(shapes);
+  configured = rows;
+}
+
+template <int HIGH, int BROAD>
+inline void begin(const float* sums, int64_t leading, bool add) {
+  const int64_t bytes = leading * sizeof(float);
+  if (add) {
+    tile_load<0>(sums, bytes), tile_load<1>(sums + SIDE, bytes);
+    if constexpr (HIGH == 2) sums += SIDE * leading - 2 * SIDE;
+    if constexpr (HIGH * BROAD == 4) tile_load<2>(sums + 2 * SIDE, bytes), tile_load<3>(sums + 3 * SIDE, bytes);
+  } else {
+    tile_zero<0>(), tile_zero<1>();
+    if constexpr (HIGH * BROAD == 4) tile_zero<2>(), tile_zero<3>();
+  }
+}
+
+template <int HIGH, int BROAD>
+inline void finish(float* sums, int64_t leading) {
+  const int64_t bytes = leading * sizeof(float);
+  tile_store<0>(sums, bytes), tile_store<1>(sums + SIDE, bytes);
+  if constexpr (HIGH == 2) sums += SIDE * leading - 2 * SIDE;
+  if constexpr (HIGH * BROAD == 4) tile_store<2>(sums + 2 * SIDE, bytes), tile_store<3>(sums + 3 * SIDE, bytes);
+}
+
+// One step: left rows at `a`, `row` units apart; right columns at `b` and, of the next panel, at `next`.
+template <int HIGH, int BROAD>
+inline void advance(const Pair* a, int64_t row, const Pair* b, const Pair* next) {
+  constexpr int64_t bytes = PANEL * sizeof(Pair);
+  tile_load<4>(a, row * sizeof(Pair));
+  tile_load<6>(b, bytes);
+  tile_dot<0, 4, 6>();
+  tile_load<7>(b + SIDE, bytes);
+  tile_dot<1, 4, 7>();
+  if constexpr (HIGH == 2) {
+    tile_load<5>(a + SIDE * row, row * sizeof(Pair));
+    tile_dot<2, 5, 6>();
+    tile_dot<3, 5, 7>();
+  } else if constexpr (BROAD == 4) {
+    tile_load<5>(next, bytes);
+    tile_dot<2, 4, 5>();
+    tile_load<6>(next + SIDE, bytes);
+    tile_dot<3, 4, 6>();
+  }
+}
+
+// The last units of `rows` rows, fewer than a step, with zeros behind them.
+void pad(const Pair* source, int64_t leading, int64_t units, int64_t rows, Pair* out) {
+  for (int64_t m = 0; m < rows; ++m) {
+    std::memcpy(out + m * SIDE, source + m * leading, units * sizeof(Pair));
+    std::memset(out + m * SIDE + units, 0, (SIDE - units) * sizeof(Pair));
+  }
+}
+
+template <class O>
+struct Product {
+  int64_t columns, units;
+  Left<bf16> left;
+  const Pair *left_rest, *packed;  // left_rest [rows, SIDE]: what `pad` made of the units beyond whole steps
+  int64_t stride;
+  O* out;
+  int64_t leading;
+  bool add;
+};
+
+template <int HIGH, int BROAD, class O>
+void block(const Product<O>& p, int64_t row, int64_t rows, int64_t column, const Pair* right_rest) {
+  constexpr int64_t WIDTH = BROAD * SIDE;
+  alignas(64) float buffer[HIGH * SIDE * WIDTH];
+  const int64_t columns = std::min(WIDTH, p.columns - column), whole = p.units / SIDE * SIDE;
+  O* out = p.out + row * p.leading + column;
+  float* sums = buffer;
+  int64_t leading = WIDTH;
+  if constexpr (std::is_same<O, float>::value)
+    if (columns == WIDTH) sums = out, leading = p.leading;
+  if (p.add && sums == buffer)
+    for (int64_t m = 0; m < rows; ++m)
+      for (int64_t n = 0; n < WIDTH; n += LANES)
+        store(buffer + m * WIDTH + n, load(out + m * p.leading + n, std::max<int64_t>(0, columns - n)));
+  begin<HIGH, BROAD>(sums, leading, p.add);
+  const int64_t apart = p.left.row, stride = p.stride;
+  const Pair *a = p.left.data + row * apart, *b = p.packed + column / PANEL * stride;
+  for (int64_t k = 0; k < whole; k += SIDE, a += SIDE, b += SIDE * PANEL)
+    advance<HIGH, BROAD>(a, apart, b, b + stride);
+  if (whole < p.units) advance<HIGH, BROAD>(p.left_rest + row * SIDE, SIDE, right_rest, right_rest + SIDE * PANEL);
+  finish<HIGH, BROAD>(sums, leading);
+  if (sums != buffer) return;
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < columns; n += LANES)
+      store(out + m * p.leading + n, load(buffer + m * WIDTH + n), columns - n);
+}
+
+// All columns of `rows` rows that share a configuration, `tall` at a time.
+template <int HIGH, int BROAD, class O>
+void band(const Product<O>& p, int64_t row, int64_t rows) {
+  const int64_t whole = p.units / SIDE * SIDE, tall = std::min(rows, HIGH * SIDE);
+  alignas(64) Pair right_rest[BROAD / 2 * SIDE * PANEL];
+  configure(tall);
+  for (int64_t column = 0; column < p.columns; column += BROAD * SIDE) {
+    const int64_t panels = std::min<int64_t>(BROAD / 2, panels_of(p.columns - column));
+    if (whole < p.units) {
+      std::memset(right_rest, 0, sizeof right_rest);
+      for (int64_t i = 0; i < panels; ++i)
+        std::memcpy(right_rest + i * SIDE * PANEL, p.packed + (column / PANEL + i) * p.stride + whole * PANEL,
+                    (p.units - whole) * PANEL * sizeof(Pair));
+    }
+    for (int64_t m = 0; m < rows; m += tall)
+      if (panels == BROAD / 2)
+        block<HIGH, BROAD>(p, row + m, tall, column, right_rest);
+      else
+        block<HIGH, 2>(p, row + m, tall, column, right_rest);
+  }
+}
+
+}  // namespace
+
+template <class O>
+void multiply_tiles(int64_t rows, int64_t columns, int64_t units, Left<bf16> left, const Unit<bf16>* packed,
+                    int64_t stride, O* out, int64_t leading, bool add) {
+  const int64_t rest = units % SIDE;
+  Pair* left_rest = nullptr;
+  if (rest > 0) {
+    left_rest = scratch<Pair>(20, rows * SIDE);
+    pad(left.data + units - rest, left.row, rest, rows, left_rest);
+  }
+  const Product<O> p{columns, units, left, left_rest, packed, stride, out, leading, add};
+  const int64_t whole = rows / (2 * SIDE) * (2 * SIDE);
+  if (whole > 0) band<2, 2>(p, 0, whole);
+  if (rows - whole > SIDE)
+    band<2, 2>(p, whole, rows - whole);
+  else if (rows > whole)
+    band<1, 4>(p, whole, rows - whole);
+}
+
+template void multiply_tiles<bf16>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, bf16*, int64_t, bool);
+template void multiply_tiles<float>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, float*, int64_t, bool);
+
+void TileScope::release() {
+  if (configured == 0) return;
+  tile_release();
+  configured = 0;
+}
+#endif
+
+// Asks Linux, for the whole process, for the 8 KiB of tile state that a thread has (arch/x86/include/uapi/asm/prctl.h).
+static int64_t permission() {
+#if defined(ERNIE5_EMULATED_TILES)
+  return 0;
+#elif defined(ERNIE5_TILES)
+  constexpr long REQUEST = 0x1023, TILE_DATA = 18;
+  return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0 ? 0 : errno;
+#else
+  return ENOSYS;
+#endif
+}
+
+// Whether products of bf16 take matrix tiles from now on: 1 yes, 0 no (not wanted, or not compiled), or minus the
+// error number with which the operating system refused. Call it before the first product.
+extern "C" int64_t ernie5_start_tiles(int wanted) {
+  const int64_t refused = TILES && wanted ? permission() : 0;
+  tiles_run = TILES && wanted && refused == 0;
+  return refused > 0 ? -refused : tiles_run;
+}

@@ -19,13 +19,14 @@ from ernie5.model.interfaces import KeptIndices
 from ernie5.model.shard_plan import Placement, placements_of
 from ernie5.objectives.next_token import TextLoss
 from ernie5.parallel.collectives import all_gather, broadcast, even_sizes, own_part
-from ernie5.parallel.config import ParallelConfig
+from ernie5.parallel.config import CHUNK_TOKENS, ParallelConfig
 from ernie5.parallel.context import cut_batch, install_context
 from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.halves import Halves
 from ernie5.parallel.stages import StagePlan, plan_stages
 from ernie5.parallel.state import Axis, ParallelState
 from ernie5.parallel.tensor import VocabularyParallelLoss, install_tensor
+from ernie5.parallel.token_split import Splitter
 from ernie5.records import Batch
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 
@@ -77,10 +78,15 @@ class Absence:
 
 class Layout:
     """How a model is spread: the sections of each stage, the shard of every parameter by name (those of all stages),
-    and the seams that were exchanged. stages: None for a layout that does not run."""
+    how rows are split over context ranks, and the seams that were exchanged. stages: None for a layout that does not
+    run; context_chunk: as in ParallelConfig."""
 
-    def __init__(self, state: ParallelState, *, shards: dict[str, Shard], stages: StagePlan | None = None) -> None:
+    def __init__(
+        self, state: ParallelState, *, shards: dict[str, Shard], stages: StagePlan | None = None,
+        context_chunk: int = CHUNK_TOKENS,
+    ) -> None:
         self.state, self.stages, self.shards = state, stages, shards
+        self.splitter = Splitter(state.axis("cp").size, context_chunk)
         self._seams: list[Seam] = []
         self._absent: dict[str, Absence] = {}
 
@@ -161,7 +167,7 @@ class Layout:
 
     def take(self, batch: Batch) -> Batch:
         """This rank's part of a data-parallel rank's batch: its tokens under context parallelism, else all."""
-        return cut_batch(batch, rank=self.state.cp.coordinate, ranks=self.state.cp.size)
+        return cut_batch(batch, rank=self.state.cp.coordinate, splitter=self.splitter)
 
     def text_loss(self, *, vocab_size: int) -> TextLoss:
         """The cross-entropy that fits how the text head is held."""
@@ -224,11 +230,14 @@ def apply_layout(
     """Turn `model` into this rank's part, in this order: plan, stage, parts, tensor, context, dispatchers. The model is
     an outline; one that has values already is cut. is_drawn: as in `make_parts`."""
     stages = plan_stages(model.config, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
-    layout = Layout(state, stages=stages, shards=plan_shards(shapes_of(model), place=state, stages=stages))
+    shards = plan_shards(shapes_of(model), place=state, stages=stages)
+    layout = Layout(state, stages=stages, shards=shards, context_chunk=parallel.context_chunk)
     layout.leave_out(model)
     make_parts(model, layout=layout, is_drawn=is_drawn)
     install_tensor(model, state=state, install=layout.install, is_sequence=parallel.sequence)
-    install_context(model, axis=state.cp, install=layout.install, mode=parallel.context)
+    install_context(
+        model, axis=state.cp, install=layout.install, mode=parallel.context, splitter=layout.splitter
+    )
     install_dispatchers(model, layout=layout, parallel=parallel)
     return layout
 

@@ -13,6 +13,7 @@ from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig
 from ernie5.parallel.dims import GridDims, nearest_divisors
 
+CHUNK_TOKENS = 128  # attention's larger blocks hold as many
 DISPATCHERS = ("auto", "alltoall", "hierarchical", "allgather", "deepep", "megablocks")
 
 
@@ -41,6 +42,12 @@ class ParallelConfig(Config):
     context: str = field(
         "ring", doc="with cp: how queries meet the keys of other ranks", choices=("ring", "ulysses"),
         kind="performance",
+    )
+    context_chunk: int = field(
+        CHUNK_TOKENS,
+        doc="with cp: rows are dealt to the ranks in chunks of at least so many tokens, for an even load of short "
+        "documents",
+        unit="tokens", check=positive, kind="performance",
     )
     dispatcher: str = field(
         "auto",

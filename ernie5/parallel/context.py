@@ -1,10 +1,9 @@
-"""Context parallelism: the tokens of every row are split over ranks, two pieces each, and a batch is cut accordingly.
+"""Context parallelism: the tokens of every row are split over ranks (`token_split`), and a batch is cut accordingly.
 
-A row of T tokens is cut into 2R chunks of equal length; rank r holds chunks r and 2R-1-r, so that under a causal mask
-every rank has the same number of visible pairs. Everything in a Batch belongs to a position and follows it, except a
-frame of pixels: the ViT attends within a frame. A rank therefore gets every group of patches of each frame that one of
-its positions reads, and where a frame is read on several ranks each rank's row ends in one padding position more, the
-sink, to which groups of foreign positions are added. No loss depends on a padding position, hence on what it holds.
+Everything in a Batch belongs to a position and follows it, except a frame of pixels: the ViT attends within a frame. A
+rank therefore gets every group of patches of each frame that one of its positions reads, and where a frame is read on
+several ranks each rank's row ends in one padding position more, the sink, to which groups of foreign positions are
+added. No loss depends on a padding position, hence on what it holds.
 """
 
 from __future__ import annotations
@@ -19,42 +18,44 @@ from ernie5.parallel.pools import ContextPool
 from ernie5.parallel.ring import RingAttention, RingPlanner
 from ernie5.parallel.seams import Install
 from ernie5.parallel.state import Axis
-from ernie5.parallel.token_split import TokenSplit, split_of
+from ernie5.parallel.token_split import Splitter, TokenSplit
 from ernie5.parallel.ulysses import UlyssesAttention, UlyssesPlanner
 from ernie5.records import Batch, TensorRecord, TextTargets, TokenKind, VisualPatches
 
 
-def install_context(model: torch.nn.Module, *, axis: Axis, install: Install, mode: str) -> None:
+def install_context(
+    model: torch.nn.Module, *, axis: Axis, install: Install, mode: str, splitter: Splitter
+) -> None:
     """Exchange the parts of a model in which positions meet: attention with its planner, the look-ahead of multi-token
     prediction, the statistics of routing. mode: ring | ulysses. On one rank nothing is changed.
     """
     if axis.size == 1:
         return
     is_ring = mode == "ring"
-    install(model, "plan_attention", RingPlanner(axis) if is_ring else UlyssesPlanner(axis))
+    planner = RingPlanner(axis, splitter=splitter) if is_ring else UlyssesPlanner(splitter)
+    install(model, "plan_attention", planner)
     op = RingAttention(axis) if is_ring else UlyssesAttention(axis, backend=model.config.attention_backend)
     for block in (*model.layers, *(module.block for module in model.mtp)):
         install(block.attention, "op", op)
     for module in model.mtp:
-        install(module, "look_ahead", ContextLookAhead(axis))
+        install(module, "look_ahead", ContextLookAhead(axis, splitter=splitter))
     for layer in model.moe_layers():
         install(layer, "pool", ContextPool(axis, inner=layer.pool))
 
 
-def cut_batch(batch: Batch, *, rank: int, ranks: int) -> Batch:
-    """The part of `batch` that context rank `rank` of `ranks` works on; counts of all parts add up to the batch's.
+def cut_batch(batch: Batch, *, rank: int, splitter: Splitter) -> Batch:
+    """The part of `batch` that context rank `rank` works on; counts of all parts add up to the batch's.
 
     token_ids, kinds, positions and document_ids have the rank's positions [B, local_tokens]; intervals keeps all
     columns [B, all_tokens, 4], in the numbering of the whole row, because queries meet the keys of every rank.
     """
-    if ranks == 1:
+    if splitter.ranks == 1:
         return batch
     tokens = batch.token_ids.shape[1]
-    chunk = -(-tokens // (2 * ranks))
-    owner = torch.cat([torch.arange(ranks), torch.arange(ranks).flip(0)]).repeat_interleave(chunk)[:tokens]
-    owner = owner.to(batch.token_ids.device)
-    shared = any(_has_shared_frame(p, owner=owner) for p in (batch.image_patches, batch.video_patches))
-    split = TokenSplit(ranks, chunk, shared)
+    split = splitter.of_row(tokens, has_sinks=False)
+    owner = split.owners()[:tokens].to(batch.token_ids.device)
+    if any(_has_shared_frame(p, owner=owner) for p in (batch.image_patches, batch.video_patches)):
+        split = dataclasses.replace(split, has_sinks=True)
     cut = _Cut(split, rank=rank, tokens=tokens, owner=owner)
     return dataclasses.replace(
         batch,
@@ -135,12 +136,12 @@ def _pad_intervals(intervals: torch.Tensor, *, all_tokens: int) -> torch.Tensor:
 class ContextLookAhead:
     """The LookAhead of a rank that holds a part of each row."""
 
-    def __init__(self, axis: Axis) -> None:
-        self._axis = axis
+    def __init__(self, axis: Axis, *, splitter: Splitter) -> None:
+        self._axis, self._splitter = axis, splitter
 
     def __call__(self, x: torch.Tensor, *, by: int) -> torch.Tensor:
         """x [B, local_tokens, D] -> [B, local_tokens, D]; collective."""
-        return ShiftAhead.apply(x, by, self._axis)
+        return ShiftAhead.apply(x, by, self._axis, self._splitter.of_part(x.shape[1]))
 
 
 class ShiftAhead(torch.autograd.Function):
@@ -150,36 +151,39 @@ class ShiftAhead(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(ctx, x: torch.Tensor, by: int, axis: Axis) -> torch.Tensor:
-        rank, ranks = axis.coordinate, axis.size
-        split = split_of(x.shape[1], ranks=ranks)
+    def forward(ctx, x: torch.Tensor, by: int, axis: Axis, split: TokenSplit) -> torch.Tensor:
         if by > split.chunk:
             raise LayoutError(
-                f"parallel.cp = {ranks} cuts rows into chunks of {split.chunk} tokens, and multi-token prediction "
-                f"reads {by} tokens ahead. A chunk must hold at least as many. Lower parallel.cp or model.mtp.depth"
+                f"parallel.cp = {split.ranks} cuts rows into chunks of {split.chunk} tokens, and multi-token "
+                f"prediction reads {by} tokens ahead. A chunk must hold at least as many. Lower parallel.cp or "
+                "model.mtp.depth, or raise parallel.context_chunk"
             )
-        chunk = split.chunk
-        heads = torch.stack((x[:, :by], x[:, chunk : chunk + by]))
-        found = all_gather(heads, axis=axis, sizes=[2] * ranks).unflatten(0, (ranks, 2))
-        following = [_head_of(found, chunk=c % (2 * ranks)) for c in (rank + 1, 2 * ranks - rank)]
-        ctx.by, ctx.axis, ctx.chunk = by, axis, chunk
-        parts = [x[:, by:chunk], following[0], x[:, chunk + by : 2 * chunk], following[1], x[:, 2 * chunk :]]
-        return torch.cat(parts, dim=1)
+        ctx.by, ctx.axis, ctx.split = by, axis, split
+        chunks, sink = _in_chunks(x, split=split)
+        published = chunks[:, :, :by].transpose(0, 1).contiguous()
+        found = all_gather(published, axis=axis, sizes=[len(published)] * split.ranks)
+        places = {number: place for place, number in enumerate(_numbers(split))}
+        after = [places[(number + 1) % split.chunks] for number in split.own_chunks(axis.coordinate)]
+        following = found[after].transpose(0, 1)
+        return torch.cat((torch.cat((chunks[:, :, by:], following), dim=2).flatten(1, 2), sink), dim=1)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rank, ranks = ctx.axis.coordinate, ctx.axis.size
-        by, chunk = ctx.by, ctx.chunk
-        heads = grad.new_zeros(2 * ranks, grad.shape[0], by, *grad.shape[2:])
-        heads[(rank + 1) % (2 * ranks)] = grad[:, chunk - by : chunk]
-        heads[(2 * ranks - rank) % (2 * ranks)] = grad[:, 2 * chunk - by : 2 * chunk]
-        heads = all_reduce(heads, axis=ctx.axis)
-        first, second = heads[rank], heads[2 * ranks - 1 - rank]
-        parts = [first, grad[:, : chunk - by], second, grad[:, chunk : 2 * chunk - by], grad[:, 2 * chunk :]]
-        return torch.cat(parts, dim=1), None, None
+        by, split, own = ctx.by, ctx.split, list(ctx.split.own_chunks(ctx.axis.coordinate))
+        chunks, sink = _in_chunks(grad, split=split)
+        heads = grad.new_zeros(split.chunks, grad.shape[0], by, *grad.shape[2:])
+        heads[[(number + 1) % split.chunks for number in own]] = chunks[:, :, split.chunk - by :].transpose(0, 1)
+        heads = all_reduce(heads, axis=ctx.axis)[own].transpose(0, 1)
+        by_chunk = torch.cat((heads, chunks[:, :, : split.chunk - by]), dim=2)
+        return torch.cat((by_chunk.flatten(1, 2), sink), dim=1), None, None, None
 
 
-def _head_of(found: torch.Tensor, *, chunk: int) -> torch.Tensor:
-    """First positions of chunk number `chunk`, from what every rank published [R, 2, ...]."""
-    ranks = found.shape[0]
-    return found[chunk][0] if chunk < ranks else found[2 * ranks - 1 - chunk][1]
+def _in_chunks(x: torch.Tensor, *, split: TokenSplit) -> tuple[torch.Tensor, torch.Tensor]:
+    """x [B, local_tokens, ...] -> its chunks [B, 2 rounds, chunk, ...] and what is left, the sink [B, 0 or 1, ...]."""
+    whole = 2 * split.rounds * split.chunk
+    return x[:, :whole].unflatten(1, (2 * split.rounds, split.chunk)), x[:, whole:]
+
+
+def _numbers(split: TokenSplit) -> list[int]:
+    """The number of each chunk, one rank's after another's."""
+    return [number for rank in range(split.ranks) for number in split.own_chunks(rank)]

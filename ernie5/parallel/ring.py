@@ -16,7 +16,7 @@ import torch
 import torch.distributed as dist
 
 from ernie5.parallel.state import Axis
-from ernie5.parallel.token_split import split_of
+from ernie5.parallel.token_split import Splitter
 from ernie5_kernels.attention import AttentionPlan, attend, attend_backward, plan_piecewise
 
 KEPT_MASK_BYTES = 64 << 20
@@ -33,16 +33,16 @@ class RingPlan:
 class RingPlanner:
     """Makes the plan of a batch that `cut_batch` has cut."""
 
-    def __init__(self, axis: Axis) -> None:
-        self._rank, self._ranks = axis.coordinate, axis.size
+    def __init__(self, axis: Axis, *, splitter: Splitter) -> None:
+        self._rank, self._splitter = axis.coordinate, splitter
 
     def __call__(
         self, intervals: torch.Tensor, *, batch_rows: int, query_tokens: int, key_tokens: int
     ) -> RingPlan:
         """intervals [B, all_tokens, 4] of every rank's columns; query_tokens: positions of this rank."""
-        split = split_of(query_tokens, ranks=self._ranks)
+        split = self._splitter.of_part(query_tokens)
         keep = batch_rows * query_tokens * intervals.shape[1] <= KEPT_MASK_BYTES
-        sources = [(self._rank - step) % self._ranks for step in range(self._ranks)]
+        sources = [(self._rank - step) % split.ranks for step in range(split.ranks)]
         columns = [intervals.index_select(1, split.order(source).to(intervals.device)) for source in sources]
         pieces = split.pieces(self._rank)
         return RingPlan(tuple(plan_piecewise(c, pieces=pieces, keep_masks=keep) for c in columns))

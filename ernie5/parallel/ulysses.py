@@ -15,7 +15,7 @@ import torch
 from ernie5.errors import LayoutError
 from ernie5.parallel.collectives import all_to_all
 from ernie5.parallel.state import Axis
-from ernie5.parallel.token_split import split_of
+from ernie5.parallel.token_split import Splitter
 from ernie5_kernels.attention import AttentionPlan, attention, plan_attention
 
 
@@ -32,15 +32,15 @@ class UlyssesPlan:
 class UlyssesPlanner:
     """Makes the plan of a batch that `cut_batch` has cut."""
 
-    def __init__(self, axis: Axis) -> None:
-        self._ranks = axis.size
+    def __init__(self, splitter: Splitter) -> None:
+        self._splitter = splitter
 
     def __call__(
         self, intervals: torch.Tensor, *, batch_rows: int, query_tokens: int, key_tokens: int
     ) -> UlyssesPlan:
         """intervals [B, all_tokens, 4] of every rank's columns; query_tokens: positions of this rank."""
-        split = split_of(query_tokens, ranks=self._ranks)
-        order = torch.cat([split.order(rank) for rank in range(self._ranks)]).to(intervals.device)
+        split = self._splitter.of_part(query_tokens)
+        order = torch.cat([split.order(rank) for rank in range(split.ranks)]).to(intervals.device)
         tokens = split.all_tokens
         whole = plan_attention(intervals, batch_rows=batch_rows, query_tokens=tokens, key_tokens=tokens)
         return UlyssesPlan(whole, order, torch.argsort(order))

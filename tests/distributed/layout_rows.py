@@ -11,7 +11,8 @@ import math
 from ernie5.data.synthetic import TASKS
 
 DEGREES = (
-    "pp", "vpp", "stage_layers", "tp", "cp", "ep", "etp", "sequence", "context", "dispatcher", "node_size", "overlap"
+    "pp", "vpp", "stage_layers", "tp", "cp", "ep", "etp", "sequence", "context", "context_chunk", "dispatcher",
+    "node_size", "overlap",
 )
 STEPS, LONG_STEPS = 2, 20
 # two large steps show a wrong gradient best. Twenty such steps amplify rounding until routers see it: with etp 2 the
@@ -161,6 +162,7 @@ QUICK = [
         row("tp2", tp=2),
         row("tp2-etp2-sequence", tp=2, etp=2, sequence=True),
         row("cp2-ep2", cp=2, ep=2),
+        row("cp2-rounds", cp=2, context_chunk=8),
         row("cp2-ulysses-tied", cp=2, context="ulysses", model="tied"),
         row("cp2-muon", cp=2, model="tied", optimizer="muon"),
         row("cp2-zero1", cp=2, stage=1),
@@ -265,6 +267,10 @@ TENSOR = [
         row("tp2-cp2-ep2-allgather", tp=2, cp=2, ep=2, dispatcher="allgather"),
         row("cp2-ep2-dp2", cp=2, ep=2),
         row("cp4", cp=4),
+        row("cp4-rounds", cp=4, context_chunk=5),
+        row("cp4-ulysses-rounds", cp=4, context="ulysses", context_chunk=8),
+        row("tp2-cp2-ep2-rounds-zero2", tp=2, cp=2, ep=2, context_chunk=8, stage=2),
+        row("pp2-cp2-rounds-forty-documents", pp=2, cp=2, context_chunk=8, model="deep", documents=40, tokens=400),
         row("cp4-ep2", cp=4, ep=2),
         row("cp2-dp2-ep4-one-rank", cp=2, ep=4, case="one_rank"),
         row("cp4-ulysses", cp=4, context="ulysses"),

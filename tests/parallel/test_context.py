@@ -16,13 +16,14 @@ from ernie5.parallel.context import ShiftAhead, cut_batch
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.ring import RingAttention, RingPlanner
 from ernie5.parallel.state import build_state
-from ernie5.parallel.token_split import TokenSplit, split_of
+from ernie5.parallel.token_split import Splitter, TokenSplit
 from ernie5.parallel.ulysses import UlyssesAttention, UlyssesPlanner
 from ernie5.records import Batch
 from ernie5.tokenizers.vocab import Vocab
 from ernie5_kernels.attention import attention, plan_attention
 
 VOCAB = Vocab(text_size=300, audio_levels=2, audio_codes=16)
+WHOLE = 1000  # positions of a chunk at least: a row is cut once
 SHAPES = Shapes(patch_pixels=2, feature_channels=6, bits=4, num_scales=4, audio_levels=2, audio_codes=16)
 
 
@@ -54,15 +55,17 @@ def alone(intervals: torch.Tensor, all_tokens: int) -> torch.Tensor:
 
 
 def attend_in_parts(
-    mode: str, intervals: torch.Tensor, inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor, sinks: bool
+    mode: str, intervals: torch.Tensor, inputs: tuple[torch.Tensor, ...], upstream: torch.Tensor, sinks: bool,
+    least: int,
 ) -> tuple[torch.Tensor, ...]:
     """One rank: output and gradients of its positions."""
     axis, rank, ranks = build_state(GridDims(cp=dist.get_world_size())).cp, dist.get_rank(), dist.get_world_size()
-    split = TokenSplit(ranks, -(-intervals.shape[1] // (2 * ranks)), sinks)
+    splitter = Splitter(ranks, least)
+    split = splitter.of_row(intervals.shape[1], has_sinks=sinks)
     order = split.order(rank)
     local = [pad(x, split).index_select(1, order).requires_grad_() for x in inputs]
     ring = mode == "ring"
-    planner = RingPlanner(axis) if ring else UlyssesPlanner(axis)
+    planner = RingPlanner(axis, splitter=splitter) if ring else UlyssesPlanner(splitter)
     op = RingAttention(axis) if ring else UlyssesAttention(axis, backend="torch")
     plan = planner(
         alone(intervals, split.all_tokens), batch_rows=intervals.shape[0], query_tokens=split.local_tokens,
@@ -74,7 +77,7 @@ def attend_in_parts(
 
 
 def check(run_ranks: Callable, *, mode: str, ranks: int, tokens: int, heads: tuple[int, int], sinks: bool = False,
-          dtype: torch.dtype = torch.float64, tolerance: float = 1e-12) -> None:
+          dtype: torch.dtype = torch.float64, tolerance: float = 1e-12, least: int = WHOLE) -> None:
     generator = torch.Generator().manual_seed(tokens + ranks)
     shapes = ((2, tokens, heads[0], 6), (2, tokens, heads[1], 6), (2, tokens, heads[1], 6), (2, tokens, heads[0], 6))
     *inputs, upstream = (torch.randn(shape, generator=generator, dtype=torch.float64).to(dtype) for shape in shapes)
@@ -84,8 +87,8 @@ def check(run_ranks: Callable, *, mode: str, ranks: int, tokens: int, heads: tup
     out = attention(whole[0], key=whole[1], value=whole[2], plan=plan)
     out.backward(upstream)
     expected = (out.detach(), *(x.grad for x in whole))
-    results = run_ranks(attend_in_parts, ranks, mode, intervals, tuple(inputs), upstream, sinks)
-    split = TokenSplit(ranks, -(-tokens // (2 * ranks)), sinks)
+    results = run_ranks(attend_in_parts, ranks, mode, intervals, tuple(inputs), upstream, sinks, least)
+    split = Splitter(ranks, least).of_row(tokens, has_sinks=sinks)
     order = torch.cat([split.order(rank) for rank in range(ranks)])
     for index, value in enumerate(expected):
         found = torch.zeros(2, split.all_tokens, *value.shape[2:], dtype=dtype)
@@ -103,6 +106,15 @@ def test_ulysses_equals_one_process_with_gradients(
     run_ranks: Callable, ranks: int, tokens: int, heads: tuple[int, int]
 ) -> None:
     check(run_ranks, mode="ulysses", ranks=ranks, tokens=tokens, heads=heads, sinks=tokens == 37)
+
+
+@pytest.mark.parametrize("mode", ["ring", "ulysses"])
+@pytest.mark.parametrize("ranks,tokens,least,rounds", [(2, 61, 5, 3), (3, 90, 5, 3), (2, 130, 1, 8), (4, 33, 2, 3)])
+def test_several_rounds_of_chunks_equal_one_process(
+    run_ranks: Callable, mode: str, ranks: int, tokens: int, least: int, rounds: int
+) -> None:
+    assert Splitter(ranks, least).of_row(tokens, has_sinks=False).rounds == rounds
+    check(run_ranks, mode=mode, ranks=ranks, tokens=tokens, heads=(12, 2), sinks=tokens == 61, least=least)
 
 
 def test_bf16_ring_stays_as_near_as_one_process_does(run_ranks: Callable) -> None:
@@ -123,25 +135,39 @@ def refusal() -> bool:
     return False
 
 
+def test_a_split_follows_from_a_part_alone() -> None:
+    for ranks, least in ((2, 1), (3, 5), (4, 16), (16, 128)):
+        splitter = Splitter(ranks, least)
+        for tokens in (*range(1, 600), 4095, 8192, 131_072):
+            for has_sinks in (False, True):
+                split = splitter.of_row(tokens, has_sinks=has_sinks)
+                assert splitter.of_part(split.local_tokens) == split
+                assert split.rounds == 1 or split.chunk >= least
+                assert 0 <= split.chunks * split.chunk - tokens < split.chunks
+
+
 def test_every_rank_has_the_same_number_of_visible_pairs_under_a_causal_mask() -> None:
-    for ranks in (2, 3, 4, 8):
-        split = TokenSplit(ranks, 5, has_sinks=False)
+    for ranks, rounds in ((2, 1), (3, 1), (4, 3), (8, 2)):
+        split = TokenSplit(ranks, 5, has_sinks=False, rounds=rounds)
         pairs = [int((split.order(rank) + 1).sum()) for rank in range(ranks)]
         assert len(set(pairs)) == 1
 
 
-@pytest.mark.parametrize("ranks,tokens,seed,is_shared", [(2, 150, 5, True), (3, 161, 9, True), (4, 161, 9, True),
-                                                         (3, 150, 1, False), (2, 161, 6, False)])
-def test_the_parts_of_a_batch_are_the_batch(ranks: int, tokens: int, seed: int, is_shared: bool) -> None:
+@pytest.mark.parametrize("ranks,tokens,seed,is_shared,least", [
+    (2, 150, 5, True, WHOLE), (3, 161, 9, True, WHOLE), (4, 161, 9, True, WHOLE), (3, 150, 1, False, WHOLE),
+    (2, 161, 6, False, WHOLE), (2, 150, 5, False, 4), (3, 161, 9, True, 9),
+])
+def test_the_parts_of_a_batch_are_the_batch(ranks: int, tokens: int, seed: int, is_shared: bool, least: int) -> None:
     batch = synthetic_batch(VOCAB, shapes=SHAPES, rows=3, sequence_tokens=tokens, seed=seed, mtp_depth=2)
-    parts = [cut_batch(batch, rank=rank, ranks=ranks) for rank in range(ranks)]
+    splitter = Splitter(ranks, least)
+    parts = [cut_batch(batch, rank=rank, splitter=splitter) for rank in range(ranks)]
     counts = parts[0].counts()
     for part in parts[1:]:
         counts = counts + part.counts()
     whole = batch.counts()
     for field in dataclasses.fields(whole):
         assert torch.equal(getattr(counts, field.name), getattr(whole, field.name)), field.name
-    split = split_of(parts[0].token_ids.shape[1], ranks=ranks)
+    split = splitter.of_part(parts[0].token_ids.shape[1])
     assert split.has_sinks == is_shared  # whether a picture straddles a cut
     for name in ("text_targets", "bit_targets", "visual_cells", "audio_frames", "audio_targets", "speakers"):
         assert_record(name, batch=batch, parts=parts, split=split)
@@ -176,7 +202,7 @@ def test_every_frame_that_a_rank_reads_is_whole_there() -> None:
     for record in ("image_patches", "video_patches"):
         whole = getattr(batch, record)
         for rank in range(4):
-            part = cut_batch(batch, rank=rank, ranks=4)
+            part = cut_batch(batch, rank=rank, splitter=Splitter(4, WHOLE))
             patches, local = getattr(part, record), part.token_ids.shape[1]
             is_sink = patches.rows % local == local - 1
             for frame in patches.frame_ids[~is_sink].unique():
@@ -184,22 +210,29 @@ def test_every_frame_that_a_rank_reads_is_whole_there() -> None:
             assert not part.kinds.flatten()[patches.rows[is_sink]].any()
 
 
-@pytest.mark.parametrize("ranks,tokens,by", [(2, 16, 1), (3, 24, 4), (2, 16, 3)])
-def test_shifting_ahead_is_a_roll_of_the_whole_row(run_ranks: Callable, ranks: int, tokens: int, by: int) -> None:
+@pytest.mark.parametrize("ranks,tokens,by,least", [
+    (2, 16, 1, WHOLE), (3, 24, 4, WHOLE), (2, 16, 3, WHOLE), (2, 64, 2, 4), (3, 48, 2, 2)
+])
+def test_shifting_ahead_is_a_roll_of_the_whole_row(
+    run_ranks: Callable, ranks: int, tokens: int, by: int, least: int
+) -> None:
     x = torch.randn(2, tokens, 3, dtype=torch.float64, requires_grad=True)
     weights = torch.randn(2, tokens, 3, dtype=torch.float64)
     out = torch.roll(x, -by, dims=1)
     (out * weights).sum().backward()
-    split = TokenSplit(ranks, tokens // (2 * ranks), has_sinks=False)
-    results = run_ranks(shift_part, ranks, x.detach(), weights, by)
+    split = Splitter(ranks, least).of_row(tokens, has_sinks=False)
+    assert split.all_tokens == tokens
+    results = run_ranks(shift_part, ranks, x.detach(), weights, by, split)
     for rank, (found, gradient) in enumerate(results):
         assert torch.equal(found, out[:, split.order(rank)])
         assert torch.equal(gradient, x.grad[:, split.order(rank)])
 
 
-def shift_part(x: torch.Tensor, weights: torch.Tensor, by: int) -> tuple[torch.Tensor, torch.Tensor]:
-    order = split_of(x.shape[1] // dist.get_world_size(), ranks=dist.get_world_size()).order(dist.get_rank())
+def shift_part(
+    x: torch.Tensor, weights: torch.Tensor, by: int, split: TokenSplit
+) -> tuple[torch.Tensor, torch.Tensor]:
+    order = split.order(dist.get_rank())
     local = x[:, order].requires_grad_()
-    out = ShiftAhead.apply(local, by, build_state(GridDims(cp=dist.get_world_size())).cp)
+    out = ShiftAhead.apply(local, by, build_state(GridDims(cp=dist.get_world_size())).cp, split)
     (out * weights[:, order]).sum().backward()
     return out.detach(), local.grad

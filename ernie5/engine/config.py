@@ -37,8 +37,13 @@ class EngineConfig(Config):
         choices=("layers", *OPERATORS), kind="performance",
     )
     offload_optimizer: str = field(
-        "none", doc="deepspeed, zero_stage 1 to 3: masters and moments in the host's memory, which steps them",
+        "none", doc="deepspeed, zero_stage 1 to 3: masters and moments in the host's memory, which steps them; nvme, "
+        "zero_stage 3: in files under nvme_path, mapped into it",
         choices=("none", "cpu", "nvme"), kind="performance",
+    )
+    nvme_path: str | None = field(
+        None, doc="folder on a drive of each host, for offload_optimizer: nvme; 12 bytes per parameter of its ranks",
+        kind="performance",
     )
     device: str = field("auto", doc="auto: a GPU where there is one", choices=("auto", "cpu", "cuda"),
                         kind="performance")
@@ -49,10 +54,17 @@ class EngineConfig(Config):
         """Refuse settings that would do nothing."""
         if self.recompute == "selective" and not self.recompute_parts:
             self.fail("recompute_parts", "recompute: selective names no operator. Name some, or set recompute: none")
-        if self.offload_optimizer == "nvme":
+        if (self.offload_optimizer == "nvme") != (self.nvme_path is not None):
+            self.fail(
+                "nvme_path",
+                f"{self.nvme_path} and offload_optimizer = {self.offload_optimizer}: a folder and nvme go together. "
+                "Set both, or offload_optimizer: cpu and no nvme_path",
+            )
+        if self.offload_optimizer == "nvme" and self.zero_stage in (1, 2):
             self.fail(
                 "offload_optimizer",
-                "moments on NVMe cannot be saved or loaded by name in this version. Set offload_optimizer: cpu",
+                f"zero_stage {self.zero_stage} keeps views of its masters, which cannot move to files. Set "
+                "zero_stage: 3, or offload_optimizer: cpu",
             )
         if self.offload_optimizer != "none" and (self.kind != "deepspeed" or self.zero_stage == 0):
             self.fail(

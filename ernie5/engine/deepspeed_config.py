@@ -88,10 +88,11 @@ def _whole_while_used(layer_params: int) -> dict[str, object]:
 
 
 def _offload(engine: EngineConfig, *, pin_memory: bool) -> dict[str, object]:
-    """The optimizer stays our AdamW, which steps tensors where they are; no cpu_adam has to be compiled."""
+    """The optimizer stays our AdamW, which steps tensors where they are; no cpu_adam has to be compiled. Of the files
+    that hold them (`deepspeed_nvme`) DeepSpeed knows nothing."""
     if engine.offload_optimizer == "none":
         return {}
-    return {"offload_optimizer": {"device": engine.offload_optimizer, "pin_memory": pin_memory}}
+    return {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
 
 
 def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
@@ -109,6 +110,13 @@ def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
     optim.check_engine(kind="deepspeed", precision=engine.precision)
+    if engine.offload_optimizer == "nvme" and optim.name != "adamw":
+        engine.fail(
+            "offload_optimizer",
+            f"optim.name = {optim.name} makes and gathers its state in memory, and files hold AdamW's. Set optim.name: "
+            "adamw, or engine.offload_optimizer: cpu",
+            error=ConfigError,
+        )
     if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":
         engine.fail(
             "recompute",

@@ -119,7 +119,8 @@ class DeepSpeedEngine(Engine):
         if self._stage and self._sums is None:
             own_norm(self._engine, parameters=named, layout=self._layout)
         self._staged = self._stage_passes(model) if parallel.pp > 1 else None
-        self._state = DeepSpeedState(self._engine, model=model, stage=self._stage, layout=self._layout)
+        files = None if engine.nvme_path is None else Path(engine.nvme_path)
+        self._state = DeepSpeedState(self._engine, model=model, stage=self._stage, layout=self._layout, files=files)
         self.check_copies()
 
     def accumulate(self, micro_batches: Sequence[Batch]) -> StepSums:

@@ -9,14 +9,16 @@ which setup.py pins; the equality tests guard them.
 from __future__ import annotations
 
 from collections.abc import Iterator
+from pathlib import Path
 
 import torch
 import torch.distributed as dist
 
 from ernie5.engine.deepspeed_norm import PARTITION_AXES
+from ernie5.engine.deepspeed_nvme import map_tensors
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.engine.slices import buffer_slices, part_slices
-from ernie5.optim.adamw import create_state
+from ernie5.optim.adamw import MOMENTS, create_state
 from ernie5.optim.flat_muon import FlatMuon
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.held import held_parts, written_names
@@ -25,7 +27,10 @@ from ernie5.parallel.held import held_parts, written_names
 class DeepSpeedState:
     """Reads and writes the state behind a DeepSpeed engine; all methods but `slices` are collective."""
 
-    def __init__(self, engine: object, *, model: torch.nn.Module, stage: int, layout: Layout) -> None:
+    def __init__(
+        self, engine: object, *, model: torch.nn.Module, stage: int, layout: Layout, files: Path | None = None
+    ) -> None:
+        """files: the folder in which masters and moments are to be (stage 3)."""
         self._engine, self._model, self._stage, self._layout = engine, model, stage, layout
         self._names = {name: p for name, p in model.named_parameters() if p.requires_grad}
         inner = self._inner()
@@ -35,6 +40,8 @@ class DeepSpeedState:
                 self._locate_pieces(inner)
         for master in self._masters():
             create_state(inner, parameter=master)
+            if files is not None:
+                map_tensors((master, *(inner.state[master][key] for key in MOMENTS)), folder=files)
         if stage in (1, 2):
             self._optimizer()._lazy_init_hp_params_optimizer_state()
 

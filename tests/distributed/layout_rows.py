@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
+import tempfile
 
 from ernie5.data.synthetic import TASKS
 
@@ -126,6 +127,7 @@ def group(model: str, ranks: int, *rows: Row, slow: bool = False) -> list[Row]:
 
 
 FULL, OPERATORS, HOST = {"recompute": "full"}, {"recompute": "selective"}, {"offload_optimizer": "cpu"}
+NVME = {"offload_optimizer": "nvme", "nvme_path": tempfile.gettempdir()}  # the files have no name
 NODES = {"dispatcher": "hierarchical", "node_size": 2}
 UNEVEN = {"dispatcher": "hierarchical", "node_size": 3}
 
@@ -190,6 +192,7 @@ EXPERTS = [
         row("cp2-ep2-full", cp=2, ep=2, settings=FULL),
         row("ep2-zero2-host", ep=2, stage=2, settings=HOST),
         row("ep2-zero3-host", ep=2, stage=3, settings={**HOST, **FULL}),
+        row("ep2-zero3-nvme", ep=2, stage=3, settings=NVME),
         row("ep2-all-tokens-to-one-expert", ep=2, case="one_expert"),
         row("ep2-forty-documents", ep=2, documents=40, tokens=400),
         row("ep2-poison", ep=2, case="one_rank", poison=True),

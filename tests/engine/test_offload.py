@@ -10,9 +10,9 @@ import pytest
 import torch
 
 from ernie5.engine.config import EngineConfig
-from ernie5.engine.deepspeed_config import DeepSpeedPlan, check_offload, deepspeed_config
-from ernie5.engine.interface import Engine
-from ernie5.errors import ConfigError
+from ernie5.engine.deepspeed_config import DeepSpeedPlan, check_combination, check_offload, deepspeed_config
+from ernie5.engine.interface import MOMENT, PARAMETER, Engine
+from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.optim.config import OptimConfig
 
 # as in test_deepspeed_equals_local: sums of fp32 in another order; AdamW divides by sqrt(v)
@@ -45,9 +45,12 @@ def check_dropped_step(engine: Engine, *, tiny: types.ModuleType) -> None:
         assert all(torch.equal(vars(after)[kind][key], value) for key, value in vars(before)[kind].items())
 
 
-@pytest.mark.parametrize("stage", [1, 2, 3])
-def test_a_step_on_the_host_is_the_local_step(stage: int, tiny: types.ModuleType, expected: dict) -> None:
-    engine = tiny.make_engine("deepspeed", stage=stage, offload="cpu")
+@pytest.mark.parametrize("stage,offload", [(1, "cpu"), (2, "cpu"), (3, "cpu"), (3, "nvme")])
+def test_a_step_on_the_host_is_the_local_step(
+    stage: int, offload: str, tiny: types.ModuleType, expected: dict, tmp_path: Path
+) -> None:
+    place = {"offload": offload, "nvme_path": tmp_path / "new" / "folder" if offload == "nvme" else None}
+    engine = tiny.make_engine("deepspeed", stage=stage, **place)
     result = tiny.two_steps(engine)
     assert result["norms"] == pytest.approx(expected["norms"], rel=1e-4)
     for name, gradient in expected["gradients"].items():
@@ -57,11 +60,31 @@ def test_a_step_on_the_host_is_the_local_step(stage: int, tiny: types.ModuleType
     for name, value in expected["state"].moments.items():
         assert (result["state"].moments[name] - value).abs().max() < GRADIENT_TOLERANCE, name
     check_dropped_step(engine, tiny=tiny)
-    copy = tiny.make_engine("deepspeed", stage=stage, offload="cpu")
+    copy = tiny.make_engine("deepspeed", stage=stage, **place)
     copy.load_state(result["state"])
     for kind in ("parameters", "moments"):
         for name, value in vars(result["state"])[kind].items():
             assert torch.equal(vars(copy.state())[kind][name], value), name
+
+
+def test_masters_and_moments_are_in_nameless_files_of_the_drive(tiny: types.ModuleType, tmp_path: Path) -> None:
+    engine = tiny.make_engine("deepspeed", stage=3, offload="nvme", nvme_path=tmp_path)
+    engine.train_step(tiny.make_batches([1, 1, 1, 1]), learning_rate=1e-2)
+    assert list(tmp_path.iterdir()) == []
+    mapped = []
+    for line in Path("/proc/self/maps").read_text().splitlines():
+        if str(tmp_path) in line and line.endswith("(deleted)"):
+            mapped.append(tuple(int(end, 16) for end in line.split()[0].split("-")))
+    pieces = [piece for piece in engine.slices() if piece.kind in (PARAMETER, MOMENT) and piece.values.numel()]
+    assert len(pieces) > 100 and {piece.kind for piece in pieces} == {PARAMETER, MOMENT}
+    for piece in pieces:
+        assert any(start <= piece.values.data_ptr() < stop for start, stop in mapped), piece.key
+
+
+def test_a_folder_that_cannot_take_the_state_is_named(tiny: types.ModuleType, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("")
+    with pytest.raises(EnvironmentFault, match=r"engine.nvme_path = .*/file cannot take .*offload_optimizer: cpu"):
+        tiny.make_engine("deepspeed", stage=3, offload="nvme", nvme_path=tmp_path / "file")
 
 
 def test_deepspeed_is_told_where_the_state_is() -> None:
@@ -73,8 +96,15 @@ def test_deepspeed_is_told_where_the_state_is() -> None:
 
 
 def test_what_would_train_otherwise_or_not_at_all_is_refused() -> None:
-    with pytest.raises(ConfigError, match=r"nvme.*offload_optimizer: cpu"):
-        EngineConfig(offload_optimizer="nvme", zero_stage=3)
+    for settings in ({"offload_optimizer": "nvme"}, {"nvme_path": "/nvme"}):
+        with pytest.raises(ConfigError, match=r"nvme_path.*a folder and nvme go together"):
+            EngineConfig(zero_stage=3, **settings)
+    for stage in (1, 2):
+        with pytest.raises(ConfigError, match=f"zero_stage {stage} keeps views"):
+            EngineConfig(zero_stage=stage, offload_optimizer="nvme", nvme_path="/nvme")
+    files = EngineConfig(zero_stage=3, offload_optimizer="nvme", nvme_path="/nvme")
+    with pytest.raises(ConfigError, match=r"optim.name = muon .*optim.name: adamw"):
+        check_combination(files, optim=OptimConfig(name="muon"))
     for kind, stage in (("grid", 1), ("deepspeed", 0)):
         with pytest.raises(ConfigError, match=f"the engine is {kind} with zero_stage {stage}"):
             EngineConfig(kind=kind, zero_stage=stage, offload_optimizer="cpu")

@@ -74,7 +74,7 @@ def _rows(*, seed: int, rows: int, tasks: tuple[str, ...]) -> Batch:
 
 def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: float = 0.05, micro: int = 4,
                 optimizer: str = "adamw", offload: str = "none", moments: str = "fp32",
-                rounding: bool = False) -> Engine:
+                rounding: bool = False, nvme_path: Path | None = None) -> Engine:
     """A tiny engine; every call starts from the same weights."""
     model = (build_model if kind == "local" else UnifiedModel.outline)(MODEL, seed=3)
     settings = StepSettings(
@@ -93,7 +93,10 @@ def make_engine(kind: str, *, stage: int = 1, precision: str = "fp32", clip: flo
 
     return DeepSpeedEngine(
         model,
-        engine=EngineConfig(zero_stage=stage, precision=precision, offload_optimizer=offload),
+        engine=EngineConfig(
+            zero_stage=stage, precision=precision, offload_optimizer=offload,
+            nvme_path=None if nvme_path is None else str(nvme_path),
+        ),
         parallel=ParallelConfig(),
         optim=optim,
         settings=settings,

@@ -6,12 +6,14 @@ Rows of one job run one after another in the same processes, which start once.
 from __future__ import annotations
 
 import contextlib
+import ctypes
 import dataclasses
 import importlib.util
 import json
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import socket
 import sys
 import weakref
@@ -50,6 +52,7 @@ SPEC = importlib.util.spec_from_file_location("tiny_run", Path(__file__).parent.
 TINY = importlib.util.module_from_spec(SPEC)
 SPEC.loader.exec_module(TINY)
 FAR = 1e3
+PR_SET_PDEATHSIG = 1
 NATIVE = newton_schulz.iteration_dtype
 
 
@@ -258,8 +261,15 @@ def add_bytes(engine: GridEngine, *, pairs: list[int]) -> dict[str, object]:
     return {"unique_bytes": sum(one["unique"] for one in everyone), "sent": sent}
 
 
+def end_with_parent() -> None:
+    """Have this process killed when its parent is gone, however that ended (Linux): no ranks are left behind."""
+    if sys.platform.startswith("linux"):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
+
+
 def run_rank(job: dict, *, rank: int, port: int) -> None:
     """Run the job's rows; rank 0 writes OUT/NAME.pt for each."""
+    end_with_parent()
     shared = {"WORLD_SIZE": job["ranks"], "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     os.environ |= {name: str(value) for name, value in {**shared, "RANK": rank, "LOCAL_RANK": rank}.items()}
     out = Path(job["out"])
@@ -276,6 +286,7 @@ def run_rank(job: dict, *, rank: int, port: int) -> None:
 
 def main(path: str) -> int:
     """Fork the ranks, which share what was imported, and end all of them with the first that fails."""
+    end_with_parent()
     torch.set_num_threads(1)
     job = json.loads(Path(path).read_text(encoding="utf-8"))
     with socket.socket() as free:

@@ -36,14 +36,19 @@ from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
 
 from ernie5_kernels.native.memory import keep_freed_memory
 
+DTYPES = {"bf16": torch.bfloat16, "fp32": torch.float32}
 QUICK = Shape("quick", 64, 1, 8, 2, 32, 2, 1, ROW_TOKENS)
 
 
-def contestants(shape: Shape, *, kinds: tuple[str, ...], ids: torch.Tensor) -> dict[str, Callable[[], Callable]]:
+def contestants(
+    shape: Shape, *, kinds: tuple[str, ...], precisions: tuple[str, ...], ids: torch.Tensor
+) -> dict[str, Callable[[], Callable]]:
     """Name -> builder of everyone beside our bf16 step."""
-    found: dict[str, Callable] = {"ours float32": lambda: build_step(shape, precision="fp32", ids=ids)}
+    found: dict[str, Callable] = {}
+    if "fp32" in precisions:
+        found["ours float32"] = lambda: build_step(shape, precision="fp32", ids=ids)
     for family in FAMILIES:
-        for dtype in (torch.bfloat16, torch.float32):
+        for dtype in (DTYPES[precision] for precision in precisions):
             for kind in (k for k in kinds if possible(shape, implementation=k, dtype=dtype)):
                 found[f"{family} {kind} {str(dtype).removeprefix('torch.')}"] = (
                     lambda family=family, kind=kind, dtype=dtype: build_peer_step(
@@ -53,7 +58,9 @@ def contestants(shape: Shape, *, kinds: tuple[str, ...], ids: torch.Tensor) -> d
     return found
 
 
-def run_shape(shape: Shape, *, rounds: int, kinds: tuple[str, ...], machine: Machine) -> ShapeResult:
+def run_shape(
+    shape: Shape, *, rounds: int, kinds: tuple[str, ...], precisions: tuple[str, ...], machine: Machine
+) -> ShapeResult:
     """Gate, race, take apart."""
     difference = gate_step(shape)
     ids = torch.randint(0, VOCABULARY, (shape.tokens // ROW_TOKENS, ROW_TOKENS))
@@ -62,7 +69,7 @@ def run_shape(shape: Shape, *, rounds: int, kinds: tuple[str, ...], machine: Mac
     first = race({"ours bfloat16": ours}, flops=shape.step_flops, rounds=rounds)[0]
     print(f"\nstep {shape}\n{HEADER}\n{first.row(ours=first)}", flush=True)
     pairs: list[tuple[Timing, Timing]] = []
-    for name, build in contestants(shape, kinds=kinds, ids=ids).items():
+    for name, build in contestants(shape, kinds=kinds, precisions=precisions, ids=ids).items():
         own, other = race({"ours bfloat16": ours, name: build()}, flops=shape.step_flops, rounds=rounds)
         pairs.append((own, other))
         print(other.row(ours=own), flush=True)
@@ -83,6 +90,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--layers", type=int, default=0, help="instead of the shape's, where memory or time is short")
     parser.add_argument("--kinds", nargs="+", default=("grouped_mm", "eager"), choices=IMPLEMENTATIONS)
+    parser.add_argument("--precisions", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="of the others")
     parser.add_argument("--quick", action="store_true", help="one small shape and one round")
     parser.add_argument("--out", type=Path, help="folder for bench_step.json and bench_step.png")
     arguments = parser.parse_args()
@@ -97,7 +105,8 @@ def main() -> None:
     machine = measure_machine(size=512 if arguments.quick else 4096, rounds=5)
     print(machine)
     rounds = 1 if arguments.quick else arguments.rounds
-    results = [run_shape(s, rounds=rounds, kinds=tuple(arguments.kinds), machine=machine) for s in shapes]
+    kinds, precisions = tuple(arguments.kinds), tuple(arguments.precisions)
+    results = [run_shape(s, rounds=rounds, kinds=kinds, precisions=precisions, machine=machine) for s in shapes]
     if arguments.out:
         arguments.out.mkdir(parents=True, exist_ok=True)
         record = {

@@ -426,6 +426,8 @@ MATRICES = [
         row("pp2-tp2-ep2-zero1-muon", pp=2, tp=2, ep=2, stage=1, third=True),
         row("pp2-etp2-zero1-muon", pp=2, etp=2, stage=1),
     ),
+    *group("deep", 8, row("tp2-cp2-dp2-zero2-muon", tp=2, cp=2, stage=2, model="rich"),
+           row("pp2-tp2-dp2-ep2-zero1-muon", pp=2, tp=2, ep=2, stage=1, third=True)),
 ]
 MATRICES = [dataclasses.replace(made, optimizer="muon", slow=True) for made in MATRICES]
 HALF = [  # fp32 masters under bf16 weights; choices are replayed, because bf16 rounding decides many of them otherwise
@@ -454,7 +456,7 @@ ROWS = {made.name: made for made in (*SINGLE, *HALF, *DOUBLE)}
 LONG = (
     "ep2", "etp2", "ep2-zero1", "ep2-zero2", "ep2-zero3", "tp2", "cp2", "pp2", "dp2", "ep2-etp2", "ep2-dp4-zero2",
     "ep2-dp4-zero3", "tp2-cp2-ep2", "pp2-vpp2-ep2", "pp2-tp2-ep2", "tp2-cp2-ep4-sequence", "ep4-uneven-nodes",
-    "pp2-zero1", "tp2-ep2-zero2", "ep2-bf16", "ep2-zero2-bf16",
+    "pp2-zero1", "tp2-ep2-zero2", "ep2-bf16", "ep2-zero2-bf16", "tp2-muon", "tp2-ep2-zero2-muon", "tp2-ep2-zero3-muon",
 )
 # stages of three and two layers; how much they keep depends on micro-batches under way alone
 MEASURED = group(

@@ -110,13 +110,6 @@ def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
 def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
     """Refuse what DeepSpeed runs with other results than the local engine."""
     optim.check_engine(kind="deepspeed", precision=engine.precision)
-    if engine.offload_optimizer == "nvme" and optim.name != "adamw":
-        engine.fail(
-            "offload_optimizer",
-            f"optim.name = {optim.name} makes and gathers its state in memory, and files hold AdamW's. Set optim.name: "
-            "adamw, or engine.offload_optimizer: cpu",
-            error=ConfigError,
-        )
     if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":
         engine.fail(
             "recompute",

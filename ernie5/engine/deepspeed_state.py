@@ -18,7 +18,7 @@ from ernie5.engine.deepspeed_norm import PARTITION_AXES
 from ernie5.engine.deepspeed_nvme import map_tensors
 from ernie5.engine.interface import MOMENT, PARAMETER, StateSlice
 from ernie5.engine.slices import buffer_slices, part_slices
-from ernie5.optim.adamw import MOMENTS, create_state
+from ernie5.optim.adamw import create_state
 from ernie5.optim.flat_muon import FlatMuon
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.held import held_parts, written_names
@@ -41,7 +41,8 @@ class DeepSpeedState:
         for master in self._masters():
             create_state(inner, parameter=master)
             if files is not None:
-                map_tensors((master, *(inner.state[master][key] for key in MOMENTS)), folder=files)
+                moments = (value for key, value in inner.state[master].items() if key != "step")
+                map_tensors((master, *moments), folder=files)
         if stage in (1, 2):
             self._optimizer()._lazy_init_hp_params_optimizer_state()
 

@@ -407,6 +407,7 @@ MATRICES = [
         row("ep2-zero1-muon-host", ep=2, stage=1, model="tiny", settings=HOST, third=True),
         row("tp2-ep2-zero2-muon-host", tp=2, ep=2, stage=2, settings=HOST),
         row("tp2-ep2-zero3-muon-host", tp=2, ep=2, stage=3, settings=HOST),
+        row("tp2-ep2-zero3-muon-nvme", tp=2, ep=2, stage=3, settings=NVME, third=True),
     ),
     *group("threes", 3, row("tp3-muon", tp=3), row("etp3-muon", etp=3, rows=3),
            row("dp3-zero3-muon", stage=3, rows=3), row("etp3-zero2-muon", etp=3, stage=2, rows=3)),

@@ -165,4 +165,4 @@ def _gather_pieces(piece: torch.Tensor, pieces: Sequence[Pieces], /, *, peers: P
         row.split(sizes)
         for row, sizes in zip(everything.split([sum(sizes) for sizes in lengths]), lengths, strict=True)
     ]
-    return [torch.cat(own) for own in zip(*rows, strict=True)]
+    return list(rows[0]) if len(rows) == 1 else [torch.cat(own) for own in zip(*rows, strict=True)]

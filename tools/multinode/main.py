@@ -2,6 +2,7 @@
 
     python tools/multinode/main.py --out runs/multinode
     python tools/multinode/main.py --out runs/multinode --cases zero1_ep2 --parts equal cut
+    python tools/multinode/main.py --out runs/multinode --cases grid_pp3 --parts equal preflight
 
 equal: the figures of every step are compared with the same ranks on one host. cut: the cable between two hosts is
 pulled in the middle of a step; every rank has to end by itself and say who was missing, and the next start has to
@@ -42,6 +43,10 @@ CASES = (
     Case("grid_ep2", (1, 1), ("engine.kind=grid", "parallel.ep=2", "batch.micro_sequences=2")),
     Case("grid_ep2_tp2", (2, 2), ("engine.kind=grid", "parallel.ep=2", "parallel.tp=2", "model.kv_heads=2")),
     Case("grid_uneven_ep4", (3, 1), ("engine.kind=grid", "parallel.ep=4", "data.streams=4", "batch.micro_sequences=1")),
+    Case("grid_pp3", (1, 1, 1), ("engine.kind=grid", "parallel.pp=3")),
+    Case("grid_nodes_ep4", (2, 1, 1),
+         ("engine.kind=grid", "parallel.ep=4", "parallel.dispatcher=hierarchical", "data.streams=4",
+          "batch.micro_sequences=1")),
 )
 CUT_SETTINGS = ("train.peer_seconds=15", "train.hang_seconds=240", "checkpoint.every_steps=2")
 CUT_STEP = 3

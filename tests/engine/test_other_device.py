@@ -9,10 +9,15 @@ import torch
 
 from ernie5.engine.interface import StepSettings
 from ernie5.engine.local import LocalEngine
+from ernie5.engine.peers import peers_along
 from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.optim.config import OptimConfig
+from ernie5.optim.flat_muon import FlatMuon
+from ernie5.optim.groups import ParameterGroup
+from ernie5.optim.spread import Spread, Team
+from ernie5.parallel.state import Axis, Traffic
 from ernie5.records import TensorRecord
 
 
@@ -60,3 +65,22 @@ def test_a_step_there_is_that_of_the_cpu(
         state = engine.state()
         engine.load_state(state)
     assert all(value.device.type == "cpu" for value in (*state.parameters.values(), *state.moments.values()))
+
+
+def test_muon_iterates_there_what_the_host_keeps(other_device: types.ModuleType) -> None:
+    start, slope = torch.randn(2, 6, 8, generator=torch.Generator().manual_seed(0)).unbind()
+    moved = {}
+    with other_device.other_device():
+        for device in (torch.device("cpu"), other_device.DEVICE):
+            team = Team(copies=peers_along(Axis("edp", (0,), 0, None, Traffic(), (0,)), device=device))
+            group = ParameterGroup("matrix", ("a.weight",), (torch.nn.Parameter(start),), 0.1, is_matrix=True)
+            optimizer = FlatMuon(
+                [group], config=OptimConfig(name="muon", learning_rate=0.1), spreads={"a.weight": Spread(start.shape, team)}
+            )
+            piece = torch.nn.Parameter(start.flatten().clone())
+            piece.grad, optimizer.param_groups[0]["params"] = slope.flatten(), [piece]
+            optimizer.step()
+            moved[device.type] = piece.detach()
+    here, there = moved.values()
+    assert len(moved) == 2 and here.device == there.device == torch.device("cpu")
+    assert not torch.equal(here, start.flatten()) and torch.allclose(here, there, atol=1e-3)

@@ -74,9 +74,8 @@ def test_muon_iterates_there_what_the_host_keeps(other_device: types.ModuleType)
         for device in (torch.device("cpu"), other_device.DEVICE):
             team = Team(copies=peers_along(Axis("edp", (0,), 0, None, Traffic(), (0,)), device=device))
             group = ParameterGroup("matrix", ("a.weight",), (torch.nn.Parameter(start),), 0.1, is_matrix=True)
-            optimizer = FlatMuon(
-                [group], config=OptimConfig(name="muon", learning_rate=0.1), spreads={"a.weight": Spread(start.shape, team)}
-            )
+            config, spreads = OptimConfig(name="muon", learning_rate=0.1), {"a.weight": Spread(start.shape, team)}
+            optimizer = FlatMuon([group], config=config, spreads=spreads)
             piece = torch.nn.Parameter(start.flatten().clone())
             piece.grad, optimizer.param_groups[0]["params"] = slope.flatten(), [piece]
             optimizer.step()

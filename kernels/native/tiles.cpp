@@ -20,7 +20,8 @@ typedef Unit<bf16> Pair;
 
 // Tiles 0 to 3 hold sums, 4 (and 5 in a high block) left rows, the others right columns. A configuration is known by
 // its number of rows, 1 to 32, because a thread keeps its last one: loading another costs more than a short product.
-thread_local int64_t configured = 0;
+constexpr int64_t NONE = 0, OUTSIDE = -1;  // outside of every TileScope nothing is kept
+thread_local int64_t configured = OUTSIDE;
 
 void configure(int64_t rows) {
   if (rows == configured) return;
@@ -32,7 +33,7 @@ void configure(int64_t rows) {
     shapes.rows[i] = right ? SIDE : second ? rows - SIDE : std::min(SIDE, rows);
   }
   tile_configure(shapes);
-  configured = rows;
+  if (configured != OUTSIDE) configured = rows;
 }
 
 template <int HIGH, int BROAD>
@@ -168,10 +169,10 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t units, Left<bf16> lef
 template void multiply_tiles<bf16>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, bf16*, int64_t, bool);
 template void multiply_tiles<float>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, float*, int64_t, bool);
 
-void TileScope::release() {
-  if (configured == 0) return;
-  tile_release();
-  configured = 0;
+void TileScope::begin() { configured = NONE; }
+void TileScope::end() {
+  if (configured > NONE) tile_release();
+  configured = OUTSIDE;
 }
 #endif
 

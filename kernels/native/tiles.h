@@ -14,13 +14,17 @@ constexpr bool TILES = false;
 
 extern bool tiles_run;  // whether products of bf16 take the tiles; set once, when the library is loaded
 
-// Ends this thread's use of the tiles with its scope, so that switching to another thread need not save 8 KiB.
+// While one lives its thread keeps the configuration of the tiles from product to product. At its end they are released:
+// switching to another thread need not save 8 KiB, and what oneDNN configures in between is never taken for ours.
 struct TileScope {
-  TileScope() {}
-  ~TileScope() {
-    if constexpr (TILES) release();
+  TileScope() {
+    if constexpr (TILES) begin();
   }
-  static void release();
+  ~TileScope() {
+    if constexpr (TILES) end();
+  }
+  static void begin();
+  static void end();
 };
 
 #if defined(ERNIE5_TILES) && defined(ERNIE5_EMULATED_TILES)

@@ -89,14 +89,36 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
     native_library.cache_clear()
 
 
-@needs_avx512
-def test_real_instructions_give_the_bits_of_emulated_ones(
-    products: Path, emulated: ctypes.CDLL, tmp_path: Path
-) -> None:
-    """Products and outer products of odd sizes on two threads; on a processor with tiles the hardware is compared."""
-    trap = tmp_path / "trap.so"
+@pytest.fixture
+def trap(tmp_path: Path) -> Path:
+    """tile_trap.cpp, to be loaded by LD_PRELOAD."""
+    made = tmp_path / "trap.so"
     _compile("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-ftls-model=initial-exec",
-             str(HERE / "tile_trap.cpp"), "-o", str(trap))
+             str(HERE / "tile_trap.cpp"), "-o", str(made))
+    return made
+
+
+@needs_avx512
+@pytest.mark.slow
+def test_every_operator_passes_by_real_instructions(products: Path, trap: Path, tmp_path: Path) -> None:
+    """test_native.py as a whole, its library compiled to real tile instructions."""
+    del products  # skips where the compiler does not know them
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nexec {COMPILER} "$@" {" ".join(TILES)}\n')
+    compiler.chmod(0o755)
+    done = subprocess.run(
+        [sys.executable, "-m", "pytest", "-p", "no:faulthandler", "-q", "-c", "tests/pytest.ini", "--rootdir=.",
+         "tests/kernels/test_native.py"],
+        cwd=HERE.parents[1], capture_output=True, text=True, timeout=1800,
+        env={**os.environ, "CXX": str(compiler), "XDG_CACHE_HOME": str(tmp_path), "LD_PRELOAD": str(trap)},
+    )
+    assert done.returncode == 0, done.stdout
+    assert ("tile instructions trapped" in done.stderr) != HAS_TILES
+
+
+@needs_avx512
+def test_real_instructions_give_the_bits_of_emulated_ones(products: Path, emulated: ctypes.CDLL, trap: Path) -> None:
+    """Products and outer products of odd sizes on two threads; on a processor with tiles the hardware is compared."""
     done = subprocess.run(
         [sys.executable, "-c", TRAPPED, str(products), emulated._name],
         env={**os.environ, "LD_PRELOAD": str(trap)}, capture_output=True, text=True, timeout=300,

@@ -105,6 +105,10 @@ __attribute__((constructor)) void install() {
   sigaction(SIGILL, &action, nullptr);
 }
 
+__attribute__((destructor)) void report() {
+  if (executed > 0) std::fprintf(stderr, "tile instructions trapped: %ld\n", executed.load());
+}
+
 }  // namespace
 
 extern "C" long trapped_tile_instructions() { return executed; }

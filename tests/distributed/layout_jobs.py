@@ -15,7 +15,7 @@ from layout_rows import LONG_STEPS, STEPS, Row
 
 WORKER = Path(__file__).with_name("layout_worker.py")
 LIMIT_SECONDS = 540.0
-ROWS_PER_JOB = {STEPS: 12, LONG_STEPS: 3}
+ROWS_PER_JOB = {STEPS: 12, LONG_STEPS: 6}
 LOG_CHARACTERS = 3000
 
 

@@ -3,6 +3,7 @@
 #include "tiles.h"
 
 #include <cerrno>
+#include <vector>
 
 #include "gemm.h"
 #if defined(__linux__)
@@ -169,29 +170,69 @@ void multiply_tiles(int64_t rows, int64_t columns, int64_t units, Left<bf16> lef
 template void multiply_tiles<bf16>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, bf16*, int64_t, bool);
 template void multiply_tiles<float>(int64_t, int64_t, int64_t, Left<bf16>, const Pair*, int64_t, float*, int64_t, bool);
 
+namespace {
+
+bf16 narrow(int64_t whole) {  // small enough to be exact
+  const float x = float(whole);
+  uint32_t bits;
+  std::memcpy(&bits, &x, sizeof bits);
+  return {uint16_t(bits >> 16)};
+}
+
+// Whether one product of small integers, with every kind of block and rest, comes out exactly.
+bool exact(int64_t rows, int64_t columns, int64_t summed) {
+  std::vector<bf16> left(rows * summed), right(summed * columns);
+  for (size_t i = 0; i < left.size(); ++i) left[i] = narrow(int64_t(i * 7 % 31) - 15);
+  for (size_t i = 0; i < right.size(); ++i) right[i] = narrow(int64_t(i * 5 % 29) - 14);
+  std::vector<Pair> packed(packed_size<bf16>(summed, columns));
+  std::vector<float> out(rows * columns);
+  pack_rows(right.data(), columns, summed, columns, packed.data());
+  multiply_tiles<float>(rows, columns, units_of<bf16>(summed), rows_of(left.data(), summed), packed.data(),
+                        units_of<bf16>(summed) * PANEL, out.data(), columns, false);
+  for (int64_t m = 0; m < rows; ++m)
+    for (int64_t n = 0; n < columns; ++n) {
+      int64_t sum = 0;
+      for (int64_t k = 0; k < summed; ++k)
+        sum += (int64_t((m * summed + k) * 7 % 31) - 15) * (int64_t((k * columns + n) * 5 % 29) - 14);
+      if (out[m * columns + n] != float(sum)) return false;
+    }
+  return true;
+}
+
+bool sums_right() {
+  const TileScope tiles;
+  return exact(49, 33, 70) && exact(5, 100, 38);
+}
+
+}  // namespace
+
 void TileScope::begin() { configured = NONE; }
 void TileScope::end() {
   if (configured > NONE) tile_release();
   configured = OUTSIDE;
 }
-#endif
 
 // Asks Linux, for the whole process, for the 8 KiB of tile state that a thread has (arch/x86/include/uapi/asm/prctl.h).
 static int64_t permission() {
 #if defined(ERNIE5_EMULATED_TILES)
   return 0;
-#elif defined(ERNIE5_TILES)
+#else
   constexpr long REQUEST = 0x1023, TILE_DATA = 18;
   return syscall(SYS_arch_prctl, REQUEST, TILE_DATA) == 0 ? 0 : errno;
-#else
-  return ENOSYS;
 #endif
 }
+#endif
 
-// Whether products of bf16 take matrix tiles from now on: 1 yes, 0 no (not wanted, or not compiled), or minus the
-// error number with which the operating system refused. Call it before the first product.
+// Whether products of bf16 take matrix tiles from now on: 1 yes, 0 no (not wanted, or not compiled); negative, why not:
+// the error number with which the operating system refused, or WRONG sums. Call it before the first product.
 extern "C" int64_t ernie5_start_tiles(int wanted) {
-  const int64_t refused = TILES && wanted ? permission() : 0;
-  tiles_run = TILES && wanted && refused == 0;
-  return refused > 0 ? -refused : tiles_run;
+  tiles_run = false;
+#if defined(ERNIE5_TILES)
+  constexpr int64_t WRONG = 4096;
+  if (!wanted) return 0;
+  if (const int64_t refused = permission()) return -refused;
+  if (!sums_right()) return -WRONG;
+  tiles_run = true;
+#endif
+  return tiles_run;
 }

@@ -19,7 +19,7 @@ import torch
 
 from ernie5.errors import KernelError
 from ernie5_kernels.linear import linear
-from ernie5_kernels.native.library import FLAGS, native_library
+from ernie5_kernels.native.library import FLAGS, WRONG_SUMS, native_library
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "native"
@@ -90,12 +90,27 @@ def emulated(monkeypatch: pytest.MonkeyPatch) -> Iterator[ctypes.CDLL]:
 
 
 @pytest.fixture
-def trap(tmp_path: Path) -> Path:
-    """tile_trap.cpp, to be loaded by LD_PRELOAD."""
+def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
+    """tile_trap.cpp, to be loaded by LD_PRELOAD; a parameter is one more flag."""
     made = tmp_path / "trap.so"
     _compile("-std=c++17", "-O2", "-march=native", "-fPIC", "-shared", "-ftls-model=initial-exec",
-             str(HERE / "tile_trap.cpp"), "-o", str(made))
+             *([request.param] if hasattr(request, "param") else []), str(HERE / "tile_trap.cpp"), "-o", str(made))
     return made
+
+
+@needs_avx512
+@pytest.mark.skipif(HAS_TILES, reason="this processor's own tiles would run")
+@pytest.mark.parametrize("trap", ["-DTILES_FORGET_A_SUM"], indirect=True)
+def test_tiles_that_add_wrong_are_not_used(products: Path, trap: Path) -> None:
+    script = (
+        "import ctypes, sys\nlibrary = ctypes.CDLL(sys.argv[1])\n"
+        "library.ernie5_start_tiles.restype = ctypes.c_int64\nprint(library.ernie5_start_tiles(1))"
+    )
+    done = subprocess.run(
+        [sys.executable, "-c", script, str(products)], env={**os.environ, "LD_PRELOAD": str(trap)},
+        capture_output=True, text=True, timeout=60,
+    )
+    assert done.stdout.split() == [str(-WRONG_SUMS)], done.stderr
 
 
 @needs_avx512

@@ -39,7 +39,12 @@ class Instruction {
       case 0x497: tiles.zero(reg); break;
       case 0x4b6: tiles.load(reg, address_ - stride_, stride_); break;
       case 0x4b4: tiles.store(reg, address_ - stride_, stride_); break;
-      case 0x5c5: tiles.dot(reg, rm, third); break;
+      case 0x5c5:
+        tiles.dot(reg, rm, third);
+#if defined(TILES_FORGET_A_SUM)
+        if (reg == 3) tiles.zero(reg);
+#endif
+        break;
       default: return 0;
     }
     return length_;

@@ -55,6 +55,7 @@ class Choices:
         self._step = 0
         self._known: dict[bytes, tuple[int, torch.Tensor]] = {}
         self._now: tuple[int, torch.Tensor] | None = None
+        self._routed: dict[tuple[int, bytes], tuple[int, torch.Tensor]] = {}
         engine.model.register_forward_pre_hook(self._enter)
         for layer, router in enumerate(engine.model.routers()):
             router.register_forward_hook(self._hook(layer))
@@ -71,7 +72,7 @@ class Choices:
             columns = torch.where(own.kinds == TokenKind.PADDING, -1, part.token_ids).flatten()
             self._known[_key(own)] = (first + index * stride, columns)
         yield
-        self._known, self._now = {}, None
+        self._known, self._now, self._routed = {}, None, {}
 
     def _enter(self, _model: torch.nn.Module, inputs: tuple) -> None:
         self._now = self._known.get(_key(inputs[0]))
@@ -80,7 +81,9 @@ class Choices:
         def choose(router: torch.nn.Module, _inputs: tuple, routing: Routing) -> Routing | None:
             if self._now is None:
                 return None
-            micro_batch, columns = self._now
+            # a layer that is computed again, when a pipeline is at another micro-batch already, has the same scores
+            scores = routing.scores.detach().numpy().tobytes()
+            micro_batch, columns = self._routed.setdefault((layer, scores), self._now)
             preference = routing.scores.detach() + router.balance_bias
             own = routing.choices.sort(1).values
             if self._recorded is None:
@@ -121,7 +124,9 @@ def first_divergences(found: set[Divergence]) -> list[Divergence]:
 
 
 def _key(batch: Batch) -> bytes:
-    return batch.token_ids.numpy().tobytes() + batch.document_ids.numpy().tobytes()
+    """What tells micro-batches apart: rows of speech alone have the same token ids."""
+    tensors = (batch.token_ids, batch.document_ids, batch.audio_frames.codes, batch.audio_targets.codes)
+    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
 def _gap(preference: torch.Tensor, *, wanted: torch.Tensor, found: torch.Tensor) -> float:

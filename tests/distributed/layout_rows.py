@@ -458,6 +458,7 @@ LONG = (
     "ep2", "etp2", "ep2-zero1", "ep2-zero2", "ep2-zero3", "tp2", "cp2", "pp2", "dp2", "ep2-etp2", "ep2-dp4-zero2",
     "ep2-dp4-zero3", "tp2-cp2-ep2", "pp2-vpp2-ep2", "pp2-tp2-ep2", "tp2-cp2-ep4-sequence", "ep4-uneven-nodes",
     "pp2-zero1", "tp2-ep2-zero2", "ep2-bf16", "ep2-zero2-bf16", "tp2-muon", "tp2-ep2-zero2-muon", "tp2-ep2-zero3-muon",
+    "ep2-rank-without-text", "pp2-vpp2-recompute",
 )
 # stages of three and two layers; how much they keep depends on micro-batches under way alone
 MEASURED = group(

@@ -33,6 +33,34 @@ def test_replaying_its_own_choices_is_the_free_run_bit_for_bit() -> None:
     assert all(torch.equal(value, watched[name]) and torch.equal(value, replayed[name]) for name, value in free.items())
 
 
+def test_micro_batches_of_speech_alone_are_told_apart() -> None:
+    row = ROWS["ep2-rank-without-text"].yardstick()  # its odd rows have one token id
+    noted: list[Choices] = []
+    for recorded in (None, "first"):
+        engine, batches = make_engine(row), make_rows(0, row=row, rows=4)
+        noted.append(Choices(engine, layout=None, recorded=noted[0].noted if recorded else None))
+        with noted[-1].watch(batches, step=0, first=0, stride=1):
+            engine.accumulate(batches)
+    assert {micro_batch for _, micro_batch, _ in noted[0].noted} == {0, 1, 2, 3}
+    assert not noted[1].divergences
+
+
+def test_a_layer_that_runs_again_later_is_that_of_its_own_micro_batch() -> None:
+    """As under a pipeline's recompute: the second micro-batch has run when the first one's layers run again."""
+    engine, batches = make_engine(ROW), make_rows(0, row=ROW, rows=2)
+    noted, _, _ = run_step(None)
+    again = Choices(engine, layout=None, recorded=noted.noted)
+    with again.watch(batches, step=0, first=0, stride=1), torch.no_grad():
+        caught: list[tuple] = []
+        router = engine.model.routers()[0]
+        router.register_forward_pre_hook(lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
+        for batch in batches:
+            engine.model(batch)
+        args, kwargs = caught[0]
+        router(*args, **kwargs)
+    assert not again.divergences
+
+
 def test_another_recorded_choice_is_made_and_reported_with_its_gap() -> None:
     noted, free, loads = run_step(None)
     place, column = (0, 1, 1), 0  # the first token, which all others of its document read

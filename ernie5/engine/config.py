@@ -54,11 +54,17 @@ class EngineConfig(Config):
         """Refuse settings that would do nothing."""
         if self.recompute == "selective" and not self.recompute_parts:
             self.fail("recompute_parts", "recompute: selective names no operator. Name some, or set recompute: none")
-        if (self.offload_optimizer == "nvme") != (self.nvme_path is not None):
+        if self.offload_optimizer == "nvme" and self.nvme_path is None:
             self.fail(
                 "nvme_path",
-                f"{self.nvme_path} and offload_optimizer = {self.offload_optimizer}: a folder and nvme go together. "
-                "Set both, or offload_optimizer: cpu and no nvme_path",
+                "offload_optimizer = nvme needs a folder for its files. Set engine.nvme_path to one on a local drive, "
+                "or engine.offload_optimizer: cpu",
+            )
+        if self.offload_optimizer != "nvme" and self.nvme_path is not None:
+            self.fail(
+                "nvme_path",
+                f"offload_optimizer = {self.offload_optimizer} writes nothing there. Leave engine.nvme_path out, or "
+                "set engine.offload_optimizer: nvme",
             )
         if self.offload_optimizer == "nvme" and self.zero_stage in (1, 2):
             self.fail(

@@ -16,6 +16,7 @@ from pathlib import Path
 import torch
 
 from ernie5.errors import EnvironmentFault
+from ernie5.observe.faults import refusal_of
 
 GIB = 2**30
 
@@ -43,7 +44,8 @@ def _mapped(tensor: torch.Tensor, *, folder: Path) -> torch.Tensor:
             os.unlink(path)
     except OSError as error:
         raise EnvironmentFault(
-            f"engine.nvme_path = {folder} cannot take {num_bytes / GIB:.3f} GiB of optimizer state: {error.strerror}. "
+            f"engine.nvme_path = {folder} cannot take {num_bytes / GIB:.3f} GiB of optimizer state: "
+            f"{refusal_of(error).what}. "
             "Every rank keeps 12 bytes there per parameter of its part. Set engine.nvme_path to a folder on a local "
             "drive with room for them, or engine.offload_optimizer: cpu"
         ) from error

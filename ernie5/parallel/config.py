@@ -70,6 +70,16 @@ class ParallelConfig(Config):
                 "vpp", "virtual stages take turns on the ranks of a pipeline, and parallel.pp = 1 has one. "
                 "Set parallel.vpp: 1 or parallel.pp: 2"
             )
+        if self.sequence and self.tp == 1:
+            self._refuse(
+                "sequence", "tokens are split over the tp ranks, and parallel.tp = 1 has one. Set parallel.sequence: "
+                "false or parallel.tp: 2"
+            )
+        if self.context != "ring" and self.cp == 1:
+            self._refuse(
+                "context", "rows are split over the cp ranks, and parallel.cp = 1 has one. Leave parallel.context out "
+                "or set parallel.cp: 2"
+            )
         sections = self.pp * self.vpp
         if self.stage_layers and (len(self.stage_layers) != sections or min(self.stage_layers) < 1):
             self._refuse(

@@ -55,6 +55,13 @@ def test_degrees_that_make_no_pipeline(degrees: dict, message: str) -> None:
         ParallelConfig(**degrees)
 
 
+def test_ways_of_splitting_that_nothing_would_follow() -> None:
+    with pytest.raises(LayoutError, match=r"sequence = true: .*parallel.tp = 1 has one. Set parallel.sequence: false"):
+        ParallelConfig(sequence=True)
+    with pytest.raises(LayoutError, match=r"context = 'ulysses': .*parallel.cp = 1 has one. Leave parallel.context"):
+        ParallelConfig(context="ulysses", tp=2)
+
+
 @pytest.mark.parametrize(
     "degrees,message",
     [

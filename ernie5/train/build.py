@@ -87,6 +87,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     make_model = build_model if config.engine.kind == "local" else UnifiedModel.outline
     model = make_model(config.model, seed=config.train.seed)
     engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
+    if engine.is_main:
+        get_log().info("%s", describe_start(config, world_size=world_size, device=device))
     loader = open_loader(config, tokenizers=tokenizers, split="train", engine=engine)
     progression = Progression()
     loaded = agree(loaded, source=resume_from, engine=engine)
@@ -117,6 +119,20 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     hooks += sample_hooks(config, run_dir=run_dir, engine=engine, tokenizers=tokenizers)
     rewind = build_rollback(config, folder=checkpoints, engine=engine, progression=progression, hooks=hooks)
     return Run(config, run_dir, checkpoints, engine, loader, progression, hooks, rewind)
+
+
+def describe_start(config: RootConfig, *, world_size: int, device: torch.device) -> str:
+    """One line for the log: how many processes, how they are laid out (`dims`), which engine, and what a step is."""
+    dims = config.parallel.derive_dims(world_size, kv_heads=config.model.kv_heads)
+    stage = f" with zero_stage {config.engine.zero_stage}" if config.engine.kind == "deepspeed" else ""
+    ranks = "1 process" if world_size == 1 else f"{world_size} processes, {dims.describe()}"
+    batch = config.batch
+    count = batch.global_sequences // (dims.dp * batch.micro_sequences)
+    ramp = " (after batch.ramp)" if batch.ramp else ""
+    return (
+        f"{ranks}: {config.engine.kind} engine{stage}, {config.engine.precision} on {device.type}; a step{ramp} is "
+        f"{batch.global_sequences} rows = dp {dims.dp} x micro-batches {count} x rows {batch.micro_sequences}"
+    )
 
 
 def build_engine(

@@ -16,9 +16,9 @@ from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.base import Config, with_value
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
-from ernie5.errors import ConfigError, Ernie5Error, PeerError
+from ernie5.errors import ConfigError, EnvironmentFault, Ernie5Error, PeerError
 from ernie5.model.config import num_active_params, num_params
-from ernie5.observe.faults import classify, keep_tracebacks
+from ernie5.observe.faults import classify, keep_tracebacks, refusal_of
 from ernie5.observe.log import get_log, open_log
 from ernie5.observe.watchdog import Watchdog
 from ernie5.train.config import RootConfig
@@ -73,6 +73,8 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         config.fail("train.run_dir", "a file stands in its place. Name another directory or move the file away")
+    except OSError as error:
+        raise EnvironmentFault(f"train.run_dir = {run_dir}: {refusal_of(error)}.") from error
     given, config = config.checkpoint.dir, _with_whole_paths(config, fresh=fresh)
     folder = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if is_main:

@@ -13,10 +13,21 @@ from pathlib import Path
 import pytest
 import torch
 
-from ernie5.errors import CheckpointError, ConfigError, DataError, LayoutError, NumericsError, TokenizerError
+from ernie5.config.load import load_config
+from ernie5.errors import (
+    CheckpointError,
+    ConfigError,
+    DataError,
+    EnvironmentFault,
+    LayoutError,
+    NumericsError,
+    TokenizerError,
+)
 from ernie5.generate.load import load_generation
 from ernie5.tokenizers.visual.tokenizer import load_visual_tokenizer, save_visual_tokenizer
+from ernie5.train.build import describe_start
 from ernie5.train.command import main
+from ernie5.train.config import RootConfig
 
 
 def test_validate_imports_no_torch(world: Path) -> None:
@@ -40,6 +51,12 @@ def test_a_file_in_place_of_the_run_directory_is_the_users_mistake(world: Path, 
     with pytest.raises(ConfigError, match=r"train\.run_dir = .*notes.*: a file stands in its place"):
         main([str(world / "run.yaml"), f"train.run_dir={tmp_path / place}"])
     assert (tmp_path / "notes").read_text(encoding="utf-8") == "mine"
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a folder in which nobody makes folders")
+def test_a_run_directory_that_cannot_be_made_is_no_bug(world: Path) -> None:
+    with pytest.raises(EnvironmentFault, match=r"train\.run_dir = /proc/none/run: the folder is not there.*=runs/mine"):
+        main([str(world / "run.yaml"), "train.run_dir=/proc/none/run"])
 
 
 def test_validate_already_refuses_streams_that_do_not_divide_the_rows(world: Path) -> None:
@@ -150,6 +167,15 @@ def test_a_run_with_its_checkpoints_elsewhere_is_found_by_its_directory(
     assert run_ernie5("inspect", folder / "step-00000001").exit_code == 2  # never another one in its place
 
 
+def test_the_start_of_many_ranks_says_their_layout(repository: Path) -> None:
+    wanted = ["engine.kind=grid", "parallel.tp=2", "parallel.ep=4", "batch.global_sequences=8"]
+    config = load_config(repository / "configs/pretrain/debug.yaml", schema=RootConfig, overrides=wanted)
+    assert describe_start(config, world_size=4, device=torch.device("cpu")) == (
+        "4 processes, dp2 cp1 tp2 pp1 | edp1 ep4 etp1: grid engine, fp32 on cpu; "
+        "a step is 8 rows = dp 2 x micro-batches 2 x rows 2"
+    )
+
+
 def test_a_fragment_says_what_it_is_a_fragment_for(world: Path, tmp_path: Path) -> None:
     (tmp_path / "part.yaml").write_text("model:\n  layers: 5\n", encoding="utf-8")
     with pytest.raises(ConfigError, match=r"train\.steps is missing.*fragments.*`base:`.*part\.yaml"):
@@ -206,6 +232,8 @@ def test_deepspeed_writes_a_checkpoint_that_the_local_engine_continues(
     main([*same, f"train.run_dir={tmp_path / 'run'}", "engine.kind=deepspeed", "train.steps=2"])
     main([*same, f"train.run_dir={tmp_path / 'run'}", "engine.kind=local", "train.steps=3"])
     main([*same, f"train.run_dir={tmp_path / 'alone'}", "train.steps=3"])
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert log.index("1 process: deepspeed engine with zero_stage 1, fp32") < log.index("1 process: local engine, fp32")
     mixed, whole = read_rows(tmp_path / "run"), read_rows(tmp_path / "alone")
     assert [row["tokens"] for row in mixed] == [row["tokens"] for row in whole]
     for ours, theirs in zip(mixed, whole, strict=True):

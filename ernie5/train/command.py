@@ -30,6 +30,7 @@ from ernie5.train.recover import (
     done_record,
     fault_record,
     leave_exit,
+    leave_refusal,
     write_exit,
 )
 
@@ -51,7 +52,8 @@ def main(argv: list[str]) -> int:
     try:
         arguments = _parse(argv)
         config = _load(arguments)
-    except ConfigError:
+    except ConfigError as error:
+        leave_refusal(error)
         await_turn()
         raise
     if arguments.validate:

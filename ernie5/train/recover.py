@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
@@ -11,10 +12,11 @@ import time
 import types
 from pathlib import Path
 
-from ernie5.errors import EXIT_DONE, EXIT_PEER
-from ernie5.observe.faults import Fault
+from ernie5.errors import EXIT_DONE, EXIT_PEER, Ernie5Error
+from ernie5.observe.faults import Fault, classify
 
 EXIT_FILE = "exit.json"
+RUN_DIR_VARIABLE = "ERNIE5_RUN_DIR"  # launch/supervise.py tells its ranks which run directory it looks at
 SIGNALS = (signal.SIGINT, signal.SIGTERM)
 CAUSE_SECONDS = 3.0  # until the rank that was the cause has written exit.json, and until it has spoken
 POLL_SECONDS = 0.1
@@ -90,6 +92,15 @@ def write_exit(run_dir: Path, *, record: ExitRecord, replace: bool = True) -> bo
     temporary.write_text(text, encoding="utf-8")
     temporary.replace(run_dir / EXIT_FILE)
     return True
+
+
+def leave_refusal(error: Ernie5Error) -> None:
+    """Tell the agent, where there is one, that this command line is refused: no settings, hence no run directory, are
+    known yet, and a launcher may end with another code."""
+    folder = os.environ.get(RUN_DIR_VARIABLE)
+    if folder and os.environ.get("RANK", "0") == "0":
+        with contextlib.suppress(OSError):
+            write_exit(Path(folder), record=fault_record(classify(error), step=0, checkpoint="", rank=0))
 
 
 def read_exit(run_dir: Path) -> ExitRecord | None:

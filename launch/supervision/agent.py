@@ -21,6 +21,7 @@ from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, 
 from supervision.processes import MARK, kill_strays, mark_of
 
 from ernie5.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED
+from ernie5.train.recover import RUN_DIR_VARIABLE
 
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 10.0  # until exit.json, where another host has rank 0
@@ -57,7 +58,9 @@ class Agent:
         self._command, self._run_dir, self._host, self._node_rank = command, run_dir, host, host.node_rank
         self._mark = mark_of(run_dir, node_rank=host.node_rank)
         self._replica, self._copies = memory / f"ernie5-{self._mark}", memory / f"ernie5-{self._mark}-copies"
-        self._environment = {MARK: self._mark, REPLICA_VARIABLE: str(self._replica)}
+        self._environment = {
+            MARK: self._mark, REPLICA_VARIABLE: str(self._replica), RUN_DIR_VARIABLE: str(run_dir.absolute())
+        }
         self._child: subprocess.Popen | None = None
         self._stopping = False
         self._endings = Endings(run_dir, node_rank=host.node_rank, nodes=host.nodes)

@@ -67,6 +67,16 @@ def starts(tmp_path: Path) -> int:
     return int((tmp_path / "count").read_text())
 
 
+def test_settings_that_are_refused_end_it_also_under_a_launcher_that_blurs_codes(
+    supervise: Callable, repository: Path
+) -> None:
+    start = f"{sys.executable} {repository}/launch/pretrain.py {repository}/configs/pretrain/debug.yaml"
+    agent = supervise("sh", "-c", f"{start} engine.kind=grid parallel.ep=3; exit 1")  # as torchrun does
+    said = agent.communicate(timeout=PATIENCE_SECONDS)[1]
+    assert agent.returncode == 2 and "starting again" not in said, said
+    assert "a user's mistake stays one, parallel.ep = 3" in said
+
+
 @pytest.mark.parametrize(("code", "restarts"), [(0, 0), (1, 1), (2, 0), (3, 3), (4, 0), (5, 4), (75, 4)])
 def test_each_exit_code_has_its_policy(code: int, restarts: int, policy: types.ModuleType) -> None:
     decide = policy.RestartPolicy(policy.Limits(restarts=4), step=0).decide

@@ -3,7 +3,7 @@
     nice -n 5 .venv/bin/python tools/layout_table.py --out runs/layout_table [--steps 2 20] [--rows NAME ...]
 
 Every finished row goes to steps-N.json at once; a second call runs what is missing. layout_table.md has a line per
-row: fp32 or bf16 after two steps, after twenty that replay the choices of the yardstick, and the same row in float64.
+row: after two steps, after twenty that replay the yardstick's choices (else the larger of both), and in float64.
 Exit code 1 where a row is not within its tolerances."""
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "distributed"))
 
-from layout_compare import SCORE_GAP, Differences, compare
+from layout_compare import SCORE_GAP, compare
 from layout_jobs import Layouts
 from layout_rows import LONG_STEPS, ROWS, STEPS, Row, Tolerances
 
@@ -54,7 +54,7 @@ def main() -> int:
 
 
 def run(row: Row, *, layouts: Layouts) -> dict[str, object]:
-    """One row: its largest differences, where they are, and what is beyond the tolerances."""
+    """Largest differences of a row, where they are, and what is beyond the tolerances."""
     entry: dict[str, object] = {"date": datetime.date.today().isoformat(), "torch": torch.__version__}
     try:
         differences = compare(layouts.result(row), expected=layouts.result(row.yardstick()), row=row)
@@ -63,14 +63,10 @@ def run(row: Row, *, layouts: Layouts) -> dict[str, object]:
     complaints = differences.complaints(row.tolerances)
     if row.precision != "bf16":
         complaints += [f"{one} is no rounding" for one in differences.first if not one.gap < SCORE_GAP]
-    return {**entry, **figures(differences), "complaints": complaints}
-
-
-def figures(differences: Differences) -> dict[str, object]:
-    """What goes to the file."""
     worst = {name: vars(vars(differences)[name]) for name in (*KINDS, "parameters")}
-    return {**worst, "divergences": differences.divergences, "first": [vars(one) for one in differences.first],
-            "gap": max((one.gap for one in differences.first), default=0.0)}
+    first, gap = [vars(one) for one in differences.first], max((one.gap for one in differences.first), default=0.0)
+    found = {"divergences": differences.divergences, "first": first, "gap": gap, "complaints": complaints}
+    return entry | worst | found
 
 
 def table(found: dict[int, dict[str, dict]]) -> str:
@@ -86,14 +82,15 @@ def table(found: dict[int, dict[str, dict]]) -> str:
 
 def line(row: Row, short: dict | None, long: dict | None, double: dict | None) -> list[str]:
     """The cells of one row."""
-    def cell(entry: dict | None, *kinds: str) -> str:
-        return f"{max(entry[kind]['value'] for kind in kinds):.0e}" if entry and kinds[0] in entry else ""
+    def cell(entries: list[dict | None], *kinds: str) -> str:
+        values = [entry[kind]["value"] for entry in entries if entry for kind in kinds if kind in entry]
+        return f"{max(values):.0e}" if values else ""
 
-    engine = "grid" if row.stage is None else f"ZeRO-{row.stage}"
     others = f"{long['divergences']}, gap {long['gap']:.0e}" if long and long.get("divergences") else ""
-    complaints = [words for entry in (short, long, double) if entry for words in entry["complaints"]]
-    return [row.name, str(row.ranks), engine, *(cell(short, kind) for kind in HEAD[3:7]), cell(long, "movement"),
-            others, cell(double, *KINDS), "; ".join(complaints).replace("\n", " ")[:200] or "equal"]
+    complaints = "; ".join(words for entry in (short, long, double) if entry for words in entry["complaints"])
+    return [row.name, str(row.ranks), "grid" if row.stage is None else f"ZeRO-{row.stage}",
+            *(cell([short, long], kind) for kind in HEAD[3:6]), cell([short], "movement"), cell([long], "movement"),
+            others, cell([double], *KINDS), complaints.replace("\n", " ")[:200] or "equal"]
 
 
 if __name__ == "__main__":

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Iterator
 
 import torch
@@ -53,37 +54,37 @@ class Choices:
         self.divergences: set[Divergence] = set()
         self._layout, self._recorded = layout, recorded
         self._step = 0
-        self._known: dict[bytes, tuple[int, torch.Tensor]] = {}
-        self._now: tuple[int, torch.Tensor] | None = None
-        self._routed: dict[tuple[int, bytes], tuple[int, torch.Tensor]] = {}
-        engine.model.register_forward_pre_hook(self._enter)
+        self._parts: list[tuple[int, torch.Tensor]] = []
+        self._calls: Counter[tuple[int, bool]] = Counter()
         for layer, router in enumerate(engine.model.routers()):
             router.register_forward_hook(self._hook(layer))
 
     @contextlib.contextmanager
     def watch(self, batches: list[Batch], *, step: int, first: int, stride: int) -> Iterator[None]:
         """Within it this rank's `batches` run: the micro-batches first, first + stride, ... of the step."""
-        self._step = step
+        self._step, self._calls = step, Counter()
         for index, batch in enumerate(batches):
             columns = torch.arange(batch.token_ids.shape[1]).unsqueeze(0)
             numbered = dataclasses.replace(batch, token_ids=columns)
             part, own = (one if self._layout is None else self._layout.take(one) for one in (numbered, batch))
             # padding decides nothing; under context parallelism it stands in for columns of other ranks
             columns = torch.where(own.kinds == TokenKind.PADDING, -1, part.token_ids).flatten()
-            self._known[_key(own)] = (first + index * stride, columns)
+            self._parts.append((first + index * stride, columns))
         yield
-        self._known, self._now, self._routed = {}, None, {}
+        self._parts = []
 
-    def _enter(self, _model: torch.nn.Module, inputs: tuple) -> None:
-        self._now = self._known.get(_key(inputs[0]))
+    def _part(self, layer: int) -> tuple[int, torch.Tensor]:
+        """Micro-batch and columns of this call of a router. In every engine a layer meets the micro-batches in order,
+        and so it does when backward computes it again, in a pipeline at another time."""
+        call = layer, torch._C._current_graph_task_id() >= 0
+        self._calls[call] += 1
+        return self._parts[self._calls[call] - 1]
 
     def _hook(self, layer: int):
         def choose(router: torch.nn.Module, _inputs: tuple, routing: Routing) -> Routing | None:
-            if self._now is None:
+            if not self._parts:
                 return None
-            # a layer that is computed again, when a pipeline is at another micro-batch already, has the same scores
-            scores = routing.scores.detach().numpy().tobytes()
-            micro_batch, columns = self._routed.setdefault((layer, scores), self._now)
+            micro_batch, columns = self._part(layer)
             preference = routing.scores.detach() + router.balance_bias
             own = routing.choices.sort(1).values
             if self._recorded is None:
@@ -121,12 +122,6 @@ def first_divergences(found: set[Divergence]) -> list[Divergence]:
         one.micro_batch for one in first
     }}
     return [one for one in first if one.layer == layers[one.micro_batch]]
-
-
-def _key(batch: Batch) -> bytes:
-    """What tells micro-batches apart: rows of speech alone have the same token ids."""
-    tensors = (batch.token_ids, batch.document_ids, batch.audio_frames.codes, batch.audio_targets.codes)
-    return b"".join(tensor.numpy().tobytes() for tensor in tensors)
 
 
 def _gap(preference: torch.Tensor, *, wanted: torch.Tensor, found: torch.Tensor) -> float:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 
 import torch
+from torch.utils.checkpoint import checkpoint
 
 from layout_replay import Choices, Divergence, Noted, Notes
 from layout_rows import ROWS
@@ -46,19 +47,23 @@ def test_micro_batches_of_speech_alone_are_told_apart() -> None:
 
 
 def test_a_layer_that_runs_again_later_is_that_of_its_own_micro_batch() -> None:
-    """As under a pipeline's recompute: the second micro-batch has run when the first one's layers run again."""
-    engine, batches = make_engine(ROW), make_rows(0, row=ROW, rows=2)
+    """As under a pipeline's recompute: both micro-batches have run when the first one's layers run again."""
     noted, _, _ = run_step(None)
+    engine, batches = make_engine(ROW), make_rows(0, row=ROW, rows=2)
+    router, inputs = engine.model.routers()[0], []
+    caught = router.register_forward_pre_hook(lambda _, args, kwargs: inputs.append((*args, kwargs)), with_kwargs=True)
+    for batch in batches:
+        engine.model(batch)
+    caught.remove()
     again = Choices(engine, layout=None, recorded=noted.noted)
-    with again.watch(batches, step=0, first=0, stride=1), torch.no_grad():
-        caught: list[tuple] = []
-        router = engine.model.routers()[0]
-        router.register_forward_pre_hook(lambda _, args, kwargs: caught.append((args, kwargs)), with_kwargs=True)
-        for batch in batches:
-            engine.model(batch)
-        args, kwargs = caught[0]
-        router(*args, **kwargs)
-    assert not again.divergences
+    with again.watch(batches, step=0, first=0, stride=1):
+        weights = [
+            checkpoint(lambda x, kwargs=kwargs: router(x, **kwargs).weights, hidden.detach(), use_reentrant=False)
+            for hidden, kwargs in inputs
+        ]
+        for one in weights:
+            one.square().sum().backward()
+    assert set(again._calls.values()) == {2} and not again.divergences
 
 
 def test_another_recorded_choice_is_made_and_reported_with_its_gap() -> None:

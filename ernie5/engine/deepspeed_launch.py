@@ -12,6 +12,8 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 
+from ernie5.parallel.state import join_processes
+
 
 def import_deepspeed(log_path: Path) -> None:
     """Import DeepSpeed with its messages in `log_path`.
@@ -49,12 +51,7 @@ def start_processes(device: torch.device, *, log_path: Path) -> None:
     import_deepspeed(log_path)
     os.environ.setdefault("LOCAL_RANK", "0")
     os.environ.setdefault("LOCAL_SIZE", os.environ.get("LOCAL_WORLD_SIZE", "1"))
-    if not dist.is_initialized():
-        backend = "nccl" if device.type == "cuda" else "gloo"
-        if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-            dist.init_process_group(backend)
-        else:
-            dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+    join_processes(device)
     _join_deepspeed()
 
 

@@ -16,7 +16,7 @@ from ernie5.optim.adamw import AdamW, create_state
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.muon import scale_of
-from ernie5.optim.spread import Peers, Spread, buckets, find_directions
+from ernie5.optim.spread import Peers, Spread, buckets, find_directions, gather_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -159,10 +159,5 @@ class FlatMuon(AdamW):
 def _gather_pieces(piece: torch.Tensor, pieces: Sequence[Pieces], /, *, peers: Peers) -> list[torch.Tensor]:
     """The whole flat parts whose elements lie in the pieces of all `peers`, of which this rank has `piece`."""
     lengths = [[one.size(rank) for one in pieces] for rank in range(peers.size)]
-    own = torch.cat([one.own(piece, rank=peers.rank) for one in pieces])
-    everything = peers.gather(own, [sum(sizes) for sizes in lengths])
-    rows = [
-        row.split(sizes)
-        for row, sizes in zip(everything.split([sum(sizes) for sizes in lengths]), lengths, strict=True)
-    ]
+    rows = gather_rows([one.own(piece, rank=peers.rank) for one in pieces], lengths=lengths, peers=peers)
     return list(rows[0]) if len(rows) == 1 else [torch.cat(own) for own in zip(*rows, strict=True)]

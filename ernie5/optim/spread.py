@@ -149,14 +149,20 @@ def _gather_parts(parts: Sequence[torch.Tensor], *, spreads: Sequence[Spread]) -
     if not cut:
         return wholes
     lengths = [[spreads[index].part_shape(rank).numel() for index in cut] for rank in range(peers.size)]
-    everything = peers.gather(torch.cat([parts[index] for index in cut]), [sum(row) for row in lengths])
-    rows = [
-        row.split(sizes)
-        for row, sizes in zip(everything.split([sum(sizes) for sizes in lengths]), lengths, strict=True)
-    ]
+    rows = gather_rows([parts[index] for index in cut], lengths=lengths, peers=peers)
     for place, index in enumerate(cut):
         wholes[index] = spreads[index].join([row[place] for row in rows])
     return wholes
+
+
+def gather_rows(
+    own: Sequence[torch.Tensor], *, lengths: Sequence[Sequence[int]], peers: Peers
+) -> list[Sequence[torch.Tensor]]:
+    """The flat tensors of every rank of `peers`, rows[rank][i] lengths[rank][i] long, of which this rank has `own`;
+    collective, one gathering for all."""
+    everything = peers.gather(torch.cat(list(own)), [sum(sizes) for sizes in lengths])
+    parted = everything.split([sum(sizes) for sizes in lengths])
+    return [row.split(list(sizes)) for row, sizes in zip(parted, lengths, strict=True)]
 
 
 def share_matrices(shapes: Sequence[torch.Size], *, num_ranks: int) -> list[list[int]]:

@@ -38,7 +38,9 @@ MODES = {"": (), "1": (), "0": (), "no-tiles": (), "tiles-emulated": ("-DERNIE5_
 """What ERNIE5_NATIVE may be, and the compiler flags that it adds. `0`: no library; `no-tiles`: bf16 by AVX-512 though
 the processor has matrix tiles (AMX); `tiles-emulated`: tiles in software, for tests (slow)."""
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
-WRONG_SUMS = 4096  # ernie5_start_tiles, negated: beyond every error number of the operating system
+# what ernie5_start_tiles returns, negated, beyond every error number of the operating system
+WRONG_SUMS, CRASHED = 4096, 8192
+TRIALS = {WRONG_SUMS: "a product of small integers came out wrong", CRASHED: "a product ended the process that tried it"}
 COMPILER_SECONDS = 1800  # a dozen of one core; at a load of 30 on two cores 300 were not enough
 
 
@@ -68,7 +70,7 @@ def native_library() -> ctypes.CDLL | None:
 def _start_tiles(library: ctypes.CDLL, *, wanted: bool) -> None:
     refused = -library.ernie5_start_tiles(ctypes.c_int(wanted))
     if refused > 0:
-        reason = "a product of small integers came out wrong" if refused == WRONG_SUMS else os.strerror(refused)
+        reason = TRIALS.get(refused) or os.strerror(refused)
         warnings.warn(
             f"the processor's matrix tiles (AMX) cannot be used ({reason}); bf16 runs by AVX-512. "
             "ERNIE5_NATIVE=no-tiles does not try",

@@ -8,6 +8,7 @@
 #include "gemm.h"
 #if defined(__linux__)
 #include <sys/syscall.h>
+#include <sys/wait.h>
 #include <unistd.h>
 #endif
 
@@ -204,6 +205,28 @@ bool sums_right() {
   return exact(49, 33, 70) && exact(5, 100, 38);
 }
 
+constexpr int64_t WRONG = 4096, CRASHED = 8192;  // beyond every error number
+
+// Tries the tiles in a child, so that a processor which refuses an instruction ends that one. 0, or what went wrong.
+int64_t trial() {
+#if defined(ERNIE5_EMULATED_TILES)
+  return sums_right() ? 0 : WRONG;
+#else
+  constexpr unsigned SECONDS = 60;
+  const pid_t child = fork();
+  if (child < 0) return errno;
+  if (child == 0) {
+    alarm(SECONDS);
+    _exit(sums_right() ? 0 : 1);
+  }
+  int status = 0;
+  while (waitpid(child, &status, 0) < 0)
+    if (errno != EINTR) return errno;
+  if (!WIFEXITED(status)) return CRASHED;
+  return WEXITSTATUS(status) == 0 ? 0 : WRONG;
+#endif
+}
+
 }  // namespace
 
 void TileScope::begin() { configured = NONE; }
@@ -224,14 +247,13 @@ static int64_t permission() {
 #endif
 
 // Whether products of bf16 take matrix tiles from now on: 1 yes, 0 no (not wanted, or not compiled); negative, why not:
-// the error number with which the operating system refused, or WRONG sums. Call it before the first product.
+// the error number with which the operating system refused, WRONG sums, or CRASHED. Call it before the first product.
 extern "C" int64_t ernie5_start_tiles(int wanted) {
   tiles_run = false;
 #if defined(ERNIE5_TILES)
-  constexpr int64_t WRONG = 4096;
   if (!wanted) return 0;
   if (const int64_t refused = permission()) return -refused;
-  if (!sums_right()) return -WRONG;
+  if (const int64_t failed = trial()) return -failed;
   tiles_run = true;
 #endif
   return tiles_run;

@@ -19,7 +19,7 @@ import torch
 
 from ernie5.errors import KernelError
 from ernie5_kernels.linear import linear
-from ernie5_kernels.native.library import FLAGS, WRONG_SUMS, native_library
+from ernie5_kernels.native.library import CRASHED, FLAGS, WRONG_SUMS, native_library
 
 HERE = Path(__file__).parent
 SOURCES = HERE.parents[1] / "kernels" / "native"
@@ -100,8 +100,10 @@ def trap(request: pytest.FixtureRequest, tmp_path: Path) -> Path:
 
 @needs_avx512
 @pytest.mark.skipif(HAS_TILES, reason="this processor's own tiles would run")
-@pytest.mark.parametrize("trap", ["-DTILES_FORGET_A_SUM"], indirect=True)
-def test_tiles_that_add_wrong_are_not_used(products: Path, trap: Path) -> None:
+@pytest.mark.parametrize(
+    "trap,failure", [("-DTILES_FORGET_A_SUM", WRONG_SUMS), ("-DTILES_CRASH", CRASHED)], indirect=["trap"]
+)
+def test_tiles_that_add_wrong_or_crash_are_not_used(products: Path, trap: Path, failure: int) -> None:
     script = (
         "import ctypes, sys\nlibrary = ctypes.CDLL(sys.argv[1])\n"
         "library.ernie5_start_tiles.restype = ctypes.c_int64\nprint(library.ernie5_start_tiles(1))"
@@ -110,7 +112,7 @@ def test_tiles_that_add_wrong_are_not_used(products: Path, trap: Path) -> None:
         [sys.executable, "-c", script, str(products)], env={**os.environ, "LD_PRELOAD": str(trap)},
         capture_output=True, text=True, timeout=60,
     )
-    assert done.stdout.split() == [str(-WRONG_SUMS)], done.stderr
+    assert done.stdout.split() == [str(-failure)], done.stderr
 
 
 @needs_avx512

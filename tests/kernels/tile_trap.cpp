@@ -40,6 +40,9 @@ class Instruction {
       case 0x4b6: tiles.load(reg, address_ - stride_, stride_); break;
       case 0x4b4: tiles.store(reg, address_ - stride_, stride_); break;
       case 0x5c5:
+#if defined(TILES_CRASH)
+        abort();
+#endif
         tiles.dot(reg, rm, third);
 #if defined(TILES_FORGET_A_SUM)
         if (reg == 3) tiles.zero(reg);

@@ -40,7 +40,7 @@ the processor has matrix tiles (AMX); `tiles-emulated`: tiles in software, for t
 NATIVE_TYPES = (torch.float32, torch.bfloat16)
 # what ernie5_start_tiles returns, negated, beyond every error number of the operating system
 WRONG_SUMS, CRASHED = 4096, 8192
-TRIALS = {WRONG_SUMS: "a product of small integers came out wrong", CRASHED: "a product ended the process that tried it"}
+TRIALS = {WRONG_SUMS: "a product of small integers came out wrong", CRASHED: "a product ended the process trying it"}
 COMPILER_SECONDS = 1800  # a dozen of one core; at a load of 30 on two cores 300 were not enough
 
 

@@ -54,9 +54,11 @@ class DeepSpeedState:
             found[name] = self._layout.collect(own, name=name, dtype=torch.float32, device=self._engine.device).clone()
         return found
 
-    def parts(self) -> dict[str, torch.Tensor]:
-        """This rank's part of every parameter as the next step will use it, whole within DeepSpeed's partitions."""
-        return {name: self._read(parameter, key=None) for name, parameter in self._names.items()}
+    def parts(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """By name, this rank's part of every parameter as the next step will use it: made whole out of DeepSpeed's
+        pieces one by one, for a rank has no room for all of them."""
+        for name, parameter in self._names.items():
+            yield name, self._read(parameter, key=None)
 
     def poison_gradient(self) -> None:
         """NaN into the gradient of the smallest parameter, wherever the stage keeps it; where gradients are on the

@@ -172,7 +172,7 @@ class GridEngine(Engine):
 
     def check_copies(self) -> None:
         """Raise EnvironmentFault where ranks that hold one part of a parameter hold other values; collective."""
-        check_copies(dict(self.model.named_parameters()), layout=self._layout)
+        check_copies(self.model.named_parameters(), layout=self._layout)
 
     def _sum_over_shares(self, values: torch.Tensor) -> torch.Tensor:
         """Sum over the ranks that compute other parts of the objective: other data, or other sections of the model."""

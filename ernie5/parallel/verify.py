@@ -6,7 +6,7 @@ An engine that broadcasts one rank's experts over all of them trains on, with a 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Mapping
+from collections.abc import Iterable
 
 import torch
 import torch.distributed as dist
@@ -15,16 +15,16 @@ from ernie5.errors import EnvironmentFault
 from ernie5.parallel.apply import Layout
 
 
-def check_copies(parts: Mapping[str, torch.Tensor], *, layout: Layout) -> None:
+def check_copies(parts: Iterable[tuple[str, torch.Tensor]], *, layout: Layout) -> None:
     """Compare digests of every parameter's part over all ranks; collective. For seeded weights, not for loaded ones:
-    two experts of a checkpoint may be equal by intent.
+    two experts of a checkpoint may be equal by intent. Of `parts`, by name, one is held at a time.
 
     Raises EnvironmentFault naming the parameter and two ranks, on every rank.
     """
     state = layout.state
     if state.world.size == 1:
         return
-    own = {name: (_places(name, layout=layout), _digest(part)) for name, part in parts.items()}
+    own = {name: (_places(name, layout=layout), _digest(part)) for name, part in parts}
     found: list = [None] * state.world.size
     dist.all_gather_object(found, own)
     for name in layout.shards:

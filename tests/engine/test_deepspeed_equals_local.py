@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import importlib.util
 import json
 import os
@@ -9,6 +10,7 @@ import socket
 import subprocess
 import sys
 import types
+import weakref
 from pathlib import Path
 
 import pytest
@@ -17,8 +19,10 @@ import torch
 from ernie5.engine import deepspeed_start
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.deepspeed_config import check_combination
+from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.errors import NumericsError
 from ernie5.optim.config import OptimConfig
+from ernie5.parallel import verify
 
 HERE = Path(__file__).parent
 # fp32 sums in another order: gradients of a few thousand terms of size 1e-2 differ by less than this.
@@ -207,6 +211,32 @@ def test_muon_is_refused_in_no_stage_and_not_with_its_state_on_the_host() -> Non
     for stage in (1, 2, 3):
         check_combination(EngineConfig(zero_stage=stage, offload_optimizer="cpu"), optim=muon)
     check_combination(EngineConfig(zero_stage=2), optim=muon)
+
+
+@pytest.mark.parametrize("stage", [1, 3])
+def test_the_check_of_copies_has_one_whole_parameter_at_a_time(
+    tiny: types.ModuleType, monkeypatch: pytest.MonkeyPatch, stage: int
+) -> None:
+    engine = tiny.make_engine("deepspeed", stage=stage)
+    state, plain, read = engine.layout.state, DeepSpeedState._read, []
+    alive = []
+
+    def note(self: DeepSpeedState, parameter: torch.nn.Parameter, *, key: str | None) -> torch.Tensor:
+        alive.append(sum(ref() is not None for ref in read))
+        found = plain(self, parameter, key=key)
+        read.append(weakref.ref(found))
+        return found
+
+    def meet(found: list, own: dict) -> None:
+        found[:] = [own] * len(found)
+
+    monkeypatch.setattr(DeepSpeedState, "_read", note)
+    monkeypatch.setattr(verify.dist, "all_gather_object", meet)
+    monkeypatch.setattr(
+        engine.layout, "state", dataclasses.replace(state, world=dataclasses.replace(state.world, ranks=(0, 1)))
+    )
+    engine.check_copies()
+    assert len(alive) == len(engine.layout.shards) and max(alive) <= 1  # that of the step before
 
 
 def test_stage_three_draws_a_parameter_when_no_other_one_is_whole(

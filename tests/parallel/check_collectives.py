@@ -85,9 +85,9 @@ def check_exchange(axis: Axis) -> None:
 def check_hashes(state: object) -> None:
     """The start-up check accepts what the layout says and names what contradicts it."""
     layout = Layout(state, shards={"w": Shard("w", (3,), (), ("dp_cp",), ("dp_cp",), stages=(0,))})
-    check_copies({"w": torch.ones(3)}, layout=layout)
+    check_copies([("w", torch.ones(3))], layout=layout)
     try:
-        check_copies({"w": torch.full((3,), float(state.rank == 2))}, layout=layout)
+        check_copies([("w", torch.full((3,), float(state.rank == 2)))], layout=layout)
     except EnvironmentFault as error:
         assert "ranks 0 and 2 hold different values of w" in str(error)
     else:

@@ -44,9 +44,10 @@ CASES = (
     Case("grid_ep2_tp2", (2, 2), ("engine.kind=grid", "parallel.ep=2", "parallel.tp=2", "model.kv_heads=2")),
     Case("grid_uneven_ep4", (3, 1), ("engine.kind=grid", "parallel.ep=4", "data.streams=4", "batch.micro_sequences=1")),
     Case("grid_pp3", (1, 1, 1), ("engine.kind=grid", "parallel.pp=3")),
+    # what comes from one node is added up there first, and one host is one node: another order of sums
     Case("grid_nodes_ep4", (2, 1, 1),
          ("engine.kind=grid", "parallel.ep=4", "parallel.dispatcher=hierarchical", "data.streams=4",
-          "batch.micro_sequences=1")),
+          "batch.micro_sequences=1"), tolerance=1e-5),
 )
 CUT_SETTINGS = ("train.peer_seconds=15", "train.hang_seconds=240", "checkpoint.every_steps=2")
 CUT_STEP = 3
@@ -63,7 +64,7 @@ def equal(cluster: Cluster, *, case: Case, out: Path) -> dict:
         raise RuntimeError(f"{case.name} ended with {code}; see {folder}/hosts.launcher.log")
     difference = largest_difference(folder / "hosts", whole=folder / "one_host")
     return {"part": "equal", "case": case.name, "slots": case.slots, "largest_difference": difference,
-            "seconds": round(time.monotonic() - started), "passed": difference == 0.0}
+            "seconds": round(time.monotonic() - started), "passed": difference <= case.tolerance}
 
 
 def cut(cluster: Cluster, *, case: Case, out: Path) -> dict:
@@ -88,7 +89,7 @@ def cut(cluster: Cluster, *, case: Case, out: Path) -> dict:
     return {"part": "cut", "case": case.name, "slots": case.slots, "ranks_ended_after_seconds": round(ranks_seconds, 1),
             "launcher_ended_after_seconds": round(launcher_seconds, 1), "messages": messages,
             "exit_code": record["exit_code"], "restart": again, "largest_difference": difference,
-            "passed": named and record["exit_code"] == 5 and again == 0 and difference == 0.0}
+            "passed": named and record["exit_code"] == 5 and again == 0 and difference <= case.tolerance}
 
 
 def supervised(cluster: Cluster, *, case: Case, out: Path) -> dict:
@@ -103,7 +104,7 @@ def supervised(cluster: Cluster, *, case: Case, out: Path) -> dict:
     journals = {path.name: [json.loads(line)["reason"] for line in path.read_text("utf-8").splitlines()]
                 for path in sorted(run_dir.glob("supervise*.jsonl"))}
     return {"part": "supervised", "case": case.name, "slots": case.slots, "codes": codes, "journals": journals,
-            "largest_difference": difference, "passed": codes == [0] * len(agents) and difference == 0.0}
+            "largest_difference": difference, "passed": codes == [0] * len(agents) and difference <= case.tolerance}
 
 
 def lost(cluster: Cluster, *, case: Case, out: Path) -> dict:
@@ -127,7 +128,7 @@ def lost(cluster: Cluster, *, case: Case, out: Path) -> dict:
     return {"part": "lost", "case": case.name, "slots": case.slots, "codes": codes, "step_when_lost": reached,
             "resumed": resumed, "seconds_to_the_end": round(time.monotonic() - started, 1),
             "largest_difference": difference,
-            "passed": codes == [0] * len(agents) and difference == 0.0 and is_from_memory}
+            "passed": codes == [0] * len(agents) and difference <= case.tolerance and is_from_memory}
 
 
 def ranks_alive(run_dir: Path) -> dict[int, int]:

@@ -22,9 +22,10 @@ CLOCK_FIGURES = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "sa
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layout on hosts: slots[i] ranks on node i; settings: `a.b=c` of the run."""
+    """A layout on hosts: slots[i] ranks on node i; settings: `a.b=c` of the run; tolerance: of its figures, relative."""
 
     name: str
+    tolerance: float = 0.0
     slots: tuple[int, ...]
     settings: tuple[str, ...]
 

@@ -22,12 +22,12 @@ CLOCK_FIGURES = ("tokens_per_second", "mfu", "step_seconds", "data_seconds", "sa
 
 @dataclasses.dataclass(frozen=True)
 class Case:
-    """A layout on hosts: slots[i] ranks on node i; settings: `a.b=c` of the run; tolerance: of its figures, relative."""
+    """A layout on hosts: slots[i] ranks on node i; settings: `a.b=c` of the run; tolerance: of its figures."""
 
     name: str
-    tolerance: float = 0.0
     slots: tuple[int, ...]
     settings: tuple[str, ...]
+    tolerance: float = 0.0
 
 
 def start_on_hosts(

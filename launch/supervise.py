@@ -37,10 +37,15 @@ def number_from(names: tuple[str, ...], *, otherwise: int) -> int:
     return int(next((os.environ[name] for name in names if name in os.environ), otherwise))
 
 
+def in_home(text: str) -> Path:
+    """A path whose leading `~`, which no shell expands in --run-dir=~/mine, is the home folder."""
+    return Path(os.path.expanduser(text))
+
+
 def main() -> int:
     """Parse, lock the run directory against a second agent, run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=Path, required=True, help="the run's directory, as in train.run_dir")
+    parser.add_argument("--run-dir", type=in_home, required=True, help="the run's directory, as in train.run_dir")
     parser.add_argument("--restarts", type=int, default=10, help="failed starts in a row without progress (10)")
     parser.add_argument("--delay", type=float, default=1.0, help="seconds before the first restart (1)")
     parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="where the last step is kept (/dev/shm)")

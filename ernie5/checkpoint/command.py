@@ -10,6 +10,7 @@ from ernie5.checkpoint.names import CONFIG_FILE, find_checkpoint, is_optimizer_f
 from ernie5.checkpoint.tree import grow_tree, size_words, tree_lines
 from ernie5.config.arguments import CommandParser
 from ernie5.config.base import Config
+from ernie5.config.home import in_home
 from ernie5.config.load import config_to_dict, load_config
 from ernie5.config.registry import resolve
 
@@ -17,8 +18,10 @@ from ernie5.config.registry import resolve
 def main(argv: list[str]) -> int:
     """Run the verb; returns the exit code."""
     parser = CommandParser(prog="ernie5 inspect", description="Show what a checkpoint holds.")
-    parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
-    parser.add_argument("--against", metavar="CKPT", help="another checkpoint whose configuration is compared")
+    parser.add_argument("checkpoint", type=in_home, help="checkpoint, folder of checkpoints, or run directory")
+    parser.add_argument(
+        "--against", type=in_home, metavar="CKPT", help="another checkpoint whose configuration is compared"
+    )
     parser.add_argument("--optimizer", action="store_true", help="list the optimizer's tensors too")
     parser.add_argument("--depth", type=int, metavar="N", help="show N levels of the tree (default: all)")
     parser.add_argument("--json", action="store_true", help="print the manifest as JSON")

@@ -29,7 +29,9 @@ class CheckpointConfig(Config):
         "for whoever has tools for those; runs go on from the former", choices=FORMATS,
         kind="logging",
     )
-    dir: str | None = field(None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging")
+    dir: str | None = field(
+        None, doc="directory of the checkpoints; none: RUN_DIR/checkpoints", kind="logging", is_path=True
+    )
     keep: int = field(2, doc="newest checkpoints that stay on disk", unit="checkpoints", check=positive,
                       kind="logging")
     keep_every_steps: int = field(

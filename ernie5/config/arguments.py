@@ -4,14 +4,23 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
+from pathlib import Path
 from typing import NoReturn
 
 from ernie5.config.base import Config, info_of
+from ernie5.config.home import in_home
 from ernie5.errors import ConfigError
 
 
 class CommandParser(argparse.ArgumentParser):
-    """An ArgumentParser that raises ConfigError instead of printing its usage and leaving."""
+    """An ArgumentParser that raises ConfigError instead of printing its usage and leaving.
+
+    Arguments of type Path may begin with `~`, which no shell expands in `--out=~/x`; those of type `in_home` too.
+    """
+
+    def __init__(self, *arguments: object, **settings: object) -> None:
+        super().__init__(*arguments, **settings)
+        self.register("type", Path, lambda text: Path(in_home(text)))
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` with the way to the list of options."""

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import types
 import typing
 from collections.abc import Iterator
 
 from ernie5.config.base import Config, Origin, Place, element_of, hints_of, info_of, is_config, options, type_text
 from ernie5.config.field import REQUIRED
+from ernie5.config.home import in_home
 from ernie5.config.node import Node
 from ernie5.errors import ConfigError
 
@@ -62,7 +64,7 @@ class _Builder:
         node, full = parent.get(name), f"{path}.{name}" if path else name
         below = info.default if default is None else vars(default)[name]
         if node is not None:
-            return self._convert(node, hint, full, below)
+            return self._convert(_in_home(node, full) if info.is_path else node, hint, full, below)
         if isinstance(below, Config) or is_config(below):
             inner = below if isinstance(below, Config) else None
             return self.section(type(below) if inner else below, Node(None, parent.place), path=full, default=inner)
@@ -122,6 +124,19 @@ def _collect_places(node: Node, *, path: str, places: dict[str, Place]) -> None:
     for i, item in enumerate(node.items()):
         places[f"{path}[{i}]"] = item.place
         _collect_places(item, path=f"{path}[{i}]", places=places)
+
+
+def _in_home(node: Node, path: str) -> Node:
+    """The path, or the list of them, with the home folder in the place of a leading `~`."""
+    if node.is_list:
+        items = tuple(_in_home(item, f"{path}[{i}]") for i, item in enumerate(node.items()))
+        return dataclasses.replace(node, value=items)
+    if not isinstance(node.value, str):
+        return node
+    try:
+        return dataclasses.replace(node, value=in_home(node.value))
+    except ConfigError as error:
+        raise ConfigError(f"{path} = {error} ({node.place})") from None
 
 
 def _scalar(value: object, option: object) -> tuple[bool, object]:

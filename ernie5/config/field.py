@@ -35,6 +35,7 @@ class FieldInfo:
     check: Check | None
     kind: str
     choices: tuple[Scalar, ...]
+    is_path: bool = False
 
 
 def field(
@@ -45,12 +46,14 @@ def field(
     check: Check | None = None,
     kind: str = "performance",
     choices: tuple[Scalar, ...] = (),
+    is_path: bool = False,
 ) -> dataclasses.Field:
     """Declare a field of a `@config` class.
 
     default: a value, a nested Config (instance or class), or REQUIRED; lists become tuples. kind: architecture
     (changes what the parameters are) | numerics (changes the losses) | performance | logging | derived (computed when
-    left out). Raises TypeError at class creation for an empty doc or an unknown kind: both are bugs, not user errors.
+    left out). is_path: a text, or several, in which a leading `~` means the home folder. Raises TypeError at class
+    creation for an empty doc or an unknown kind: both are bugs, not user errors.
     """
     if not doc.strip():
         raise TypeError("a config field needs a doc text")
@@ -58,7 +61,7 @@ def field(
         raise TypeError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if isinstance(default, list):
         default = tuple(default)
-    info = FieldInfo(default, doc.strip(), unit, check, kind, tuple(choices))
+    info = FieldInfo(default, doc.strip(), unit, check, kind, tuple(choices), is_path)
     metadata = {"ernie5": info}
     if default is REQUIRED:
         return dataclasses.field(metadata=metadata)

@@ -16,6 +16,7 @@ import yaml
 
 from ernie5.config.base import Config, Place, hints_of
 from ernie5.config.build import build_config
+from ernie5.config.home import in_home
 from ernie5.config.node import Entry, Node, merge_nodes, plain_node, scalar_value, set_at_path
 from ernie5.errors import ConfigError
 
@@ -160,7 +161,7 @@ def _read_base(item: Node, path: Path) -> Node:
     label = f"base = {item.show()}"
     if not isinstance(item.value, str) or not item.value:
         raise ConfigError(f"{label}: expected a path relative to this file, or a list of paths ({item.place})")
-    target = Path(os.path.normpath(path.parent / item.value))
+    target = Path(os.path.normpath(path.parent / in_home(item.value)))
     if target.resolve() == path.resolve():
         raise ConfigError(f"{label}: a file cannot be its own base ({item.place})")
     if not target.is_file():

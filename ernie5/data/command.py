@@ -7,6 +7,7 @@ import sys
 from pathlib import Path
 
 from ernie5.config.arguments import CommandParser
+from ernie5.config.home import in_home
 
 BUILD_RULES = """
 what becomes a sample (folders are searched; hidden files and folders are left out):
@@ -64,7 +65,9 @@ def _make_parser() -> argparse.ArgumentParser:
     build.add_argument("--skip-bad", action="store_true", help="leave unusable files out, and name them")
     build.add_argument("--quiet", action="store_true", help="no progress bar")
     inspect = verbs.add_parser("inspect", help="count and show samples", description="Count and show samples.")
-    inspect.add_argument("shards", nargs="+", help="shards, globs, folders, or the word sample (the embedded corpus)")
+    inspect.add_argument(
+        "shards", type=in_home, nargs="+", help="shards, globs, folders, or the word sample (the embedded corpus)"
+    )
     inspect.add_argument("--samples", type=int, default=1, metavar="N", help="samples shown per task (default: 1)")
     inspect.add_argument("--split", choices=("train", "validation"), help="only this part")
     inspect.add_argument("--decode", action="store_true", help="decode every medium and name those that fail")

@@ -81,7 +81,9 @@ class VideoAttentionConfig(Config):
 class DataConfig(Config):
     """The stream of batches."""
 
-    shards: tuple[str, ...] = field(("sample",), doc="shard paths or globs, or `sample` for the embedded corpus")
+    shards: tuple[str, ...] = field(
+        ("sample",), doc="shard paths or globs, or `sample` for the embedded corpus", is_path=True
+    )
     sequence_tokens: int = field(512, doc="length of a packed row", unit="tokens", check=at_least(2), kind="numerics")
     streams: int = field(
         4,
@@ -128,6 +130,7 @@ class DataConfig(Config):
         doc="folder on disk where processes and runs share those features: a path, `user` for "
         "$XDG_CACHE_HOME/ernie5/features (~/.cache), or `none`",
         kind="performance",
+        is_path=True,
     )
     feature_cache_megabytes: int = field(
         2048, doc="room in that folder; when it is full nothing is added", unit="MB", check=non_negative,

@@ -43,7 +43,7 @@ class EngineConfig(Config):
     )
     nvme_path: str | None = field(
         None, doc="folder on a drive of each host, for offload_optimizer: nvme; 12 bytes per parameter of its ranks",
-        kind="performance",
+        kind="performance", is_path=True,
     )
     device: str = field("auto", doc="auto: a GPU where there is one", choices=("auto", "cpu", "cuda"),
                         kind="performance")

@@ -13,6 +13,7 @@ import torch
 
 from ernie5.checkpoint.names import find_checkpoint
 from ernie5.config.arguments import CommandParser, add_setting, replace_settings
+from ernie5.config.home import in_home
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import EXIT_DONE, ConfigError
 from ernie5.evaluate.config import EvaluateConfig
@@ -33,8 +34,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser = CommandParser(
         prog="ernie5 evaluate", description="Measure a checkpoint against baselines that are computed alongside."
     )
-    parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
-    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="shards (default: those of the run)")
+    parser.add_argument("checkpoint", type=in_home, help="checkpoint, folder of checkpoints, or run directory")
+    parser.add_argument("--data", type=in_home, nargs="+", metavar="SHARDS", help="shards (default: those of the run)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument("--out", type=Path,
                         help=f"where to write the JSON (default: {EVALUATION_NAME} of the run directory)")

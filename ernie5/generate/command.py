@@ -9,6 +9,7 @@ from pathlib import Path
 import torch
 
 from ernie5.config.arguments import CommandParser, add_setting
+from ernie5.config.home import in_home
 from ernie5.data.decode import decode_audio, decode_image, decode_video
 from ernie5.data.examples import PromptPart
 from ernie5.data.shards import list_shards, open_corpus
@@ -54,18 +55,22 @@ def build_parser() -> argparse.ArgumentParser:
         description="Write, draw, film or speak. --prompt, --image, --audio and --video may be mixed and repeated; "
         "their order is the order in which the model reads them.",
     )
-    parser.add_argument("checkpoint", help="checkpoint, folder of checkpoints, or run directory")
+    parser.add_argument("checkpoint", type=in_home, help="checkpoint, folder of checkpoints, or run directory")
     parser.set_defaults(parts=[])
     parser.add_argument("--prompt", action=_Attach, metavar="TEXT", help="text of the prompt")
     for name, kind in (("image", "a picture"), ("audio", "a sound"), ("video", "a clip")):
-        parser.add_argument(f"--{name}", action=_Attach, metavar="FILE", help=f"attach {kind} to be understood")
+        parser.add_argument(
+            f"--{name}", action=_Attach, type=in_home, metavar="FILE", help=f"attach {kind} to be understood"
+        )
     parser.add_argument("--to", choices=tuple(SUFFIXES), default="text", help="what to make (default: text)")
     parser.add_argument("--out", type=Path, help="file to write: .txt, .png, .mp4 or .wav (text: default is stdout)")
     parser.add_argument("--voice", type=Path, metavar="FILE",
                         help="speak in the voice of this sound (default: the first speaker of the training shards)")
     parser.add_argument("--gallery", type=Path, metavar="DIR",
                         help="instead of a prompt: samples of every modality from the run's shards, for the report")
-    parser.add_argument("--data", nargs="+", metavar="SHARDS", help="shards of --gallery (default: those of the run)")
+    parser.add_argument(
+        "--data", type=in_home, nargs="+", metavar="SHARDS", help="shards of --gallery (default: those of the run)"
+    )
     for option, (kind, field) in SETTINGS.items():
         add_setting(parser, option, schema=GenerateConfig, field=field, kind=kind, section="generate")
     parser.add_argument("--device", help="cpu or cuda (default: a GPU where there is one)")

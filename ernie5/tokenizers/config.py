@@ -12,9 +12,13 @@ from ernie5.config.field import at_least, field, fraction, non_negative, positiv
 class TokenizersConfig(Config):
     """The tokenizers of a run (key `tokenizers` of a pretraining config)."""
 
-    text: str = field("embedded", doc="text vocabulary: `embedded`, or a path to a saved one or a tokenizer.json")
-    visual: str = field("embedded", doc="visual tokenizer: `embedded`, or the directory of a trained one")
-    audio: str = field("embedded", doc="audio tokenizer: `embedded`, or the directory of a trained one")
+    text: str = field(
+        "embedded", doc="text vocabulary: `embedded`, or a path to a saved one or a tokenizer.json", is_path=True
+    )
+    visual: str = field(
+        "embedded", doc="visual tokenizer: `embedded`, or the directory of a trained one", is_path=True
+    )
+    audio: str = field("embedded", doc="audio tokenizer: `embedded`, or the directory of a trained one", is_path=True)
     audio_levels: int = field(4, doc="codec levels the model uses, the first of those trained", check=positive)
 
 
@@ -37,7 +41,9 @@ class VisualTokenizerConfig(Config):
         0, doc="attention blocks at stride 8 of the decoder", check=non_negative, kind="architecture"
     )
     head_blocks: int = field(1, doc="residual blocks at stride 4 of the decoder", kind="architecture")
-    start: str | None = field(None, doc="trained tokenizer to go on from: `embedded`, a directory; null: from scratch")
+    start: str | None = field(
+        None, doc="trained tokenizer to go on from: `embedded`, a directory; null: from scratch", is_path=True
+    )
 
     square_weight: float = field(4.0, doc="squared error of pixels in [-1, 1]", check=non_negative)
     log_weight: float = field(0.0, doc="mean log of each frame's squared error, PSNR itself", check=non_negative)
@@ -187,7 +193,9 @@ class CodecTrainConfig(Config):
 class CodecDataConfig(Config):
     """What a tokenizer is trained on."""
 
-    shards: tuple[str, ...] = field(("sample",), doc="shard paths or globs, or `sample` for the embedded corpus")
+    shards: tuple[str, ...] = field(
+        ("sample",), doc="shard paths or globs, or `sample` for the embedded corpus", is_path=True
+    )
 
 
 @config

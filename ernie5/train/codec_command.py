@@ -9,6 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.config.arguments import CommandParser, add_overrides
+from ernie5.config.home import in_home
 from ernie5.config.load import load_config, peek_keys
 from ernie5.errors import EXIT_DONE, ConfigError, EnvironmentFault
 from ernie5.tokenizers.config import TokenizerRunConfig
@@ -40,9 +41,13 @@ def _parser() -> argparse.ArgumentParser:
         description="Train a tokenizer; the same command continues a run that was stopped.",
     )
     parser.add_argument("action", choices=("train",))
-    parser.add_argument("config", metavar="CONFIG", help="YAML, for example configs/tokenizer/visual.yaml")
+    parser.add_argument(
+        "config", type=in_home, metavar="CONFIG", help="YAML, for example configs/tokenizer/visual.yaml"
+    )
     add_overrides(parser)
-    parser.add_argument("--out", metavar="DIR", help="where everything is written (default runs/tokenizer_KIND)")
+    parser.add_argument(
+        "--out", type=in_home, metavar="DIR", help="where everything is written (default runs/tokenizer_KIND)"
+    )
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
     return parser
 

@@ -15,6 +15,7 @@ from ernie5.checkpoint.places import folder_of_run
 from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.base import Config, with_value
+from ernie5.config.home import in_home
 from ernie5.config.load import config_to_yaml, load_config, peek_keys
 from ernie5.errors import ConfigError, EnvironmentFault, Ernie5Error, PeerError
 from ernie5.model.config import num_active_params, num_params
@@ -173,12 +174,14 @@ def _parse(argv: list[str]) -> argparse.Namespace:
         prog="ernie5 train",
         description="Pretrain a model; a run directory that holds a checkpoint is resumed.",
     )
-    parser.add_argument("config", help="YAML file")
+    parser.add_argument("config", type=in_home, help="YAML file")
     add_overrides(parser)
     parser.add_argument("--validate", action="store_true", help="check the configuration and stop; no torch needed")
     parser.add_argument("--preflight", action="store_true", help="under a launcher: check the hosts, then stop")
     parser.add_argument("--fresh", action="store_true", help="start over: clears the run directory's own files")
-    parser.add_argument("--resume", metavar="CKPT", help="continue from this checkpoint instead of the latest")
+    parser.add_argument(
+        "--resume", type=in_home, metavar="CKPT", help="continue from this checkpoint instead of the latest"
+    )
     parser.add_argument("--local_rank", type=int, help=argparse.SUPPRESS)
     arguments = parser.parse_intermixed_args(argv)
     if arguments.fresh and arguments.resume:

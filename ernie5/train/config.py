@@ -36,12 +36,13 @@ class TrainConfig(Config):
 
     steps: int = field(REQUIRED, doc="optimizer steps of the whole run", unit="steps", check=positive, kind="numerics")
     run_dir: str = field(
-        REQUIRED, doc="directory of the run: config, metrics, checkpoints, samples, report", kind="logging"
+        REQUIRED, doc="directory of the run: config, metrics, checkpoints, samples, report", kind="logging",
+        is_path=True,
     )
     seed: int = field(0, doc="seed of initialisation, data order and every draw", check=non_negative, kind="numerics")
     init_from: str | None = field(
         None, doc="checkpoint whose weights a new run starts from, with a new optimizer, at step 0 and the start of "
-        "the data; a run that has a checkpoint of its own goes on from that", kind="numerics",
+        "the data; a run that has a checkpoint of its own goes on from that", kind="numerics", is_path=True,
     )
     eval_every_steps: int = field(
         0, doc="distance between passes over the fixed validation batches; 0: none", unit="steps",

@@ -8,6 +8,7 @@ from collections.abc import Sequence
 
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.describe import describe_fields, describe_text
+from ernie5.config.home import in_home
 from ernie5.config.load import config_to_dict, load_config, peek_keys
 from ernie5.config.registry import resolve
 from ernie5.errors import EXIT_DONE
@@ -81,7 +82,7 @@ def _parser() -> argparse.ArgumentParser:
         "set in, and the model's parameter and FLOP counts.",
         epilog="example: ernie5 describe configs/pretrain/quickstart.yaml model.layers=12",
     )
-    parser.add_argument("config", metavar="CONFIG", help="a YAML file")
+    parser.add_argument("config", type=in_home, metavar="CONFIG", help="a YAML file")
     add_overrides(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object: config, counts, fields")
     return parser

@@ -112,3 +112,16 @@ def test_a_run_directory_that_moved_away_from_its_checkpoints_still_knows_them(
     shutil.move(home / "runs" / "one", away / "moved")
     assert inspect([str(away / "moved")]) == 0
     assert str(home / "far" / "mine" / "step-00000001") in capsys.readouterr().out
+
+
+def test_a_run_in_the_home_folder_makes_no_folder_named_tilde(
+    world: Path, homes: tuple[Path, Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home, away = homes
+    monkeypatch.setenv("HOME", str(home))
+    monkeypatch.chdir(away)
+    changes = ("train.run_dir=~/mine", "checkpoint.dir=~/far", "train.steps=1", "train.eval_every_steps=0")
+    train([str(world / "run.yaml"), *changes])
+    assert sorted(path.name for path in home.iterdir()) == ["far", "mine"] and not list(away.iterdir())
+    written = yaml.safe_load((home / "mine" / "config.yaml").read_text("utf-8"))
+    assert written["train"]["run_dir"] == str(home / "mine") and written["checkpoint"]["dir"] == str(home / "far")

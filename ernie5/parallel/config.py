@@ -12,6 +12,7 @@ from ernie5.config.field import field, positive
 from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig
 from ernie5.parallel.dims import GridDims, nearest_divisors
+from ernie5.parallel.token_split import Splitter
 
 CHUNK_TOKENS = 128  # attention's larger blocks hold as many
 DISPATCHERS = ("auto", "alltoall", "hierarchical", "allgather", "deepep", "megablocks")
@@ -51,11 +52,13 @@ class ParallelConfig(Config):
     )
     dispatcher: str = field(
         "auto",
-        doc="how tokens reach experts of other ranks; auto: alltoall; hierarchical: once to each node, then within it",
+        doc="with ep: how tokens reach experts of other ranks; auto: alltoall; hierarchical: once to each node, then "
+        "within it",
         choices=DISPATCHERS, kind="performance",
     )
     node_size: int | None = field(
-        None, doc="ranks per node; none: what the launcher says (LOCAL_WORLD_SIZE)", check=positive, kind="performance"
+        None, doc="with ep: ranks per node; none: what the launcher says (LOCAL_WORLD_SIZE)", check=positive,
+        kind="performance",
     )
     overlap: str = field(
         "none",
@@ -85,6 +88,16 @@ class ParallelConfig(Config):
             self._refuse(
                 "stage_layers", f"pp x vpp = {self.pp} x {self.vpp} are {sections} sections of at least one layer. "
                 f"List {sections} numbers, or none to balance by cost"
+            )
+        if self.dispatcher in ("hierarchical", "allgather") and self.ep == 1:
+            self._refuse(
+                "dispatcher", "it carries tokens to experts of other ranks, and parallel.ep = 1 has all of them on "
+                "each. Leave parallel.dispatcher out or set parallel.ep: 2"
+            )
+        if self.node_size is not None and self.ep == 1:
+            self._refuse(
+                "node_size", "nodes are told apart by tokens on their way to experts, and parallel.ep = 1 sends none. "
+                "Leave parallel.node_size out or set parallel.ep: 2"
             )
         if self.overlap != "none" and self.ep == 1:
             self._refuse("overlap", "parallel.ep is 1, so no token travels. Set parallel.overlap: none")
@@ -158,6 +171,23 @@ class ParallelConfig(Config):
                 f"does not divide the {heads} query heads of a tp rank. Ulysses gives every rank whole heads. "
                 f"{_nearest(heads, wanted=self.cp)}, or set parallel.context: ring",
             )
+
+    def check_rows(self, tokens: int, *, ahead: int) -> None:
+        """Refuse chunks of rows of so many `tokens` that are shorter than multi-token prediction looks `ahead`: a
+        chunk's end goes on with what the next chunk alone holds (`context.ContextLookAhead`)."""
+        found = Splitter(self.cp, self.context_chunk).of_row(tokens, has_sinks=False).chunk
+        if self.cp == 1 or found >= ahead:
+            return
+        longest = Splitter(self.cp, tokens).of_row(tokens, has_sinks=False).chunk
+        key, way = ("context_chunk", f"Set parallel.context_chunk: {ahead}") if longest >= ahead else (
+            "cp", "Lower parallel.cp or model.mtp.depth, or raise data.sequence_tokens"
+        )
+        self._refuse(
+            key,
+            f"rows of {tokens} tokens are cut into chunks of {found} for parallel.cp = {self.cp} ranks, and "
+            f"multi-token prediction reads {ahead} tokens ahead (model.mtp.depth). A chunk must hold at least as many. "
+            f"{way}",
+        )
 
     def check_zero(self, stage: int) -> None:
         """Refuse what DeepSpeed's ZeRO would not run: its stages 2 and 3 hook into one backward pass of a whole model,

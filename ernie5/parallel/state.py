@@ -85,13 +85,13 @@ def build_state(dims: GridDims, *, node_size: int | None = None) -> ParallelStat
     """Create every group of every axis, in one fixed order on all ranks (lazily created groups can deadlock).
 
     Groups of one rank are not created, groups of the same ranks only once. Needs torch.distributed to be initialised
-    unless the grid is one rank. node_size: ranks per node, None: as the launcher says (`find_nodes`). Raises
-    LayoutError where the grid is not that of the running processes.
+    unless the grid is one rank. node_size: ranks per node, None: as the launcher says (`find_nodes`); without ep nobody
+    asks, and all ranks count as one node. Raises LayoutError where the grid is not that of the running processes.
     """
     rank, world_size = (dist.get_rank(), dist.get_world_size()) if dist.is_initialized() else (0, 1)
     if dims.world_size != world_size:
         raise LayoutError(f"the layout {dims.describe()} needs {dims.world_size} processes, and {world_size} run")
-    traffic, nodes = Traffic(), find_nodes(node_size)
+    traffic, nodes = Traffic(), find_nodes(node_size) if dims.ep > 1 else (0,) * world_size
     made: dict[tuple[int, ...], dist.ProcessGroup | None] = {}
     if world_size > 1:
         made[tuple(range(world_size))] = dist.group.WORLD

@@ -8,8 +8,10 @@ many visible pairs is a matter of luck, and several rounds even it out (measured
 from __future__ import annotations
 
 import dataclasses
+from typing import TYPE_CHECKING
 
-import torch
+if TYPE_CHECKING:  # configurations are checked with these sizes, without torch
+    import torch
 
 MOST_ROUNDS = 8
 
@@ -54,10 +56,14 @@ class TokenSplit:
 
     def order(self, rank: int) -> torch.Tensor:
         """Positions [local_tokens] int64 of `rank`, in its local order."""
+        import torch
+
         return torch.cat([torch.arange(first, first + size) for first, size in self.pieces(rank)])
 
     def owners(self) -> torch.Tensor:
         """The rank of each position [chunks * chunk] int64, sinks left out."""
+        import torch
+
         ranks = torch.arange(self.ranks)
         return torch.cat([ranks, ranks.flip(0)]).repeat(self.rounds).repeat_interleave(self.chunk)
 

@@ -142,6 +142,7 @@ class RootConfig(Config):
             )
         self.optim.check_engine(kind=self.engine.kind, precision=self.engine.precision)
         self.parallel.check_model(self.model)
+        self.parallel.check_rows(self.data.sequence_tokens, ahead=self.model.mtp.depth)
         if self.model.has_audio and self.model.audio.levels != self.tokenizers.audio_levels:
             self.fail(
                 "tokenizers.audio_levels",

@@ -216,7 +216,7 @@ EXPERTS = [
         row("ep4-usual", ep=4),
         row("etp4", etp=4),
         row("etp2-dp4", etp=2),
-        row("etp4-allgather", etp=4, dispatcher="allgather"),
+        row("ep2-etp2-allgather", ep=2, etp=2, dispatcher="allgather"),
         row("ep2-dp4-zero0", ep=2, stage=0),
         row("ep2-dp4-zero2", ep=2, stage=2),
         row("ep2-dp4-zero3", ep=2, stage=3),

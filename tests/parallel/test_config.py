@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import itertools
+
 import pytest
 import torch
 import torch.distributed as dist
@@ -10,6 +12,7 @@ from ernie5.errors import LayoutError
 from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.deepep import require_deepep
+from ernie5.parallel.token_split import Splitter
 
 MODEL = ModelConfig(moe=MoEConfig(num_experts=64, top_k=4, expert_width=96))
 
@@ -60,6 +63,12 @@ def test_ways_of_splitting_that_nothing_would_follow() -> None:
         ParallelConfig(sequence=True)
     with pytest.raises(LayoutError, match=r"context = 'ulysses': .*parallel.cp = 1 has one. Leave parallel.context"):
         ParallelConfig(context="ulysses", tp=2)
+    for dispatcher in ("hierarchical", "allgather"):
+        with pytest.raises(LayoutError, match=rf"dispatcher = '{dispatcher}': .*parallel.ep = 1 .*set parallel.ep: 2"):
+            ParallelConfig(dispatcher=dispatcher, etp=2)
+        ParallelConfig(dispatcher=dispatcher, ep=2, node_size=2)
+    with pytest.raises(LayoutError, match=r"node_size = 8: .*parallel.ep = 1 sends none. Leave parallel.node_size out"):
+        ParallelConfig(node_size=8, tp=2, etp=2)
 
 
 @pytest.mark.parametrize(
@@ -84,6 +93,24 @@ def test_beside_pipeline_stages_zero_is_refused_but_stage_1(stage: int) -> None:
         ParallelConfig(pp=2).check_zero(stage)
     ParallelConfig(pp=2, tp=2, ep=2).check_zero(1)
     ParallelConfig(tp=2, ep=2).check_zero(stage)
+
+
+def test_chunks_that_multi_token_prediction_looks_beyond() -> None:
+    """At the edge: the chunks that are refused are those over which the first step could not look ahead."""
+    for tokens in range(2, 130, 3):
+        for degree, least in itertools.product((2, 3, 4), (1, 2, 5, 128)):
+            layout = ParallelConfig(cp=degree, context_chunk=least)
+            chunk = Splitter(degree, least).of_row(tokens, has_sinks=False).chunk
+            layout.check_rows(tokens, ahead=chunk)
+            with pytest.raises(LayoutError, match=f"chunks of {chunk} for .* reads {chunk + 1} tokens ahead") as caught:
+                layout.check_rows(tokens, ahead=chunk + 1)
+            if "context_chunk = " in str(caught.value):
+                ParallelConfig(cp=degree, context_chunk=chunk + 1).check_rows(tokens, ahead=chunk + 1)
+    ParallelConfig().check_rows(2, ahead=9)
+    with pytest.raises(LayoutError, match=r"context_chunk = 1: rows of 128 .*Set parallel.context_chunk: 9"):
+        ParallelConfig(cp=2, context_chunk=1).check_rows(128, ahead=9)
+    with pytest.raises(LayoutError, match=r"cp = 4: rows of 16 .*Lower parallel.cp or model.mtp.depth"):
+        ParallelConfig(cp=4).check_rows(16, ahead=3)
 
 
 def test_dispatchers_that_cannot_run_are_refused_not_replaced() -> None:

@@ -7,6 +7,7 @@ tokens, with the experts' gradients summed over ranks.
 from __future__ import annotations
 
 import dataclasses
+import os
 from collections.abc import Callable
 
 import pytest
@@ -190,3 +191,15 @@ def test_nodes_follow_what_the_launcher_said_on_every_rank() -> None:
         split_into_nodes([2, 2, 3, 2])
     with pytest.raises(LayoutError, match="node by node"):
         split_into_nodes([2, 1])
+
+
+def build_under_contradicting_launchers() -> tuple[int, ...]:
+    os.environ["LOCAL_WORLD_SIZE"] = str(1 + dist.get_rank())
+    with pytest.raises(LayoutError, match="parallel.node_size"):
+        build_state(GridDims(dp=2, ep=2))
+    return build_state(GridDims(dp=2)).world.nodes
+
+
+def test_without_experts_on_other_ranks_nobody_asks_the_launcher_for_nodes(run_ranks: Callable) -> None:
+    """`parallel.node_size`, the way out of what it may say, is refused there."""
+    assert run_ranks(build_under_contradicting_launchers, 2) == [(0, 0), (0, 0)]

@@ -27,6 +27,13 @@ def test_zero_stages_are_refused_where_the_engine_has_none(debug: Path, kind: st
         load_config(debug, schema=RootConfig, overrides=(f"engine.kind={kind}", "engine.zero_stage=2"))
 
 
+def test_chunks_shorter_than_the_look_ahead_are_refused_with_the_configuration(debug: Path) -> None:
+    changes = ["engine.kind=grid", "parallel.cp=2", "parallel.context_chunk=1", "data.sequence_tokens=32"]
+    load_config(debug, schema=RootConfig, overrides=(*changes, "model.mtp.depth=1"))
+    with pytest.raises(ConfigError, match=r"^parallel.context_chunk = 1: .*Set parallel.context_chunk: 2"):
+        load_config(debug, schema=RootConfig, overrides=(*changes, "model.mtp.depth=2"))
+
+
 def test_a_name_without_a_path_is_answered_with_the_whole_configurations_of_that_name(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

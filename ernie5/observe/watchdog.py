@@ -101,7 +101,7 @@ class Watchdog:
             message = (
                 f"rank {self._rank} on {socket.gethostname()}: {why}. It stands in {standing}; "
                 f"{self._lookout.explain(standing.ranks)}. The stacks of all ranks are in {self._folder}; start the "
-                "run again to resume"
+                "run again: it goes on from its newest checkpoint, or from the beginning where there is none"
             )
             print(f"PeerError: {message}", file=sys.stderr, flush=True)
             self._folder.mkdir(parents=True, exist_ok=True)

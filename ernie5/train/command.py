@@ -87,7 +87,7 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
     open_log(run_dir, rank=rank)
     if given is not None and is_main and folder != Path(os.path.abspath(given)):
         get_log().info("checkpoint.dir = %s is %s here, where this run has its checkpoints", given, folder)
-    reached = _Reached()
+    reached, source = _Reached(), None
     try:
         watched = _watchdog(config, run_dir=run_dir, folder=folder)
         with keep_tracebacks(run_dir), StopRequest() as stop, watched as watchdog:
@@ -96,7 +96,7 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
                 _note_changes(config, run_dir=run_dir)
             _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached, watchdog=watchdog)
     except (Exception, KeyboardInterrupt) as error:
-        lost = as_peer_error(error, peers=None)
+        lost = as_peer_error(error, peers=None, can_resume=lambda: _can_resume(folder, source=source))
         fault = classify(lost or error)
         newest = str(latest_checkpoint(folder) or "")
         record = fault_record(fault, step=reached.step, checkpoint=newest, rank=rank)
@@ -143,7 +143,10 @@ def _train(
             rewind=run.rewind,
         )
     except RuntimeError as error:  # asked now, while the group and its members are still known
-        lost = as_peer_error(error, peers=peers, step=run.progression.step)
+        folder = folder_of_run(run_dir, setting=config.checkpoint.dir)
+        lost = as_peer_error(
+            error, peers=peers, can_resume=lambda: _can_resume(folder, source=source), step=run.progression.step
+        )
         if lost is None:
             raise
         raise lost from error
@@ -239,6 +242,14 @@ def _with_whole_paths(config: RootConfig, *, fresh: bool) -> RootConfig:
 
 def _resume_source(folder: Path, *, resume: str | None) -> Path | None:
     return find_checkpoint(resume) if resume is not None else latest_checkpoint(folder)
+
+
+def _can_resume(folder: Path, *, source: Path | None) -> bool:
+    """Whether the same command would go on from something: a checkpoint, or the last step in memory."""
+    from ernie5.train.replica import replica_folder
+
+    places = (folder, replica_folder())
+    return source is not None or any(place is not None and latest_checkpoint(place) is not None for place in places)
 
 
 def _clear_run(run_dir: Path, *, folder: Path) -> None:

@@ -6,6 +6,7 @@ import os
 import socket
 import threading
 import typing
+from collections.abc import Callable
 
 from ernie5.errors import PeerError
 from ernie5.observe.peers import Listener, Peer, Peers
@@ -18,7 +19,8 @@ SIGNS = (
     "Connection closed by peer", "Connection reset by peer", "Connection refused", "Broken pipe", "gloo/transport",
     "NCCL communicator was aborted",
 )
-ADVICE = "Start the run again to resume"
+RESUMES = "Start the run again to resume"
+BEGINS = "There is no checkpoint yet: start the run again, and it begins at its first step"
 
 
 def meet_peers(engine: Engine) -> Peers | None:
@@ -33,21 +35,25 @@ def meet_peers(engine: Engine) -> Peers | None:
     return Peers(listener, others={peer.rank: peer for peer in found if peer.rank != engine.rank})
 
 
-def as_peer_error(error: BaseException, *, peers: Peers | None, step: int = 0) -> PeerError | None:
-    """The PeerError that `error` means, None where it means something else.
+def as_peer_error(
+    error: BaseException, *, peers: Peers | None, can_resume: Callable[[], bool], step: int = 0
+) -> PeerError | None:
+    """The PeerError that `error` means, None where it means something else. can_resume: whether there is anything to go
+    on from, asked only where it is said.
 
     Collectives and the store where ranks meet say in many words that somebody is gone; a port in use is another matter.
     """
     from_store = any(kind.__name__ == "DistError" for kind in type(error).__mro__) and "EADDRINUSE" not in str(error)
     if not isinstance(error, RuntimeError) or not (from_store or any(sign in str(error) for sign in SIGNS)):
         return None
+    advice = RESUMES if can_resume() else BEGINS
     if peers is None:
         return PeerError(
             f"another process of this run is gone, or never came: {str(error).splitlines()[0][:200]}. Its own message "
-            f"stands beside this one, unless it was killed. {ADVICE}"
+            f"stands beside this one, unless it was killed. {advice}"
         )
     standing = standing_of_error(error)
     return PeerError(
         f"rank {peers.rank} on {socket.gethostname()} was in step {step + 1} in {standing}: "
-        f"{peers.explain(standing.ranks)}. {ADVICE}"
+        f"{peers.explain(standing.ranks)}. {advice}"
     )

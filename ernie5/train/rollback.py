@@ -21,7 +21,7 @@ from ernie5.observe.log import get_log
 from ernie5.train.hook import GoBack, Hook, StepContext
 from ernie5.train.state import Progression
 
-ADVICE = "Lower optim.learning_rate, or resume from an earlier checkpoint with --resume"
+ADVICE = "Lower optim.learning_rate, or go on from an earlier checkpoint, where there is one, with --resume"
 
 
 class AlarmHook(Hook):

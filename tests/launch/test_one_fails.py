@@ -106,6 +106,7 @@ def test_a_killed_rank_takes_the_others_down_and_one_of_them_says_who(launcher, 
     peer = [line for line in said if line.startswith("PeerError")]
     assert len(peer) <= 1 and len(said) <= 2 and (peer or launcher != "spawn"), said
     assert all("rank 1 on" in line and "has ended" in line and " over ranks 0-1 in ernie5/" in line for line in peer)
+    assert all("There is no checkpoint yet" in line for line in peer), "checkpoint.every_steps=0 saves at the end alone"
 
 
 @pytest.mark.slow

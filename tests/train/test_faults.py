@@ -48,6 +48,7 @@ def test_nan_on_one_rank_is_rolled_back_on_both_and_a_hang_ends_with_the_stacks_
     assert "in all_reduce" in stacks["rank0.txt"]
     record = json.loads((tmp_path / "exit.json").read_text("utf-8"))
     assert record["exit_code"] == 5 and "process hangs" in record["message"]
+    assert "it goes on from its newest checkpoint, or from the beginning where there is none" in record["message"]
     assert record["checkpoint"].endswith("step-00000004")
 
 

@@ -6,8 +6,9 @@ import types
 
 import pytest
 
+from ernie5.errors import Interrupted
 from ernie5.optim.config import OptimConfig
-from ernie5.train.loop import Hook, LoopSettings, run_steps
+from ernie5.train.loop import Hook, LoopSettings, _interrupt, run_steps
 from ernie5.train.recover import StopRequest
 from ernie5.train.state import Progression
 
@@ -23,6 +24,25 @@ class Ending(Hook):
         self.finished += 1
         if self.error is not None:
             raise self.error
+
+
+class Saving(Ending):
+    """Has a checkpoint to offer when the run must stop, or none."""
+
+    def __init__(self, saved: str) -> None:
+        super().__init__(None)
+        self.saved = saved
+
+    def save_now(self) -> str:
+        """What was saved."""
+        return self.saved
+
+
+def test_an_interrupted_run_promises_to_go_on_only_from_what_was_saved() -> None:
+    with pytest.raises(Interrupted, match=r"SIGTERM after step 3; saved runs/x/step-3\. The same command goes on from"):
+        _interrupt([Ending(None), Saving("runs/x/step-3")], stop=types.SimpleNamespace(name="SIGTERM"), step=3)
+    with pytest.raises(Interrupted, match=r"keeps no checkpoint\. The same command starts from the beginning$"):
+        _interrupt([Ending(None), Saving("")], stop=types.SimpleNamespace(name="SIGTERM"), step=3)
 
 
 @pytest.mark.parametrize("steps", [0, 1])

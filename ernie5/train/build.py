@@ -69,7 +69,6 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     dp = config.derive_dp(world_size)
     device = choose_device(config.engine.device)
     keep_freed_memory()
-    refuse_unavailable(config, world_size=world_size)
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
     loaded = open_newest(resume_from)
@@ -326,12 +325,6 @@ def choose_device(name: str) -> torch.device:
         )
     torch.cuda.set_device(index)
     return torch.device("cuda", index)
-
-
-def refuse_unavailable(config: RootConfig, *, world_size: int) -> None:
-    """Refuse more processes than the engine has; what the configuration alone can tell, RootConfig refuses."""
-    if config.engine.kind == "local" and world_size > 1:
-        config.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
 
 
 def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:

@@ -53,6 +53,7 @@ def main(argv: list[str]) -> int:
     try:
         arguments = _parse(argv)
         config = _load(arguments)
+        _check_processes(config, is_start=not arguments.validate)
     except ConfigError as error:
         leave_refusal(error)
         await_turn()
@@ -218,6 +219,14 @@ def _load(arguments: argparse.Namespace) -> RootConfig:
         )
     config = load_config(arguments.config, schema=RootConfig, overrides=arguments.overrides)
     return _in_its_place(config, file=Path(arguments.config), overrides=arguments.overrides)
+
+
+def _check_processes(config: RootConfig, *, is_start: bool) -> None:
+    """Refuse a layout that the launcher's processes do not make up: before torch is imported, and before --fresh clears
+    anything. Without a launcher a start is one process, and a validation says nothing about their number."""
+    told = os.environ.get("WORLD_SIZE")
+    if told is not None or is_start:
+        config.derive_dp(int(told or "1"))
 
 
 def _in_its_place(config: RootConfig, *, file: Path, overrides: Sequence[str]) -> RootConfig:

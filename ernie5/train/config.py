@@ -249,7 +249,10 @@ class RootConfig(Config):
                 )
 
     def derive_dp(self, world_size: int) -> int:
-        """Return the data-parallel degree of `world_size` processes; raises LayoutError where the layout is illegal."""
+        """Return the data-parallel degree of `world_size` processes; raises ConfigError where the engine is
+        one process, LayoutError where the layout is illegal."""
+        if self.engine.kind == "local" and world_size > 1:
+            self.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
         dims = self.parallel.derive_dims(world_size, kv_heads=self.model.kv_heads)
         self.check_layout(dims.dp)
         return dims.dp

@@ -34,6 +34,25 @@ def test_validating_a_training_config_loads_nothing_heavy(repository: Path, tmp_
     assert heavy_after(code, cwd=tmp_path) == "[]"
 
 
+def test_a_layout_that_the_processes_do_not_make_up_is_refused_without_anything_heavy(
+    repository: Path, tmp_path: Path
+) -> None:
+    """The launcher has told their number already; without one there is one process."""
+    config = str(repository / "configs" / "pretrain" / "debug.yaml")
+    code = (
+        "import os\nfrom ernie5.__main__ import main\n"
+        f"changes = [{config!r}, 'engine.kind=grid', 'parallel.tp=2']\n"
+        "assert main(['train', *changes]) == 2\n"
+        "os.environ.update(WORLD_SIZE='3')\n"
+        "assert main(['train', *changes]) == 2 and main(['train', *changes, '--validate']) == 2\n"
+        f"assert main(['train', {config!r}, 'engine.kind=local']) == 2\n"
+        "os.environ.pop('WORLD_SIZE')\n"
+        "assert main(['train', *changes, '--validate']) == 0"
+    )
+    assert heavy_after(code, cwd=tmp_path) == "[]"
+    assert not list(tmp_path.iterdir()), "a start that is refused leaves nothing"
+
+
 def test_both_packages_import_from_another_directory_under_their_installed_names(tmp_path: Path) -> None:
     code = "import ernie5, ernie5_kernels; print(ernie5_kernels.__version__)"
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, capture_output=True, text=True, timeout=120)

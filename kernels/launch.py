@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from . import interpreter  # noqa: F401  mends the interpreter where kernels are interpreted
@@ -32,3 +34,17 @@ def ceil_div(number: int, divisor: int) -> int:
 def power_of_two(number: int, *, least: int = 1) -> int:
     """The smallest power of two that is at least `number` and `least`."""
     return max(least, 1 << max(0, number - 1).bit_length())
+
+
+def chunk_table(sizes: Sequence[int], *, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
+    """What each program of a launch over tensors of so many elements owns: its tensor, int32, and its chunk's first
+    element, int64, on the host."""
+    counts = torch.tensor([ceil_div(size, chunk) for size in sizes])
+    owners = torch.repeat_interleave(torch.arange(len(sizes)), counts)
+    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * chunk
+    return owners.int(), starts
+
+
+def to_device(x: torch.Tensor, *, device: torch.device) -> torch.Tensor:
+    """A copy on the device of a tensor on the host, which does not wait for it."""
+    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

@@ -32,17 +32,23 @@ class CompactAdamW(KernelAdamW):
         """Update every parameter that has a gradient, times `gradient_scale` (one number, such as a clip factor)."""
         if closure is not None:
             raise TypeError("CompactAdamW takes no closure")
+        by_step: dict[AdamWStep, list[CompactTensors]] = {}  # groups differ in decay, so that all share one launch
         for group in self.param_groups:
             for parameter in (p for p in group["params"] if p.grad is not None):
-                state, copy = self.state[parameter], self._copies.get(parameter)
-                state["step"] += 1
-                first, second = (self._moment(state, name=name) for name in MOMENTS)
-                tensors = CompactTensors(
-                    parameter.detach(), parameter.grad.contiguous(), first, second, group["weight_decay"],
-                    seed=self._seeds[parameter], copy=None if copy is None else copy.detach(),
-                )
-                step = AdamWStep(group["lr"], *group["betas"], group["eps"], int(state["step"]))
-                adamw_compact(tensors, step=step, gradient_scale=gradient_scale)
+                count = self.state[parameter]["step"]
+                count += 1
+                step = AdamWStep(group["lr"], *group["betas"], group["eps"], int(count))
+                by_step.setdefault(step, []).append(self._tensors(parameter, group["weight_decay"]))
+        for step, tensors in by_step.items():
+            adamw_compact(tensors, step=step, gradient_scale=gradient_scale)
+
+    def _tensors(self, parameter: torch.nn.Parameter, weight_decay: float) -> CompactTensors:
+        state, copy = self.state[parameter], self._copies.get(parameter)
+        first, second = (self._moment(state, name=name) for name in MOMENTS)
+        return CompactTensors(
+            parameter.detach(), parameter.grad.contiguous(), first, second, weight_decay,
+            seed=self._seeds[parameter], copy=None if copy is None else copy.detach(),
+        )
 
     def _zeros(self, parameter: torch.Tensor) -> dict[str, torch.Tensor]:
         def zeros(*shape: int, dtype: torch.dtype) -> torch.Tensor:

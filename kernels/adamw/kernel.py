@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import ceil_div
+from ..launch import chunk_table, to_device
 from .reference import AdamWStep, AdamWTensors
 
 CHUNK = 2048
@@ -98,13 +98,11 @@ def _launch(
         for one in tensors
     ]
     aligned = all(address % VECTOR_BYTES == 0 for row in rows for address in row[1:])
-    counts = torch.tensor([ceil_div(row[0], CHUNK) for row in rows])
-    owners = torch.repeat_interleave(torch.arange(len(rows)), counts)
-    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * CHUNK
-    table = _to_device(torch.tensor(rows), device=device)
-    decays = _to_device(torch.tensor([one.weight_decay for one in tensors], dtype=torch.float32), device=device)
+    owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
+    table = to_device(torch.tensor(rows), device=device)
+    decays = to_device(torch.tensor([one.weight_decay for one in tensors], dtype=torch.float32), device=device)
     adamw_kernel[(len(owners),)](
-        table, decays, _to_device(owners.int(), device=device), _to_device(starts, device=device),
+        table, decays, to_device(owners, device=device), to_device(starts, device=device),
         decays if gradient_scale is None else gradient_scale,
         step.learning_rate, step.beta1, step.beta2, step.epsilon,
         1 - step.beta1**step.number, 1 - step.beta2**step.number,
@@ -112,7 +110,3 @@ def _launch(
         VECTOR_BYTES if aligned else 1, CHUNK,
         num_warps=WARPS,
     )
-
-
-def _to_device(x: torch.Tensor, *, device: torch.device) -> torch.Tensor:
-    return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x

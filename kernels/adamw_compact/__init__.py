@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 
 from ..adamw.reference import AdamWStep
@@ -11,34 +13,49 @@ from ..native.library import native_library
 from .native import adamw_compact_native
 from .reference import CompactTensors, Moment, adamw_compact_reference, count_blocks
 
-OFFERED = ("native", "reference")
+OFFERED = ("triton", "native", "reference")
 OP = "adamw_compact"
 
 __all__ = ["AdamWStep", "CompactTensors", "Moment", "adamw_compact", "count_blocks"]
 
 
 def adamw_compact(
-    tensors: CompactTensors,
+    tensors: Sequence[CompactTensors],
     *,
     step: AdamWStep,
     gradient_scale: torch.Tensor | None = None,
     backend: str = "auto",
 ) -> None:
-    """Update one tensor's parameter, moments and copy in place.
+    """Update parameters, moments and copies in place.
 
-    gradient_scale: one number, such as a clipping factor. The parameter is bf16 or fp32, the gradient either, a copy
-    bf16 and beside an fp32 parameter alone; all contiguous. Equal seeds and steps give equal bits, whatever the number
-    of threads. Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
+    gradient_scale: one fp32 number on the device, such as a clipping factor, so that no host needs to know it. A
+    parameter is bf16 or fp32, its gradient either, a copy bf16 and beside an fp32 parameter alone; all contiguous.
+    Equal seeds and steps give equal bits, whatever the number of threads or the tensors beside. Raises KernelError for
+    a backend that cannot run, ValueError for tensors that do not fit.
     """
-    _require(tensors)
-    device = tensors.parameter.device
-    native = device.type == "cpu" and native_library() is not None
-    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=device, native=native)
+    if not tensors:
+        return
+    first = tensors[0].parameter
+    for one in tensors:
+        _require(one, first=first)
+    if gradient_scale is not None:
+        holds = gradient_scale.numel() == 1 and gradient_scale.dtype == torch.float32
+        rule = "it must be one number of float32"
+        require(holds, op=OP, name="gradient_scale", tensor=gradient_scale, rule=rule)
+        require_beside(gradient_scale, first=first, op=OP, name="gradient_scale")
+    native = first.device.type == "cpu" and native_library() is not None
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=first.device, native=native)
+    if chosen == "triton":
+        from .kernel import adamw_compact_triton
+
+        adamw_compact_triton(tensors, step=step, gradient_scale=gradient_scale)
+        return
     run = adamw_compact_native if chosen == "native" else adamw_compact_reference
-    run(tensors, step=step, gradient_scale=gradient_scale)
+    for one in tensors:
+        run(one, step=step, gradient_scale=gradient_scale)
 
 
-def _require(one: CompactTensors) -> None:
+def _require(one: CompactTensors, *, first: torch.Tensor) -> None:
     parameter, either = one.parameter, (torch.float32, torch.bfloat16)
     state = (torch.float32,) if one.first.scales is None else (torch.uint8,)
     parts = [
@@ -55,7 +72,7 @@ def _require(one: CompactTensors) -> None:
         rule = f"it must have the parameter's shape {tuple(parameter.shape)}"
         require(tensor.shape == parameter.shape, op=OP, name=name, tensor=tensor, rule=rule)
         require(tensor.is_contiguous(), op=OP, name=name, tensor=tensor, rule="it must be contiguous")
-        require_beside(tensor, first=parameter, op=OP, name=name)
+        require_beside(tensor, first=first, op=OP, name=name)
     if (one.first.scales is None) != (one.second.scales is None):
         raise ValueError("adamw_compact: one moment has scales and the other has none; both are codes, or neither")
     for name, scales in (("first scales", one.first.scales), ("second scales", one.second.scales)):
@@ -63,3 +80,4 @@ def _require(one: CompactTensors) -> None:
             blocks = count_blocks(parameter.numel())
             holds = scales.shape == (blocks,) and scales.dtype == torch.float32 and scales.is_contiguous()
             require(holds, op=OP, name=name, tensor=scales, rule=f"it must be [{blocks}] of float32")
+            require_beside(scales, first=first, op=OP, name=name)

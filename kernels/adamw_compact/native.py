@@ -1,4 +1,4 @@
-"""The same by the C++ library, one pass over each tensor."""
+"""The same by the C++ library, one pass over a tensor."""
 
 from __future__ import annotations
 
@@ -11,9 +11,8 @@ from ..native.library import is_narrow, native_library, pointer, threads
 from .reference import CompactTensors
 
 
-def adamw_compact_native(tensors: CompactTensors, *, step: AdamWStep, gradient_scale: torch.Tensor | None) -> None:
-    """See `adamw_compact`."""
-    one = tensors
+def adamw_compact_native(one: CompactTensors, *, step: AdamWStep, gradient_scale: torch.Tensor | None) -> None:
+    """See `adamw_compact`; one tensor."""
     coded = one.first.scales is not None
     values = (None, None) if coded else (one.first.values, one.second.values)
     codes = (one.first.values, one.second.values) if coded else (None, None)

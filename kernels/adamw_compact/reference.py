@@ -12,11 +12,14 @@ weights, arXiv:2010.06192. The format is our own.
 from __future__ import annotations
 
 import dataclasses
+import math
+from typing import TypeVar
 
 import torch
 
 from ..adamw.reference import AdamWStep
 
+Integers = TypeVar("Integers", int, torch.Tensor)
 BLOCK = 256
 ONE = 0x3F800000
 FIRST_SHIFT, FIRST_RANGE, FIRST_LARGEST = 20, 61439.0, 127
@@ -46,8 +49,8 @@ class CompactTensors:
 
     def seeds(self, number: int) -> tuple[int, int]:
         """Of the weights' and of the moments' random numbers at a step."""
-        base = _mixed(torch.tensor(self.seed * 0x9E3779B1 + 2 * number & 0xFFFFFFFF))
-        return int(base), int(_mixed(base ^ 0x5BD1E995))
+        base = _mixed(self.seed * 0x9E3779B1 + 2 * number & 0xFFFFFFFF)
+        return base, _mixed(base ^ 0x5BD1E995)
 
 
 def count_blocks(elements: int) -> int:
@@ -56,22 +59,19 @@ def count_blocks(elements: int) -> int:
 
 
 @torch.no_grad()
-def adamw_compact_reference(
-    tensors: CompactTensors, *, step: AdamWStep, gradient_scale: torch.Tensor | None
-) -> None:
-    """See `adamw_compact`."""
-    one = tensors
+def adamw_compact_reference(one: CompactTensors, *, step: AdamWStep, gradient_scale: torch.Tensor | None) -> None:
+    """See `adamw_compact`; one tensor."""
     gradient = one.gradient.float() if gradient_scale is None else one.gradient.float() * gradient_scale
     mean = decode(one.first, shift=FIRST_SHIFT, has_sign=True)
     spread = decode(one.second, shift=SECOND_SHIFT, has_sign=False)
     spread = spread if one.second.scales is None else spread.square()
     mean = mean + (gradient - mean) * (1 - step.beta1)
     spread = spread * step.beta2 + gradient.square() * (1 - step.beta2)
+    deviation = spread.double().sqrt().float()  # rounded once: PyTorch's fp32 root on the CPU is off in one of five
     weights, moments = one.seeds(step.number)
-    change = (mean / (1 - step.beta1**step.number)) / (
-        (spread / (1 - step.beta2**step.number)).sqrt() + step.epsilon
-    )
-    value = one.parameter.float() * (1 - step.learning_rate * one.weight_decay) - step.learning_rate * change
+    rate, root = step.learning_rate / (1 - step.beta1**step.number), 1 / math.sqrt(1 - step.beta2**step.number)
+    change = mean * rate / (deviation * root + step.epsilon)
+    value = one.parameter.float() * (1 - step.learning_rate * one.weight_decay) - change
     if one.parameter.dtype == torch.bfloat16:
         one.parameter.copy_(round_at_random(value, seed=weights))
     else:
@@ -84,9 +84,8 @@ def adamw_compact_reference(
         return
     random = hashes(mean, seed=moments)
     _encode(mean, into=one.first, random=random >> 12, shift=FIRST_SHIFT, range_=FIRST_RANGE, most=FIRST_LARGEST)
-    root = spread.sqrt()
-    _encode(root, into=one.second, random=random, shift=SECOND_SHIFT, range_=SECOND_RANGE, most=SECOND_LARGEST)
-    one.second.values.clamp_(min=(root > 0).to(torch.uint8))
+    _encode(deviation, into=one.second, random=random, shift=SECOND_SHIFT, range_=SECOND_RANGE, most=SECOND_LARGEST)
+    one.second.values.clamp_(min=(deviation > 0).to(torch.uint8))
 
 
 def hashes(like: torch.Tensor, *, seed: int) -> torch.Tensor:
@@ -96,10 +95,11 @@ def hashes(like: torch.Tensor, *, seed: int) -> torch.Tensor:
 
 
 def round_at_random(values: torch.Tensor, *, seed: int) -> torch.Tensor:
-    """fp32 to bf16, up or down with the probability of where it lies between the two."""
+    """fp32 to bf16, up or down with the probability of where it lies between the two; NaN stays NaN."""
     bits = values.view(torch.int32).long() & 0xFFFFFFFF
     high = (bits + (hashes(values, seed=seed) & 0xFFFF) >> 16) & 0xFFFF
-    return torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16).view(torch.bfloat16)
+    rounded = torch.where(high >= 0x8000, high - 0x10000, high).to(torch.int16).view(torch.bfloat16)
+    return rounded.masked_fill_(values.isnan(), torch.nan)
 
 
 def decode(moment: Moment, *, shift: int, has_sign: bool) -> torch.Tensor:
@@ -117,9 +117,9 @@ def _encode(
 ) -> None:
     blocks = torch.nn.functional.pad(values.abs().flatten(), (0, -values.numel() % BLOCK)).view(-1, BLOCK)
     tops = blocks.amax(-1)
-    into.scales.copy_(tops / range_)
-    inverse = torch.where(tops > 0, range_ / tops, 0.0)
-    bits = (values.abs() * _spread(inverse, like=values) + 1.0).view(torch.int32).long()
+    into.scales.copy_(tops * (1.0 / range_))  # by products alone: a GPU divides by a constant so, and gives these bits
+    inverse = torch.where(tops > 0, tops.reciprocal() * range_, 0.0)
+    bits = (values.abs() * _spread(inverse, like=values) + 1.0).view(torch.int32).long() & 0xFFFFFFFF
     code = (bits - ONE + (random & (1 << shift) - 1) >> shift).clamp(max=most)
     sign = values.signbit().long() << 7 if most < 128 else 0
     into.values.copy_(code | sign)
@@ -129,8 +129,8 @@ def _spread(scales: torch.Tensor, *, like: torch.Tensor) -> torch.Tensor:
     return scales.repeat_interleave(BLOCK)[: like.numel()].view(like.shape)
 
 
-def _mixed(x: torch.Tensor) -> torch.Tensor:
-    """C. Wellons' "lowbias32" hash of 32 bits in int64."""
+def _mixed(x: Integers) -> Integers:
+    """C. Wellons' "lowbias32" hash of 32 bits, in int64 or Python's integers."""
     x = x ^ x >> 16
     x = x * 0x7FEB352D & 0xFFFFFFFF
     x = x ^ x >> 15

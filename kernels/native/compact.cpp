@@ -75,7 +75,8 @@ inline void store_codes(uint8_t* codes, vuint code, int64_t left) {
 
 inline void store_random(float* p, vfloat x, vuint, int64_t left) { store(p, x, left); }
 inline void store_random(bf16* p, vfloat x, vuint random, int64_t left) {
-  const vuint bits = ((vuint)x + (random & 0xffffu)) >> 16;
+  const vuint high = ((vuint)x + (random & 0xffffu)) >> 16;
+  const vuint bits = x == x ? high : vuint{} + 0x7fc0u;  // a NaN of all ones would overflow to zero
 #if defined(__AVX512F__)
   const vhalf y = (vhalf)_mm512_cvtepi32_epi16((__m512i)bits);
 #else
@@ -107,10 +108,19 @@ inline vfloat root_of(vfloat v) {
 #endif
 }
 
+// The largest of sizes that are compared as integers, whose order is the same and where NaN is above all.
+inline float top_of(const vuint& sizes) {
+  uint32_t top = 0;
+  for (int i = 0; i < LANES; ++i) top = std::max(top, sizes[i]);
+  float value;
+  std::memcpy(&value, &top, sizeof value);
+  return value;
+}
+
 void encode_block(const Block& b, int64_t at, int64_t count, const Moment& first, const Moment& second, uint32_t seed,
-                  vfloat peak_first, vfloat peak_second) {
+                  vuint peak_first, vuint peak_second) {
   constexpr float first_range = 61439.0f, second_range = 63487.0f;  // what the largest codes decode to
-  const float tops[2] = {largest(peak_first), largest(peak_second)};
+  const float tops[2] = {top_of(peak_first), top_of(peak_second)};
   const float inverses[2] = {tops[0] > 0 ? first_range / tops[0] : 0.0f, tops[1] > 0 ? second_range / tops[1] : 0.0f};
   first.scales[at / BLOCK] = tops[0] / first_range, second.scales[at / BLOCK] = tops[1] / second_range;
   for (int64_t n = 0; n < count; n += LANES) {
@@ -131,7 +141,7 @@ void update_block(const Adam& a, float keep, P* parameter, const G* gradient, co
   const float rate = a.rate / a.correction1, root = 1.0f / std::sqrt(a.correction2);
   const float first_scale = coded ? first.scales[at / BLOCK] : 0, second_scale = coded ? second.scales[at / BLOCK] : 0;
   Block b;
-  vfloat peak_first{}, peak_second{};
+  vuint peak_first{}, peak_second{};
   for (int64_t n = 0; n < count; n += LANES) {
     const int64_t left = count - n, i = at + n;
     const vfloat g = load(gradient + i, left) * a.scale;
@@ -154,7 +164,9 @@ void update_block(const Adam& a, float keep, P* parameter, const G* gradient, co
       continue;
     }
     store(b.first + n, m), store(b.second + n, spread);
-    peak_first = larger((vfloat)((vuint)m & 0x7fffffffu), peak_first), peak_second = larger(spread, peak_second);
+    const vuint size_first = (vuint)m & 0x7fffffffu, size_second = (vuint)spread & 0x7fffffffu;
+    peak_first = size_first > peak_first ? size_first : peak_first;
+    peak_second = size_second > peak_second ? size_second : peak_second;
   }
   if (coded) encode_block(b, at, count, first, second, seeds.moments, peak_first, peak_second);
 }

@@ -39,7 +39,7 @@ def run(one: CompactTensors, *, backend: str, steps: int = 1, dtype: torch.dtype
         gradient = drawn(*one.parameter.shape, seed=number).view(-1) * sizes * (sizes > 1e-7)
         own = CompactTensors(**{**vars(one), "gradient": gradient.view(one.parameter.shape).to(dtype)})
         step = AdamWStep(1e-2, 0.9, 0.95, 1e-12, number)
-        adamw_compact(own, step=step, gradient_scale=torch.tensor(0.5), backend=backend)
+        adamw_compact([own], step=step, gradient_scale=torch.tensor(0.5), backend=backend)
 
 
 @native_only
@@ -93,7 +93,7 @@ def test_a_bf16_weight_moves_on_average_as_an_fp32_one(backend: str) -> None:
         torch.ones(count).bfloat16(), torch.ones(count), Moment(torch.zeros(count)), Moment(torch.zeros(count)), 0.0, 1
     )
     for number in range(1, steps + 1):
-        adamw_compact(one, step=AdamWStep(1e-4, 0.9, 0.95, 1e-8, number), backend=backend)
+        adamw_compact([one], step=AdamWStep(1e-4, 0.9, 0.95, 1e-8, number), backend=backend)
     moved = 1.0 - one.parameter.float()
     # standard error of the mean: step of bf16 below 1 is 2^-8, each weight is off by at most that, 4,096 weights
     assert abs(float(moved.mean()) - steps * 1e-4) < 5 * 2**-8 * 0.5 / count**0.5
@@ -113,7 +113,7 @@ def test_moments_of_8_bits_follow_those_of_fp32(backend: str) -> None:
         gradient = sizes * (0.5 + number % 3) * (number < 25)
         for one in (coded, plain):
             own = CompactTensors(**{**vars(one), "gradient": gradient})
-            adamw_compact(own, step=AdamWStep(1e-3, 0.9, 0.95, 1e-8, number), backend=backend)
+            adamw_compact([own], step=AdamWStep(1e-3, 0.9, 0.95, 1e-8, number), backend=backend)
     first = decode(coded.first, shift=FIRST_SHIFT, has_sign=True).view(-1, 4).mean(0)
     second = decode(coded.second, shift=SECOND_SHIFT, has_sign=False).view(-1, 4).mean(0)
     assert torch.allclose(first, plain.first.values[:4], rtol=0.03), "40 roundings of 6 % over 2,048 elements"
@@ -127,10 +127,22 @@ def test_a_second_moment_above_zero_never_reads_as_zero() -> None:
         torch.zeros(256), torch.full((256,), 1e-7), moment((256,), coded=True), moment((256,), coded=True), 0.0, 1
     )
     one.gradient[0], one.gradient[1] = 1.0, 0.0
-    adamw_compact(one, step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 1))
+    adamw_compact([one], step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 1))
     assert (one.second.values[2:] == 1).all() and one.second.values[1] == 0
-    adamw_compact(one, step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 2))
+    adamw_compact([one], step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 2))
     assert one.parameter.abs().max() < 0.1, "no update far beyond the learning rate"
+
+
+@pytest.mark.parametrize("backend", [pytest.param("native", marks=native_only), "reference"])
+def test_a_nan_stays_in_weight_and_block_whatever_its_bits(backend: str) -> None:
+    """0x7fffffff is the NaN that a GPU makes: random bits added to it would give zero."""
+    one = CompactTensors(
+        torch.ones(700).bfloat16(), torch.ones(700), *(moment((700,), coded=True) for _ in range(2)), 0.0, 1
+    )
+    one.gradient.view(torch.int32)[300] = 0x7FFFFFFF
+    adamw_compact([one], step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1), backend=backend)
+    assert one.parameter[300].isnan() and one.parameter.isnan().sum() == 1
+    assert one.first.scales.isnan().tolist() == one.second.scales.isnan().tolist() == [False, True, False]
 
 
 def test_rounding_keeps_what_fits_and_infinity() -> None:
@@ -148,4 +160,4 @@ def test_tensors_that_do_not_fit_are_named() -> None:
         ({"copy": torch.zeros(7, 3, dtype=torch.bfloat16)}, "only float32 has a copy"),
     ):
         with pytest.raises(ValueError, match=text):
-            adamw_compact(CompactTensors(**{**vars(good), **wrong}), step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1))
+            adamw_compact([CompactTensors(**{**vars(good), **wrong})], step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1))

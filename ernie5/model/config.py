@@ -29,6 +29,11 @@ class BalanceConfig(Config):
     sequence_loss: bool = field(False, doc="compute the same loss per row, then averaged", kind="numerics")
     z_loss: bool = field(False, doc="compute the router z-loss mean(logsumexp(logits)^2)", kind="numerics")
 
+    @property
+    def needs_scores(self) -> bool:
+        """Whether a loss reads the scores of all experts, not of the chosen ones alone."""
+        return self.switch_loss or self.sequence_loss or self.z_loss
+
 
 @config
 class MoEConfig(Config):

@@ -56,14 +56,16 @@ class LookAhead(Protocol):
 
 @dataclasses.dataclass(frozen=True)
 class Routing:
-    """A router's decision for N tokens. choices [N, K] int64 global expert ids; weights [N, K] at least fp32,
-    differentiable; scores [N, E] and logits [N, E] at least fp32, differentiable, for the auxiliary losses.
+    """A router's decision for N tokens among `num_experts`. choices [N, K] int64 global expert ids; weights [N, K] at
+    least fp32, differentiable; scores [N, E] and logits [N, E] at least fp32, differentiable, for the auxiliary losses:
+    they may be None where none is on.
     """
 
     choices: torch.Tensor
     weights: torch.Tensor
-    scores: torch.Tensor
-    logits: torch.Tensor
+    num_experts: int
+    scores: torch.Tensor | None = None
+    logits: torch.Tensor | None = None
 
 
 @dataclasses.dataclass(frozen=True)

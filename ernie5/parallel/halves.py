@@ -38,7 +38,7 @@ class Halves:
     def __call__(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
         """[B, T, D] -> what all experts make of it; a rank halves its own tokens, and a half may be empty."""
         layer, dispatcher = self._layer, self._dispatcher
-        flat, experts = hidden.flatten(0, 1), routing.scores.shape[1]
+        flat, experts = hidden.flatten(0, 1), routing.num_experts
         cut = flat.shape[0] // 2
         halves = [
             dispatcher.prepare(flat[part], routing=_part(routing, part=part), num_experts=experts)

@@ -63,6 +63,7 @@ def _join(
     whole = Routing(
         choices=joined(routing.choices, all_gather),
         weights=routing.weights,
+        num_experts=routing.num_experts,
         scores=joined(routing.scores, join),
         logits=joined(routing.logits, join),
     )

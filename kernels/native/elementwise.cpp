@@ -150,29 +150,6 @@ void ernie5_swiglu_backward(int narrow, const void* gate_up, const float* weight
                           threads))
 }
 
-// Places of the k greatest of each row, greatest first, equal ones in order; NaN counts as infinite.
-void ernie5_choose(const float* values, int64_t* out, int64_t rows, int64_t columns, int64_t k, int threads) {
-  const int64_t padded = (columns + LANES - 1) / LANES * LANES;
-#pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t r = 0; r < rows; ++r) {
-    float* left = scratch<float>(0, padded);  // chosen ones become NaN, which no comparison picks
-    for (int64_t n = 0; n < columns; n += LANES) {
-      const vfloat x = load(values + r * columns + n, columns - n);
-      store(left + n, x == x ? x : splat(INFINITY));
-    }
-    std::fill(left + columns, left + padded, NAN);
-    for (int64_t i = 0; i < k; ++i) {
-      vfloat top = splat(-INFINITY);
-      for (int64_t n = 0; n < padded; n += LANES) top = larger(load(left + n), top);
-      const float peak = largest(top);
-      int64_t place = 0;
-      while (left[place] != peak) ++place;
-      left[place] = NAN;
-      out[r * k + i] = place;
-    }
-  }
-}
-
 void ernie5_gather(const char* rows, const int64_t* sources, char* out, int64_t count, int64_t row_bytes,
                    int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)

@@ -228,6 +228,21 @@ void pack_columns(const T* source, int64_t leading, int64_t summed, int64_t colu
       for (int64_t n = 0; n < LANES; ++n) packed[(j / PANEL * units + u) * PANEL + j % PANEL + n] = 0;
 }
 
+// Right side packed by all threads of a parallel region together; none goes on before it is whole. From the transpose of
+// a row-major [columns, summed] matrix where `transposed`, else from a row-major [summed, columns] one.
+template <class T>
+void pack_together(const T* source, int64_t summed, int64_t columns, bool transposed, Unit<T>* packed) {
+#pragma omp for schedule(static)
+  for (int64_t p = 0; p < panels_of(columns); ++p) {
+    const int64_t j = p * PANEL, count = std::min<int64_t>(PANEL, columns - j);
+    Unit<T>* out = packed + p * units_of<T>(summed) * PANEL;
+    if (transposed)
+      pack_columns(source + j * summed, summed, summed, count, out);
+    else
+      pack_rows(source + j, columns, summed, count, out);
+  }
+}
+
 // Left side from a row-major matrix whatever its width: in place where units fit, else a copy padded to whole units.
 template <class T>
 Left<T> left_rows(const T* source, int64_t leading, int64_t summed, int64_t rows, int slot) {

@@ -27,7 +27,7 @@ from ernie5.errors import KernelError
 
 SOURCES = (
     "gemm.cpp", "tiles.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp",
-    "optimizer.cpp", "compact.cpp",
+    "optimizer.cpp", "compact.cpp", "router.cpp",
 )
 HEADERS = ("vector.h", "tiles.h", "emulated_tiles.h", "gemm.h", "swiglu.h")
 FLAGS = (

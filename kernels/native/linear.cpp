@@ -10,18 +10,11 @@ template <class T>
 void product(const T* x, const T* weight, T* out, int64_t rows, int64_t summed, int64_t columns, bool transposed,
              int threads) {
   Unit<T>* packed = scratch<Unit<T>>(0, packed_size<T>(summed, columns));
-  const int64_t stride = units_of<T>(summed) * PANEL, panels = panels_of(columns);
+  const int64_t stride = units_of<T>(summed) * PANEL;
 #pragma omp parallel num_threads(threads)
   {
     const TileScope tiles;
-#pragma omp for schedule(static)
-    for (int64_t p = 0; p < panels; ++p) {
-      const int64_t j = p * PANEL, count = std::min<int64_t>(PANEL, columns - j);
-      if (transposed)
-        pack_columns(weight + j * summed, summed, summed, count, packed + p * stride);
-      else
-        pack_rows(weight + j, columns, summed, count, packed + p * stride);
-    }
+    pack_together(weight, summed, columns, transposed, packed);
 #pragma omp for schedule(static)
     for (int64_t first = 0; first < rows; first += ROWS) {
       const int64_t count = std::min(ROWS, rows - first);

@@ -83,6 +83,16 @@ inline float largest(vfloat x) {
   return top;
 #endif
 }
+inline int first_equal(vfloat x, float value) {  // the lane, or -1
+#if defined(__AVX512F__)
+  const __mmask16 equal = _mm512_cmp_ps_mask((__m512)x, (__m512)splat(value), _CMP_EQ_OQ);
+  return equal ? __builtin_ctz(equal) : -1;
+#else
+  for (int i = 0; i < LANES; ++i)
+    if (x[i] == value) return i;
+  return -1;
+#endif
+}
 inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 
 constexpr float C1 = 6.931469776e-1f, C2 = 2.402224209e-1f, C3 = 5.550733743e-2f, C4 = 9.671512645e-3f;

@@ -85,8 +85,11 @@ def weigh_choices(scores: torch.Tensor, *, preference: torch.Tensor, top_k: int,
         choices = choose_native(preference, top_k=top_k)
     else:
         choices = preference.topk(top_k, dim=-1, sorted=False).indices
+    return Choice(choices, weigh(scores, choices=choices, scale=scale), scores, None)
+
+
+def weigh(scores: torch.Tensor, *, choices: torch.Tensor, scale: float) -> torch.Tensor:
+    """Weights [N, K] of choices [N, K]: their scores over the sum of them, times scale."""
     chosen = scores.gather(1, choices)
     weights = chosen / chosen.sum(-1, keepdim=True).clamp_min(SMALLEST_SUM)
-    if scale != 1.0:
-        weights = weights * scale
-    return Choice(choices, weights, scores, None)
+    return weights if scale == 1.0 else weights * scale

@@ -16,10 +16,10 @@ import torch
 
 from ernie5.engine.interface import Engine
 from ernie5.model.interfaces import Routing
+from ernie5.model.moe.router import Router
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.collectives import even_sizes
 from ernie5.records import Batch, TokenKind
-from ernie5_kernels.router_topk import weigh_choices
 
 
 @dataclasses.dataclass(frozen=True)
@@ -57,7 +57,7 @@ class Choices:
         self._parts: list[tuple[int, torch.Tensor]] = []
         self._calls: Counter[tuple[int, bool]] = Counter()
         for layer, router in enumerate(engine.model.routers()):
-            router.register_forward_hook(self._hook(layer))
+            router.register_forward_hook(self._hook(layer), with_kwargs=True)
 
     @contextlib.contextmanager
     def watch(self, batches: list[Batch], *, step: int, first: int, stride: int) -> Iterator[None]:
@@ -81,11 +81,12 @@ class Choices:
         return self._parts[self._calls[call] - 1]
 
     def _hook(self, layer: int):
-        def choose(router: torch.nn.Module, _inputs: tuple, routing: Routing) -> Routing | None:
+        def choose(router: Router, inputs: tuple, asked: dict, routing: Routing) -> Routing | None:
             if not self._parts:
                 return None
             micro_batch, columns = self._part(layer)
-            preference = routing.scores.detach() + router.balance_bias
+            with torch.no_grad():
+                preference = router.scores(*inputs, active=asked["active"])[0] + router.balance_bias
             own = routing.choices.sort(1).values
             if self._recorded is None:
                 self.noted[self._step, micro_batch, layer] = Noted(own, preference)
@@ -100,9 +101,8 @@ class Choices:
                 column = int(columns[token])
                 gap = _gap(there.preference[column], wanted=wanted[token], found=own[token])
                 self.divergences.add(Divergence(self._step, micro_batch, layer, column, gap))
-            preference[differs] = torch.full_like(preference[differs], -torch.inf).scatter(1, wanted[differs], 0.0)
-            choice = weigh_choices(routing.scores, preference=preference, top_k=own.shape[1], scale=router.scale)
-            return dataclasses.replace(routing, choices=choice.choices, weights=choice.weights)
+            choices = routing.choices.index_copy(0, differs, wanted[differs])
+            return router.forward(*inputs, **asked, choices=choices)
 
         return choose
 

@@ -243,7 +243,7 @@ def count_pairs(engine: GridEngine, *, ranks: int) -> list[int]:
     own = engine.rank % ranks
 
     def count(_module: torch.nn.Module, inputs: tuple, routing: Routing) -> None:
-        held = routing.scores.shape[1] // ranks
+        held = routing.num_experts // ranks
         wanted = torch.zeros(len(routing.choices), ranks, dtype=torch.bool)
         wanted.scatter_(1, routing.choices // held, True)
         wanted[:, own] = False

@@ -61,7 +61,8 @@ def test_a_step_there_is_that_of_the_cpu(
             found = engine.train_step(batches, learning_rate=1e-2)
             assert found.sums.objective.device == other_device.DEVICE
             assert float(found.sums.objective) == pytest.approx(float(report.sums.objective), rel=1e-4)
-        assert float(engine.evaluate_batch(batches[0]).objective) == pytest.approx(evaluated, rel=1e-4)
+        found = float(engine.evaluate_batch(batches[0]).objective)
+        assert found == pytest.approx(evaluated, rel=4e-4)  # Muon's bf16 iterations turn other roundings into 1e-4
         state = engine.state()
         engine.load_state(state)
     assert all(value.device.type == "cpu" for value in (*state.parameters.values(), *state.moments.values()))

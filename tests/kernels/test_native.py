@@ -20,6 +20,7 @@ from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 from ernie5_kernels.native.library import native_library
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
+from ernie5_kernels.route import route
 from ernie5_kernels.router_topk import router_topk
 from ernie5_kernels.router_topk.native import choose_native
 from ernie5_kernels.swiglu import swiglu
@@ -216,6 +217,56 @@ def test_routing_by_the_library_is_that_of_the_reference() -> None:
     assert torch.equal(one.choices, other.choices) and torch.equal(one.weights, other.weights)
 
 
+@PRODUCTS
+@pytest.mark.parametrize("uses_sigmoid", (True, False), ids=("sigmoid", "softmax"))
+@pytest.mark.parametrize(
+    ("tokens", "width", "experts", "top_k"), ((0, 8, 4, 2), (7, 16, 4, 4), (131, 45, 37, 3), (301, 130, 300, 8))
+)
+def test_a_route_matches_the_reference(
+    tokens: int, width: int, experts: int, top_k: int, uses_sigmoid: bool, dtype: torch.dtype, tolerance: float,
+    reason: str,
+) -> None:
+    hidden, weight = normal(tokens, width, dtype=dtype), normal(experts, width, seed=1, dtype=dtype) * width**-0.5
+    rule = {"bias": normal(experts, seed=2) / 4, "top_k": top_k, "uses_sigmoid": uses_sigmoid, "scale": 1.5}
+    rule["active"] = None if experts < 10 else torch.arange(experts) % 5 != 0
+    with poisoned_memory():
+        made = route(hidden, weight=weight, **rule, backend="native")
+    truth = route(hidden.double(), weight=weight.double(), **rule, backend="reference")
+    assert torch.equal(made.choices, truth.choices)
+    assert_close(made.weights, expected=truth.weights, tolerance=1e-6, reason="products of bf16 are exact in fp32 too")
+    shuffled = made.choices.flip(1)
+    for choices in (None, shuffled):
+        compare(
+            lambda x, w, b, choices=choices: route(x, weight=w, **rule, choices=choices, backend=b).weights,
+            hidden, weight, tolerance=tolerance, reason=reason,
+        )
+    assert torch.equal(route(hidden, weight=weight, **rule, choices=shuffled).choices, shuffled)
+
+
+def test_a_route_keeps_to_its_experts_when_numbers_are_not() -> None:
+    hidden = normal(5, 16)
+    hidden[1], hidden[2] = torch.nan, torch.inf
+    found = route(hidden, weight=normal(9, 16, seed=1), bias=torch.zeros(9), top_k=3, backend="native")
+    assert found.choices.min() >= 0 and found.choices.max() < 9
+    assert all(len(set(chosen)) == 3 for chosen in found.choices.tolist())
+    with pytest.raises(ValueError, match="choices run from 1 to 9; they must name one of the 9 experts"):
+        route(hidden, weight=normal(9, 16), bias=torch.zeros(9), top_k=2, choices=torch.tensor([[1, 9]] * 5))
+    with pytest.raises(ValueError, match=r"route: weight has shape \(9, 15\).*it must be \[experts, 16\]"):
+        route(hidden, weight=normal(9, 15), bias=torch.zeros(9), top_k=2)
+    with pytest.raises(ValueError, match=r"route: bias has shape \(8,\).*it must be \[9\] of float32"):
+        route(hidden, weight=normal(9, 16), bias=torch.zeros(8), top_k=2)
+
+
+def test_scores_that_a_loss_reads_have_the_gradient_of_all_experts() -> None:
+    hidden, weight = normal(12, 16).requires_grad_(), normal(9, 16, seed=1)
+    found = route(hidden, weight=weight, bias=torch.zeros(9), top_k=2, uses_sigmoid=False, keeps_scores=True)
+    (grad,) = torch.autograd.grad(found.scores[:, 3].sum() + found.logits[:, 4].sum(), hidden)
+    (expected,) = torch.autograd.grad(
+        torch.softmax(hidden @ weight.T, dim=-1)[:, 3].sum() + (hidden @ weight.T)[:, 4].sum(), hidden
+    )
+    assert torch.allclose(grad, expected, atol=1e-6)
+
+
 def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:
     """Its contiguous copy must live until the kernel has read it."""
     for function, shape in (
@@ -243,6 +294,8 @@ def test_two_threads_give_the_bits_of_one(dtype: torch.dtype, tolerance: float, 
         (lambda x, w: rms_norm(x, weight=w, eps=1e-5, backend="native"), (values(703, 64), values(64))),
         (lambda x, p, u, d: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend="native"),
          (values(703, 64), normal(703), values(3, 64, 64), values(3, 64, 32))),
+        (lambda x, w: route(x, weight=w, bias=torch.zeros(33), top_k=3, backend="native").weights,
+         (values(703, 150), values(33, 150))),
         (lambda q, k: attention(q, key=k, value=k, plan=plan, backend="native"),
          (values(2, 300, 4, 16), values(2, 300, 2, 16))),
     )

@@ -50,7 +50,11 @@ def test_router_arithmetic_is_fp32_and_the_bias_stays_fp32_under_a_bf16_cast() -
     router.balance_bias += 1e-4
     assert router.balance_bias.dtype == torch.float32
     routing = router(hidden_states(5, dtype=torch.bfloat16), top_k=2, active=None)
-    assert routing.weights.dtype == routing.scores.dtype == torch.float32
+    assert routing.weights.dtype == torch.float32
+    keeping = make_router(dataclasses.replace(MOE, balance=BalanceConfig(z_loss=True))).bfloat16()
+    kept = keeping(hidden_states(5, dtype=torch.bfloat16), top_k=2, active=None)
+    assert kept.weights.dtype == kept.scores.dtype == kept.logits.dtype == torch.float32
+    assert torch.allclose(kept.weights, routing.weights, atol=1e-6) and torch.equal(kept.choices, routing.choices)
     assert router.bfloat16().balance_bias[0].item() == pytest.approx(1e-4, rel=1e-6)
 
 
@@ -178,10 +182,10 @@ def test_the_switch_loss_is_one_when_even_and_grows_when_all_tokens_choose_alike
     config = BalanceConfig(switch_loss=True, sequence_loss=True)
     kinds = torch.ones(1, 6, dtype=torch.int64)
     choices = torch.tensor([[e, (e + 1) % 6] for e in range(6)])
-    even = Routing(choices, torch.ones(6, 2), torch.full((6, 6), 0.5), torch.zeros(6, 6))
+    even = Routing(choices, torch.ones(6, 2), 6, torch.full((6, 6), 0.5), torch.zeros(6, 6))
     assert measure_routing(even, kinds=kinds, config=config).switch_loss.item() == pytest.approx(1.0)
     peaked = torch.full((6, 6), 0.01).index_fill(1, torch.tensor([0, 1]), 1.0)
-    alike = Routing(torch.tensor([[0, 1]] * 6), torch.ones(6, 2), peaked, torch.zeros(6, 6))
+    alike = Routing(torch.tensor([[0, 1]] * 6), torch.ones(6, 2), 6, peaked, torch.zeros(6, 6))
     stats = measure_routing(alike, kinds=kinds, config=config)
     assert stats.switch_loss.item() == pytest.approx(stats.sequence_loss.item())
     assert stats.switch_loss.item() > 2.5

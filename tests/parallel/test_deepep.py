@@ -91,8 +91,7 @@ def run(dispatcher: object, *, tokens: int, factors: torch.Tensor) -> list[torch
     choices = torch.stack(orders) if orders else torch.empty(0, TOP_K, dtype=torch.int64)
     hidden = torch.randint(-2, 3, (tokens, WIDTH), generator=generator).bfloat16().requires_grad_()
     weights = (torch.randint(1, 3, (tokens, TOP_K), generator=generator) / 2).requires_grad_()
-    scores = torch.zeros(tokens, EXPERTS)
-    sent = dispatcher.send(hidden, routing=Routing(choices, weights, scores, scores), num_experts=EXPERTS)
+    sent = dispatcher.send(hidden, routing=Routing(choices, weights, EXPERTS), num_experts=EXPERTS)
     parcels = dispatcher.receive(sent)
     rows = dispatcher.arrange(parcels)
     lengths = torch.diff(rows.offsets, prepend=torch.zeros(1, dtype=torch.int64))
@@ -114,8 +113,7 @@ def compare() -> int:
         expected = run(LocalDispatcher(), tokens=tokens[dist.get_rank()], factors=FACTORS)
         assert all(torch.equal(one, other) for one, other in zip(found, expected, strict=True))
     with pytest.raises(ConfigError, match=r"carries torch.bfloat16 rows, and hidden states are torch.float32.*bf16"):
-        scores = torch.zeros(1, EXPERTS)
-        routing = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), scores, scores)
+        routing = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), EXPERTS)
         dispatcher.send(torch.ones(1, WIDTH), routing=routing, num_experts=EXPERTS)
     return StandIn.made
 

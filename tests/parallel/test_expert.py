@@ -18,10 +18,8 @@ FACTORS = torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0], dtype=torch.float64)
 
 def make_routing(choices: torch.Tensor) -> Routing:
     generator = torch.Generator().manual_seed(1)
-    shape = (choices.shape[0], EXPERTS)
     weights = torch.rand(choices.shape, dtype=torch.float64, generator=generator).requires_grad_()
-    zeros = torch.zeros(shape, dtype=torch.float64)
-    return Routing(choices=choices, weights=weights, scores=zeros, logits=zeros)
+    return Routing(choices=choices, weights=weights, num_experts=EXPERTS)
 
 
 def run(dispatcher: object, *, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:

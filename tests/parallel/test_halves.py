@@ -79,8 +79,7 @@ class NotedLayer:
 def test_experts_of_one_half_run_while_the_other_travels(tokens: int) -> None:
     layer = NotedLayer()
     hidden = torch.arange(2.0 * tokens).view(1, tokens, 2).requires_grad_()
-    scores = torch.zeros(tokens, 3)
-    routing = Routing(torch.zeros(tokens, 2, dtype=torch.int64), torch.ones(tokens, 2), scores, scores)
+    routing = Routing(torch.zeros(tokens, 2, dtype=torch.int64), torch.ones(tokens, 2), 3)
     out = Halves(layer, dispatcher=layer)(hidden, routing=routing)
     assert torch.equal(out, 2 * hidden)
     assert layer.notes == [

@@ -49,16 +49,16 @@ def measure_routing(
     routing: Routing, *, kinds: torch.Tensor, config: BalanceConfig, pool: RoutingPool = OWN_TOKENS
 ) -> LayerRouting:
     """Count loads by kind of token and compute the losses that `config` switches on. kinds [B, T] int64."""
-    num_experts = routing.scores.shape[1]
+    num_experts = routing.num_experts
     flat_kinds = kinds.flatten()
     with torch.no_grad():
         slots = (flat_kinds.unsqueeze(1) * num_experts + routing.choices).flatten()
         counts = torch.zeros(NUM_KINDS * num_experts, dtype=torch.float32, device=slots.device)
         counts.scatter_add_(0, slots, torch.ones((), device=slots.device).expand(slots.shape))
     loads = pool.loads(counts.view(NUM_KINDS, num_experts)[1:])
-    zero = torch.zeros((), dtype=routing.scores.dtype, device=slots.device)
+    zero = torch.zeros((), dtype=routing.weights.dtype, device=slots.device)
     switch, sequence, z = zero, zero, zero
-    if config.switch_loss or config.sequence_loss or config.z_loss:
+    if config.needs_scores:
         routing, kinds = pool.whole(routing, kinds=kinds)
         flat_kinds = kinds.flatten()
     valid = flat_kinds != TokenKind.PADDING
@@ -94,7 +94,7 @@ def stack_routings(
 
 def _evenness(routing: Routing, *, valid: torch.Tensor) -> torch.Tensor:
     """E * sum_e f_e P_e per row [B] over the tokens that `valid` [B, T] marks; 0 for a row without any."""
-    rows, num_experts = valid.shape[0], routing.scores.shape[1]
+    rows, num_experts = valid.shape[0], routing.num_experts
     tokens = valid.sum(1).clamp(min=1).unsqueeze(1)
     chosen = torch.zeros_like(routing.scores).scatter_(1, routing.choices, 1.0) * valid.reshape(-1, 1)
     fraction = chosen.view(rows, -1, num_experts).sum(1) / (tokens * routing.choices.shape[1])

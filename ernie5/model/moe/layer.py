@@ -41,7 +41,7 @@ class MoELayer(nn.Module):
 
     def run_routed(self, hidden: torch.Tensor, *, routing: Routing) -> torch.Tensor:
         """[B, T, D] -> what all experts make of it [B, T, D]."""
-        sent = self.dispatcher.send(hidden.flatten(0, 1), routing=routing, num_experts=routing.scores.shape[1])
+        sent = self.dispatcher.send(hidden.flatten(0, 1), routing=routing, num_experts=routing.num_experts)
         beside = None if self.shared is None else self.run_shared(hidden)  # while the tokens may be on their way
         parcels = self.dispatcher.receive(sent)
         out = self.dispatcher.combine(self.run_experts(parcels), parcels=parcels).view_as(hidden)

@@ -13,7 +13,8 @@ from ernie5.model.config import MoEConfig
 from ernie5.model.interfaces import Routing
 from ernie5.records import SubNetwork
 from ernie5_kernels.linear import linear
-from ernie5_kernels.router_topk import Choice, router_topk, weigh_choices
+from ernie5_kernels.route import route
+from ernie5_kernels.router_topk import weigh_choices
 
 
 class Router(nn.Module):
@@ -30,12 +31,11 @@ class Router(nn.Module):
         self.register_buffer("balance_bias", torch.zeros(config.num_experts, dtype=torch.float32))
         self.uses_sigmoid, self.scale = config.score == "sigmoid", config.scale
         self.num_groups, self.top_groups = config.num_groups, config.top_groups
-        self.backend = backend
+        self.backend, self.keeps_scores = backend, config.balance.needs_scores
         if backend == "triton" and config.is_group_limited:
             raise KernelError(
-                "model.expert_backend = triton routes among all experts, and model.moe.top_groups = "
-                f"{config.top_groups} of {config.num_groups} restricts each token to some groups. Use expert_backend: "
-                "auto, which routes by PyTorch and multiplies by Triton, or num_groups: 1"
+                "model.expert_backend = triton routes among all experts, not among those of model.moe.top_groups = "
+                f"{config.top_groups} of {config.num_groups}. Use expert_backend: auto (PyTorch routes) or num_groups 1"
             )
 
     def _apply(self, fn: Callable, recurse: bool = True) -> Router:
@@ -45,28 +45,32 @@ class Router(nn.Module):
         self.balance_bias = moved.float() if exact.is_meta or moved.is_meta else exact.to(moved.device)
         return self
 
-    def forward(self, hidden: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Routing:
-        """Route hidden [N, D] to `top_k` of the experts that `active` [E] bool marks (None: of all)."""
+    def forward(
+        self, hidden: torch.Tensor, *, top_k: int, active: torch.Tensor | None, choices: torch.Tensor | None = None
+    ) -> Routing:
+        """Route hidden [N, D] to `top_k` of the `active` [E] experts (None: all), or to `choices` [N, K] as given."""
+        if self.top_groups < self.num_groups and choices is None:
+            return self._route_in_groups(hidden, top_k=top_k, active=active)
+        found = route(
+            hidden, weight=self.weight, bias=self.balance_bias, top_k=top_k, uses_sigmoid=self.uses_sigmoid,
+            scale=self.scale, active=active, choices=choices, keeps_scores=self.keeps_scores, backend=self.backend,
+        )
+        return Routing(found.choices, found.weights, self.weight.shape[0], found.scores, found.logits)
+
+    def scores(self, hidden: torch.Tensor, *, active: torch.Tensor | None) -> tuple[torch.Tensor, torch.Tensor]:
+        """Scores and logits of all experts [N, E]; those that are not active have logit -inf."""
         wide = torch.promote_types(hidden.dtype, torch.float32)
         logits = linear(hidden.to(wide), weight=self.weight.to(wide))
         if active is not None:
             logits = logits.masked_fill(~active, float("-inf"))
-        if self.top_groups < self.num_groups:
-            choice = self._choose_in_groups(logits, top_k=top_k, active=active)
-        else:
-            choice = router_topk(
-                logits, bias=self.balance_bias, top_k=top_k, uses_sigmoid=self.uses_sigmoid, scale=self.scale,
-                active=active, backend=self.backend,
-            )
-        return Routing(choices=choice.choices, weights=choice.weights, scores=choice.scores, logits=logits)
+        return torch.sigmoid(logits) if self.uses_sigmoid else torch.softmax(logits, dim=-1), logits
 
-    def _choose_in_groups(self, logits: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Choice:
-        scores = torch.sigmoid(logits) if self.uses_sigmoid else torch.softmax(logits, dim=-1)
-        preference = scores.detach() + self.balance_bias
-        if active is not None:
-            preference = preference.masked_fill(~active, float("-inf"))
-        preference = limit_groups(preference, num_groups=self.num_groups, top_groups=self.top_groups, top_k=top_k)
-        return weigh_choices(scores, preference=preference, top_k=top_k, scale=self.scale)
+    def _route_in_groups(self, hidden: torch.Tensor, *, top_k: int, active: torch.Tensor | None) -> Routing:
+        scores, logits = self.scores(hidden, active=active)
+        free = torch.where(logits.isneginf(), logits, scores.detach() + self.balance_bias)
+        preference = limit_groups(free, num_groups=self.num_groups, top_groups=self.top_groups, top_k=top_k)
+        choice = weigh_choices(scores, preference=preference, top_k=top_k, scale=self.scale)
+        return Routing(choice.choices, choice.weights, self.weight.shape[0], scores, logits)
 
 
 def check_subnetwork(subnetwork: SubNetwork, *, config: MoEConfig) -> None:

@@ -1,0 +1,84 @@
+"""A router as one operator: product, scores, choice and weights (SPEC section 1), at least fp32 throughout."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import torch
+
+from ..checks import require, require_beside
+from ..dispatch import choose_backend
+from ..linear import linear
+from ..native.library import runs_native
+from ..router_topk import router_topk, weigh
+from .native import route_native
+
+OFFERED = ("native", "triton", "torch", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class Route:
+    """choices [N, K] int64; weights [N, K] at least fp32. scores and logits [N, E], for losses of balance, where they
+    were asked for, else None."""
+
+    choices: torch.Tensor
+    weights: torch.Tensor
+    scores: torch.Tensor | None
+    logits: torch.Tensor | None
+
+
+def route(
+    hidden: torch.Tensor,
+    *,
+    weight: torch.Tensor,
+    bias: torch.Tensor,
+    top_k: int,
+    uses_sigmoid: bool = True,
+    scale: float = 1.0,
+    active: torch.Tensor | None = None,
+    choices: torch.Tensor | None = None,
+    keeps_scores: bool = False,
+    backend: str = "auto",
+) -> Route:
+    """Choose top-k(score + bias) with score = sigmoid or softmax of W x, and weigh as `router_topk` does.
+
+    hidden [N, D]; weight [E, D]; bias [E] fp32; active [E] bool leaves experts out; choices [N, K] int64 are weighed as
+    they are instead of being made. bf16 hidden and weight are multiplied exactly and summed in fp32.
+
+    Without `keeps_scores` the C++ of the CPU keeps no [N, E] tensor, and its gradient visits the chosen experts alone:
+    weights do not depend on the others. (They do by softmax where the chosen scores sum to less than 1e-12; that part
+    is left out.) Raises KernelError for a backend that cannot run, ValueError for shapes.
+    """
+    op, experts = "route", weight.shape[0]
+    require(hidden.ndim == 2, op=op, name="hidden", tensor=hidden, rule="it must be [tokens, width]")
+    fits = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
+    require(fits, op=op, name="weight", tensor=weight, rule=f"it must be [experts, {hidden.shape[1]}]")
+    require_beside(weight, first=hidden, op=op, name="weight")
+    for name, vector, dtype in (("bias", bias, torch.float32), ("active", active, torch.bool)):
+        if vector is not None:
+            rule = f"it must be [{experts}] of {str(dtype).removeprefix('torch.')}, one per expert"
+            holds = vector.shape == (experts,) and (vector.dtype == dtype or dtype.is_floating_point)
+            require(holds, op=op, name=name, tensor=vector, rule=rule)
+            require_beside(vector, first=hidden, op=op, name=name)
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"route: top_k is {top_k}; it must be between 1 and the {experts} experts")
+    if choices is not None:
+        holds = choices.shape == (hidden.shape[0], top_k) and choices.dtype == torch.int64
+        rule = f"it must be {(hidden.shape[0], top_k)} of int64"
+        require(holds, op=op, name="choices", tensor=choices, rule=rule)
+        require_beside(choices, first=hidden, op=op, name="choices")
+    native = runs_native(hidden, weight) and bias.dtype == torch.float32 and not keeps_scores
+    chosen = choose_backend(backend, op=op, offered=OFFERED, device=hidden.device, native=native)
+    if chosen == "native":
+        return Route(*route_native(hidden, weight, bias, active, choices, top_k, uses_sigmoid, scale), None, None)
+    wide = torch.promote_types(hidden.dtype, torch.float32)
+    logits = linear(hidden.to(wide), weight=weight.to(wide), backend="reference" if chosen == "reference" else "auto")
+    if active is not None:
+        logits = logits.masked_fill(~active, float("-inf"))
+    if choices is not None:
+        scores = torch.sigmoid(logits) if uses_sigmoid else torch.softmax(logits, dim=-1)
+        return Route(choices, weigh(scores, choices=choices, scale=scale), scores, logits)
+    made = router_topk(
+        logits, bias=bias, top_k=top_k, uses_sigmoid=uses_sigmoid, scale=scale, active=active, backend=chosen
+    )
+    return Route(made.choices, made.weights, made.scores, logits)

@@ -24,7 +24,8 @@ SPILLS = re.compile(r"\b(STL|LDL)\b")
 
 @dataclasses.dataclass(frozen=True)
 class Source:
-    """A kernel and how it is specialised: argument types, constants, arguments that 16 divides, warps, stages."""
+    """A kernel and how it is specialised: argument types, constants, arguments that 16 divides, warps, stages, and the
+    compiler's other options."""
 
     kernel: JITFunction
     types: Mapping[str, str]
@@ -32,6 +33,7 @@ class Source:
     divisible: tuple[str, ...]
     warps: int
     stages: int
+    options: Mapping[str, object] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -58,7 +60,7 @@ def compile_for(source: Source, *, capability: int) -> Compiled:
     built = triton.compile(
         ASTSource(source.kernel, types, dict(source.constants), attributes),
         target=GPUTarget("cuda", capability, 32),
-        options={"num_warps": source.warps, "num_stages": source.stages},
+        options={"num_warps": source.warps, "num_stages": source.stages, **source.options},
     )
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Iterator, Mapping
 
 from cases import (
@@ -21,9 +22,11 @@ from cases import (
     streaming,
 )
 from compiler import Source
-from triton.language import bfloat16
+from triton.language import bfloat16, float32
 
 from ernie5_kernels.adamw import kernel as adamw
+from ernie5_kernels.adamw_compact import kernel as compact
+from ernie5_kernels.adamw_compact.reference import BLOCK
 from ernie5_kernels.bit_cross_entropy import kernel as bits
 from ernie5_kernels.moe_permute import kernel as permute
 from ernie5_kernels.quant_cast import kernel as cast
@@ -34,16 +37,18 @@ from ernie5_kernels.swiglu import kernel as swiglu
 
 FP8_CHIPS = (90, 100)
 WIDE = {"rows": "i32", "width": "i32"}
+PARAMETERS = 3 * LOCAL_EXPERTS * EXPERT_WIDTH * WIDTH
 
 
 def cases() -> Iterator[Case]:
-    """SwiGLU, RMSNorm, rotation, routing, permutation, casts, bits, AdamW."""
+    """SwiGLU, RMSNorm, rotation, routing, permutation, casts, bits, both kinds of AdamW."""
     yield from _swiglu()
     yield from _norm_and_rotation()
     yield from _routing()
     yield from _permutation()
     yield from _casts()
     yield from _bits_and_adamw()
+    yield from _compact()
 
 
 def _case(
@@ -167,8 +172,40 @@ def _bits_and_adamw() -> Iterator[Case]:
     numbers = ("learning_rate", "beta1", "beta2", "epsilon", "correction1", "correction2")
     types = {"table": "*i64", "decays": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
              **dict.fromkeys(numbers, "fp32")}
-    parameters = 3 * LOCAL_EXPERTS * EXPERT_WIDTH * WIDTH
     constants = {"SCALED": True, "COPIES": True, "GRADIENT": bfloat16,
                  "ALIGNMENT": adamw.VECTOR_BYTES, "CHUNK": adamw.CHUNK}
     yield _case("adamw", "bf16 gradients and copies", adamw.adamw_kernel, types, constants, warps=adamw.WARPS,
-                divisible=(), work=streaming(moved=28 * parameters, tiles=parameters / adamw.CHUNK))
+                divisible=(), work=streaming(moved=28 * PARAMETERS, tiles=PARAMETERS / adamw.CHUNK))
+
+
+def _compact() -> Iterator[Case]:
+    """What a lane executes per element is counted in the loop of sm_90's machine code; sm_80's differs by 1 or 2."""
+    types = {"table": "*i64", "keeps": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
+             **dict.fromkeys(("rate", "blend1", "beta2", "blend2", "epsilon", "root"), "fp32")}
+    coded = 4 + 16 / BLOCK
+    variants = {  # weights and moments beside bf16 gradients: bytes and instructions per element
+        "bf16 weights, 8-bit moments": (bfloat16, True, 6 + coded, 103),
+        "fp32 masters, bf16 copies, 8-bit moments": (float32, True, 12 + coded, 93),
+        "bf16 weights, fp32 moments": (bfloat16, False, 6 + 16, 60),
+    }
+    for name, (weights, is_coded, least, instructions) in variants.items():
+        constants = {"SCALED": True, "CODED": is_coded, "COPIES": weights == float32, "PARAMETER": weights,
+                     "GRADIENT": bfloat16, "ALIGNMENT": adamw.VECTOR_BYTES, "CHUNK": compact.CHUNK}
+        options = dict(compact.OPTIONS)
+        source = Source(compact.adamw_compact_kernel, types, constants, (), options.pop("num_warps"), 3, options)
+        yield Case("adamw_compact", name, functools.partial(_same, source),
+                   functools.partial(_compact_work, least, instructions), quick=weights == bfloat16 and is_coded)
+
+
+def _same(source: Source, capability: int) -> Source:
+    return source
+
+
+def _compact_work(least: float, instructions: int, capability: int) -> Work:
+    """A lane starts one instruction per clock, which is half the peak rate, all of it on sm_80: there a sum of products
+    takes two clocks, with one of integers beside it. A program reads 12 bytes of tables."""
+    operations = instructions * (1 if capability == 80 else 2) * PARAMETERS
+    return streaming(
+        moved=(least + 12 / compact.CHUNK) * PARAMETERS, least=least * PARAMETERS, tiles=PARAMETERS / compact.CHUNK,
+        operations=operations,
+    )

@@ -126,7 +126,5 @@ def _must_stop(engine: Engine, *, stop: StopRequest) -> bool:
 def _interrupt(hooks: Sequence[Hook], *, stop: StopRequest, step: int) -> None:
     saved = [path for path in (hook.save_now() for hook in hooks) if path]
     cause = stop.name or "a signal on another rank"
-    where = f"saved {saved[-1]}. The same command goes on from there" if saved else (
-        "this run keeps no checkpoint. The same command starts from the beginning"
-    )
-    raise Interrupted(f"{cause} after step {step}; {where}")
+    end = f"saved {saved[-1]}. The same command goes on from there" if saved else "not saved: the next start begins anew"
+    raise Interrupted(f"{cause} after step {step}; {end}")

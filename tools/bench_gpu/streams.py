@@ -10,6 +10,7 @@ from contest import Case, Contest, Run, normal, with_gradients, without_gradient
 from torch.nn import functional
 
 from ernie5_kernels.adamw import AdamWStep, AdamWTensors, adamw
+from ernie5_kernels.adamw_compact import CompactTensors, Moment, adamw_compact, count_blocks
 from ernie5_kernels.moe_permute import permute, plan_permutation, unpermute
 from ernie5_kernels.quant_cast import quant_cast
 from ernie5_kernels.rms_norm import rms_norm
@@ -35,7 +36,9 @@ def cases(*, quick: bool) -> Iterator[Case]:
     for transposed in (False, True):
         name = "128 x 128, transposed" if transposed else "128 x 128"
         yield Case("quant_cast", name, functools.partial(cast_weights, 1 if quick else 6, transposed=transposed))
-    yield Case("adamw", "fp32", functools.partial(optimizer, (1 << 25) if quick else (1 << 28)))
+    parameters = (1 << 25) if quick else (1 << 28)
+    yield Case("adamw", "fp32", functools.partial(optimizer, parameters))
+    yield Case("adamw_compact", "bf16 weights, 8-bit moments", functools.partial(compact_optimizer, parameters))
 
 
 def activation(tokens: int, *, backward: bool) -> Contest:
@@ -151,9 +154,14 @@ def _cast(x: torch.Tensor, *, block_rows: int, transposed: bool) -> Contest:
     return Contest(by("triton"), by("torch"), 2.0**-3, {"torch": by("torch")}, moved_bytes=1.5 * x.nbytes)
 
 
+def sizes_of(parameters: int) -> list[int]:
+    """Tensors of 4 Mi and a few odd elements."""
+    return [(1 << 22) + 3] * (parameters >> 22)
+
+
 def optimizer(parameters: int) -> Contest:
-    """AdamW in fp32 over tensors of 4 Mi and a few odd elements, against torch's fused one: 28 bytes a parameter."""
-    sizes = [(1 << 22) + 3] * (parameters >> 22)
+    """AdamW in fp32 against torch's fused one: 28 bytes a parameter."""
+    sizes = sizes_of(parameters)
 
     def state() -> list[AdamWTensors]:
         return [AdamWTensors(
@@ -178,3 +186,38 @@ def optimizer(parameters: int) -> Contest:
         return [one.detach() for one in theirs[:2]]
 
     return Contest(step, peer, 1e-5, {"torch fused": peer}, moved_bytes=28.0 * sum(sizes), graph=False)
+
+
+def compact_optimizer(parameters: int) -> Contest:
+    """AdamW without masters and with codes for moments against the same in PyTorch, which must give the same bits, and
+    beside AdamW over fp32 masters and moments: 8 1/16 bytes a parameter, theirs 28."""
+    sizes = sizes_of(parameters)
+
+    def state() -> list[CompactTensors]:
+        def moment(n: int) -> Moment:
+            return Moment(
+                torch.zeros(n, dtype=torch.uint8, device="cuda"), torch.zeros(count_blocks(n), device="cuda")
+            )
+
+        return [CompactTensors(normal(n, seed=i), normal(n, seed=i + 1), moment(n), moment(n), 0.1, seed=i)
+                for i, n in enumerate(sizes)]
+
+    full = [AdamWTensors(
+        normal(n, dtype=torch.float32, seed=i), normal(n, seed=i + 1), torch.zeros(n, device="cuda"),
+        torch.zeros(n, device="cuda"), 0.1, copy=torch.empty(n, dtype=torch.bfloat16, device="cuda"),
+    ) for i, n in enumerate(sizes)]
+    step = AdamWStep(1e-3, 0.9, 0.95, 1e-8, 1)
+
+    def by(backend: str) -> Run:
+        tensors = state()
+
+        def run() -> list[torch.Tensor]:
+            adamw_compact(tensors, step=step, backend=backend)
+            one = tensors[1]
+            return [one.parameter, one.first.values, one.first.scales, one.second.values, one.second.scales]
+
+        return run
+
+    torchs = by("reference")
+    peers = {"torch": torchs, "adamw fp32": lambda: adamw(full, step=step, backend="triton")}
+    return Contest(by("triton"), torchs, 0.0, peers, moved_bytes=(8 + 1 / 16) * sum(sizes), graph=False)

@@ -126,5 +126,5 @@ def _must_stop(engine: Engine, *, stop: StopRequest) -> bool:
 def _interrupt(hooks: Sequence[Hook], *, stop: StopRequest, step: int) -> None:
     saved = [path for path in (hook.save_now() for hook in hooks) if path]
     cause = stop.name or "a signal on another rank"
-    end = f"saved {saved[-1]}. The same command goes on from there" if saved else "not saved: the next start begins anew"
+    end = f"saved {saved[-1]}. The same command goes on from there" if saved else "not saved: the next start is anew"
     raise Interrupted(f"{cause} after step {step}; {end}")

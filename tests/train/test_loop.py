@@ -41,7 +41,7 @@ class Saving(Ending):
 def test_an_interrupted_run_promises_to_go_on_only_from_what_was_saved() -> None:
     with pytest.raises(Interrupted, match=r"SIGTERM after step 3; saved runs/x/step-3\. The same command goes on from"):
         _interrupt([Ending(None), Saving("runs/x/step-3")], stop=types.SimpleNamespace(name="SIGTERM"), step=3)
-    with pytest.raises(Interrupted, match=r"step 3; not saved: the next start begins anew$"):
+    with pytest.raises(Interrupted, match=r"step 3; not saved: the next start is anew$"):
         _interrupt([Ending(None), Saving("")], stop=types.SimpleNamespace(name="SIGTERM"), step=3)
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import json
 import os
+import re
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -37,7 +38,7 @@ def test_default_configurations_compile_for_h100_without_spills_and_use_its_tens
 def tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The tool's modules, forgotten afterwards because they have everyday names."""
     monkeypatch.syspath_prepend(str(repository / "tools" / "aot_report"))
-    names = ("chips", "compiler", "cases", "report")
+    names = ("chips", "compiler", "cases", "report", "elementwise_cases")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -68,3 +69,14 @@ def test_the_report_fails_where_the_programs_of_a_launch_do_not_fit_a_processor(
     too_many = ("2 programs wanted on a processor that holds 1",)
     assert faults(programs=2, registers=129, shared=113 << 10) == too_many
     assert faults(programs=2, registers=128, shared=114 << 10) == too_many
+
+
+@pytest.mark.parametrize("variant", ["bf16 weights, 8-bit moments", "fp32 masters, bf16 copies, 8-bit moments"])
+def test_adamw_with_less_state_rounds_each_operation_by_itself_as_pytorch_does(
+    tool: SimpleNamespace, variant: str
+) -> None:
+    """What the interpreter proves of its bits holds on a GPU if nothing is fused, approximate or flushed to zero."""
+    case = next(case for case in tool.elementwise_cases.cases() if (case.op, case.variant) == ("adamw_compact", variant))
+    written = tool.compiler.build(case.source_for(90), capability=90).asm["ptx"]
+    assert "sqrt.rn.f32" in written and "div.rn.f32" in written and "mul" in written
+    assert not re.findall(r"fma\S*f32|mad\S*f32|\S*\.(?:ftz|approx|full)\S*", written)

@@ -11,7 +11,7 @@ from pathlib import Path
 
 import triton
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
+from triton.compiler import ASTSource, CompiledKernel
 from triton.runtime.jit import JITFunction
 
 TOOLS = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
@@ -49,19 +49,24 @@ class Compiled:
     asynchronous_copies: str
 
 
-def compile_for(source: Source, *, capability: int) -> Compiled:
-    """Compile to a cubin and disassemble it. Raises what Triton raises where a chip cannot run the kernel."""
+def build(source: Source, *, capability: int) -> CompiledKernel:
+    """Compile to a cubin, by way of PTX. Raises what Triton raises where a chip cannot run the kernel."""
     types = {name: source.types.get(name, "constexpr") for name in source.kernel.arg_names}
     attributes = {
         (source.kernel.arg_names.index(name),): [["tt.divisibility", 16]]
         for name, kind in types.items()
         if kind.startswith("*") or name in source.divisible
     }
-    built = triton.compile(
+    return triton.compile(
         ASTSource(source.kernel, types, dict(source.constants), attributes),
         target=GPUTarget("cuda", capability, 32),
         options={"num_warps": source.warps, "num_stages": source.stages, **source.options},
     )
+
+
+def compile_for(source: Source, *, capability: int) -> Compiled:
+    """Compile and disassemble."""
+    built = build(source, capability=capability)
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(built.asm["cubin"])
         file.flush()

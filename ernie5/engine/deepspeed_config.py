@@ -17,14 +17,16 @@ BUCKET_ELEMENTS = 50_000_000
 @dataclasses.dataclass(frozen=True)
 class DeepSpeedPlan:
     """Sizes that DeepSpeed wants to know: micro-batches per rank of the largest step (the engine tells DeepSpeed which
-    one is the last of a step), rows in each, ranks, parameters of the model and of its largest layer, and whether
-    copies to the host's memory want pages that stay in place (there is a GPU)."""
+    one is the last of a step), rows in each, ranks, parameters of the model and of its largest layer, elements of a
+    rank's pieces that stage 3 steps at a time, and whether copies to the host's memory want pages that stay in place
+    (there is a GPU)."""
 
     micro_batches: int
     micro_sequences: int
     dp: int
     num_params: int
     layer_params: int
+    sub_group_elements: int
     pin_memory: bool
 
 
@@ -57,7 +59,7 @@ def deepspeed_config(
             "reduce_scatter": True,
             "reduce_bucket_size": bucket,
             "allgather_bucket_size": bucket,
-            **(_whole_while_used(plan.layer_params) if engine.zero_stage == 3 else {}),
+            **(_whole_while_used(plan) if engine.zero_stage == 3 else {}),
             **_offload(engine, pin_memory=plan.pin_memory),
         },
     }
@@ -74,7 +76,7 @@ def clips_by_itself(engine: EngineConfig) -> bool:
     return engine.zero_stage == 0 or is_bf16_optimizer
 
 
-def _whole_while_used(layer_params: int) -> dict[str, object]:
+def _whole_while_used(plan: DeepSpeedPlan) -> dict[str, object]:
     """Stage 3: every parameter is sharded, and whole only while its layer runs.
 
     DeepSpeed's own settings keep all small parameters and whatever is used again within 1e9 elements. The window of
@@ -83,7 +85,8 @@ def _whole_while_used(layer_params: int) -> dict[str, object]:
     return {
         "stage3_param_persistence_threshold": 0,
         "stage3_max_reuse_distance": 0,
-        "stage3_prefetch_bucket_size": min(BUCKET_ELEMENTS, layer_params),
+        "stage3_prefetch_bucket_size": min(BUCKET_ELEMENTS, plan.layer_params),
+        "sub_group_size": plan.sub_group_elements,
     }
 
 

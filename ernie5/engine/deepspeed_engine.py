@@ -28,7 +28,7 @@ from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.engine.deepspeed_topology import place_parts
 from ernie5.engine.interface import Engine, StateSlice, StepReport, StepSettings, StepSums
 from ernie5.engine.micro_step import MicroStep, SumsBuilder, global_counts
-from ernie5.engine.peers import find_spreads
+from ernie5.engine.peers import cut_groups, find_spreads
 from ernie5.engine.recompute import install_recompute
 from ernie5.engine.sections import SectionRuns
 from ernie5.observe.log import get_log
@@ -43,6 +43,10 @@ from ernie5.parallel.pipeline import Pipeline
 from ernie5.parallel.state import build_state
 from ernie5.parallel.verify import check_copies
 from ernie5.records import Batch, TargetCounts
+
+
+SUB_GROUP_ELEMENTS = 1_000_000_000
+"""Elements of a rank's pieces that stage 3 steps at a time (DeepSpeed's own number): 4 GB for each copy in fp32."""
 
 
 class DeepSpeedEngine(Engine):
@@ -96,6 +100,7 @@ class DeepSpeedEngine(Engine):
             dp=self._data_axis.size,
             num_params=sum(parameter.numel() for parameter in model.parameters()),
             layer_params=max(sum(p.numel() for p in layer.parameters()) for layer in model.layers),
+            sub_group_elements=SUB_GROUP_ELEMENTS,
             pin_memory=device.type == "cuda",
         )
         optimizer = self._build_optimizer(groups, optim=optim)
@@ -235,6 +240,8 @@ class DeepSpeedEngine(Engine):
     def _build_optimizer(self, groups: Sequence[ParameterGroup], *, optim: OptimConfig) -> torch.optim.Optimizer:
         """What DeepSpeed steps: on flat pieces from stage 1 on, which Muon must know."""
         spreads = find_spreads(self._layout, device=self.device)
+        if self._stage == 3:
+            groups = cut_groups(groups, spreads=spreads, most_elements=SUB_GROUP_ELEMENTS)
         if optim.name == "muon" and self._stage:
             return FlatMuon(groups, config=optim, spreads=spreads)
         return build_optimizer(groups, config=optim, spreads=spreads)

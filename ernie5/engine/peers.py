@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import dataclasses
+from collections.abc import Mapping, Sequence
 
 import torch
 
+from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.spread import Peers, Spread, Team
 from ernie5.parallel.apply import Layout
 from ernie5.parallel.collectives import all_gather, even_sizes
@@ -27,6 +29,41 @@ def find_spreads(layout: Layout, *, device: torch.device) -> dict[str, Spread]:
         for name in layout.shards
         if layout.is_here(name)
     }
+
+
+def cut_groups(
+    groups: Sequence[ParameterGroup], *, spreads: Mapping[str, Spread], most_elements: int
+) -> list[ParameterGroup]:
+    """Muon's groups cut into such as no rank of a team has more than `most_elements` of in its pieces, all at the same
+    parameters; one of more is a group by itself.
+
+    ZeRO's stage 3 steps that many at a time, and counts each rank's own: where tp cuts unevenly, ranks of one team
+    would step other matrices together.
+    """
+    result: list[ParameterGroup] = []
+    for group in groups:
+        if not group.is_matrix:
+            result.append(group)
+            continue
+        counts = [_most_elements(spreads[name]) for name in group.names]
+        first, taken = 0, 0
+        for place, count in enumerate(counts):
+            if place > first and taken + count > most_elements:
+                result.append(_between(group, first=first, end=place))
+                first, taken = place, 0
+            taken += count
+        result.append(_between(group, first=first, end=len(counts)))
+    return result
+
+
+def _most_elements(spread: Spread) -> int:
+    """Elements of the largest piece that a rank of the team holds."""
+    parts = range(spread.team.parts.size)
+    return -(-max(spread.part_shape(rank).numel() for rank in parts) // spread.team.copies.size)
+
+
+def _between(group: ParameterGroup, *, first: int, end: int) -> ParameterGroup:
+    return dataclasses.replace(group, names=group.names[first:end], parameters=group.parameters[first:end])
 
 
 def _spread(layout: Layout, *, name: str, team: Team) -> Spread:

@@ -72,7 +72,8 @@ class Row:
 
     parallel: degrees; stage: of ZeRO under DeepSpeed, None for the grid engine; case: what the routers are driven to;
     rows: of a step, each a micro-batch of `tokens`; tasks: of the even ones, and `others` of the odd ones; settings: of
-    the engine; poison: fresh memory holds NaN; third: also save, load and go on; is_local: the yardstick itself.
+    the engine; sub_group: elements that ZeRO 3 steps at a time; poison: fresh memory holds NaN; third: also save, load
+    and go on; is_local: the yardstick itself.
     """
 
     name: str
@@ -90,6 +91,7 @@ class Row:
     optimizer: str = "adamw"
     precision: str = "fp32"
     settings: dict = dataclasses.field(default_factory=dict)
+    sub_group: int = 1_000_000_000
     poison: bool = False
     third: bool = False
     count_bytes: bool = False
@@ -408,6 +410,7 @@ MATRICES = [
         row("tp2-ep2-zero2-muon-host", tp=2, ep=2, stage=2, settings=HOST),
         row("tp2-ep2-zero3-muon-host", tp=2, ep=2, stage=3, settings=HOST),
         row("tp2-ep2-zero3-muon-nvme", tp=2, ep=2, stage=3, settings=NVME, third=True),
+        row("tp2-ep2-zero3-muon-sub-groups", tp=2, ep=2, stage=3, model="rich", sub_group=1500),
     ),
     *group("threes", 3, row("tp3-muon", tp=3), row("etp3-muon", etp=3, rows=3),
            row("dp3-zero3-muon", stage=3, rows=3), row("etp3-zero2-muon", etp=3, stage=2, rows=3)),
@@ -424,6 +427,7 @@ MATRICES = [
         row("tp4-etp2-zero2-muon-two-key-heads", tp=4, etp=2, stage=2),
         row("tp2-dp2-ep2-etp2-zero3-muon", tp=2, ep=2, etp=2, stage=3, third=True),
         row("tp4-ep2-zero3-muon-two-key-heads", tp=4, ep=2, stage=3),
+        row("tp2-dp2-zero3-muon-sub-groups", tp=2, stage=3, model="rich", sub_group=750, third=True),
         row("pp2-tp2-ep2-zero1-muon", pp=2, tp=2, ep=2, stage=1, third=True),
         row("pp2-etp2-zero1-muon", pp=2, etp=2, stage=1),
     ),

@@ -114,9 +114,10 @@ def make_engine(row: Row) -> Engine:
     parallel = ParallelConfig(**row.parallel)
     if row.stage is None:
         return GridEngine(model, engine=engine, parallel=parallel, optim=optim, settings=settings, device=device)
-    from ernie5.engine.deepspeed_engine import DeepSpeedEngine
+    from ernie5.engine import deepspeed_engine
 
-    return DeepSpeedEngine(
+    deepspeed_engine.SUB_GROUP_ELEMENTS = row.sub_group
+    return deepspeed_engine.DeepSpeedEngine(
         model, engine=engine, parallel=parallel, optim=optim, settings=settings, device=device,
         micro_batches=row.rows // row.dp, micro_sequences=1, log_path=Path(os.devnull),
     )

@@ -91,7 +91,7 @@ def test_a_folder_that_cannot_take_the_state_is_named(tiny: types.ModuleType, tm
 
 
 def test_deepspeed_is_told_where_the_state_is() -> None:
-    plan = DeepSpeedPlan(1, 1, dp=1, num_params=10, layer_params=5, pin_memory=True)
+    plan = DeepSpeedPlan(1, 1, dp=1, num_params=10, layer_params=5, sub_group_elements=3, pin_memory=True)
     told = deepspeed_config(EngineConfig(zero_stage=2, offload_optimizer="cpu"), optim=OptimConfig(), plan=plan)
     assert told["zero_optimization"]["offload_optimizer"] == {"device": "cpu", "pin_memory": True}
     told = deepspeed_config(EngineConfig(zero_stage=2), optim=OptimConfig(), plan=plan)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import pytest
 import torch
 import triton.language as tl
 
+from ernie5.optim.build import build_optimizer
+from ernie5.optim.config import OptimConfig
+from ernie5.optim.groups import ParameterGroup
 from ernie5_kernels.adamw_compact import AdamWStep, CompactTensors, Moment, adamw_compact, count_blocks
 from ernie5_kernels.adamw_compact import kernel as compact
 from ernie5_kernels.native.library import native_library
@@ -159,6 +164,31 @@ def test_a_nan_of_any_bits_stays_one() -> None:
         one.gradient.copy_(bits.view(torch.float32))
         adamw_compact([one], step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 1), backend=backend)
         assert one.parameter.isnan().all()
+
+
+def test_the_optimizer_steps_all_its_tensors_in_one_launch(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Matrices and vectors, which decay or not, in bf16 with codes; the reference steps the same by itself."""
+    weights = [torch.nn.Parameter(random_tensor(*shape, seed=n, dtype=torch.bfloat16))
+               for n, shape in enumerate(((5, 70), (3, 100), (11,)))]
+    groups = [ParameterGroup(name, names, tuple(parameters), decay, is_matrix=False) for name, names, parameters, decay
+              in (("decay", ("a", "b"), weights[:2], 0.1), ("plain", ("c",), weights[2:], 0.0))]
+    config = OptimConfig(moments="8bit", stochastic_rounding=True, learning_rate=1e-2)
+    optimizer = build_optimizer(groups, config=config)
+    truth = tensors_of(KINDS[0], sizes=((5, 70), (3, 100), (11,)))
+    truth = [dataclasses.replace(one, weight_decay=decay) for one, decay in zip(truth, (0.1, 0.1, 0.0), strict=True)]
+    launched, launch = [], compact._launch
+    monkeypatch.setattr(compact, "_launch", lambda *given, **named: (launched.append(1), launch(*given, **named)))
+    scale = torch.tensor(0.5, device=kernel_device())
+    for number in (1, 2):
+        for n, (weight, one) in enumerate(zip(weights, truth, strict=True)):
+            one.gradient.copy_(random_tensor(*weight.shape, seed=10 * number + n))
+            weight.grad = one.gradient.clone()
+        optimizer.step(gradient_scale=scale)
+        adamw_compact(truth, step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, number), gradient_scale=scale, backend="reference")
+    assert len(launched) == 2
+    for weight, one in zip(weights, truth, strict=True):
+        assert torch.equal(weight, one.parameter)
+        assert torch.equal(optimizer.state[weight]["exp_avg_sq_codes"], one.second.values)
 
 
 def launch_one(row: list[int], *, start: int) -> None:

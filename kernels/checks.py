@@ -1,8 +1,16 @@
-"""What a Triton kernel asks of its tensors, as one ValueError that names the tensor, its shape and the rule."""
+"""What a kernel asks of its tensors, as one ValueError that names the tensor, its shape and the rule.
+
+Nothing here waits for a GPU. A rule's text is made where it fails alone: a step calls thousands of these.
+"""
 
 from __future__ import annotations
 
+import functools
+from collections.abc import Callable
+
 import torch
+
+from ernie5.errors import KernelError
 
 TRITON_DTYPES = (torch.float32, torch.bfloat16, torch.float16)
 
@@ -16,19 +24,79 @@ def require(holds: bool, *, op: str, name: str, tensor: torch.Tensor, rule: str)
         )
 
 
+def require_shape(tensor: torch.Tensor, *, shape: tuple[int, ...], op: str, name: str, meaning: str) -> None:
+    """Ask for exactly `shape`; meaning: of what it has so many, such as "one per row of x"."""
+    if tensor.shape != shape:
+        require(False, op=op, name=name, tensor=tensor, rule=f"it must be {list(shape)}, {meaning}")
+
+
 def require_float(tensor: torch.Tensor, *, op: str, name: str) -> None:
     """Ask for a dtype that the Triton kernels compute with (they accumulate in fp32, which fp64 would lose by)."""
     rule = "the triton backend takes float32, bfloat16 or float16; use backend torch for others"
     require(tensor.dtype in TRITON_DTYPES, op=op, name=name, tensor=tensor, rule=rule)
 
 
+def require_fractions(tensor: torch.Tensor, *, op: str, name: str) -> None:
+    """Ask for a floating type, whatever its width."""
+    require(tensor.is_floating_point(), op=op, name=name, tensor=tensor, rule="it must be of a floating type")
+
+
 def require_beside(tensor: torch.Tensor, *, first: torch.Tensor, op: str, name: str, same_dtype: bool = False) -> None:
     """Ask that `tensor` be on the device of the op's first tensor, and of its dtype where `same_dtype`."""
-    rule = f"it must be on {first.device} like the first argument"
-    require(tensor.device == first.device, op=op, name=name, tensor=tensor, rule=rule)
-    if same_dtype:
+    if tensor.device != first.device:
+        rule = f"it must be on {first.device} like the first argument"
+        require(False, op=op, name=name, tensor=tensor, rule=rule)
+    if same_dtype and tensor.dtype != first.dtype:
         rule = f"it must have dtype {first.dtype} like the first argument"
-        require(tensor.dtype == first.dtype, op=op, name=name, tensor=tensor, rule=rule)
+        require(False, op=op, name=name, tensor=tensor, rule=rule)
+
+
+def lies_open(tensor: torch.Tensor) -> bool:
+    """Whether the host may look at values: on the CPU, outside a program that is being compiled."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+
+
+def require_within(index: torch.Tensor, *, limit: int, op: str, name: str) -> None:
+    """Ask that every index that `lies_open` be one of 0 .. limit - 1: C++ would read whatever memory it points at.
+
+    A GPU is not asked, because that would wait for it.
+    """
+    if not index.numel() or not lies_open(index):
+        return
+    low, high = (int(end) for end in torch.aminmax(index))
+    if low < 0 or high >= limit:
+        rule = f"it holds {low} to {high} and may hold 0 to {limit - 1}"
+        require(False, op=op, name=name, tensor=index, rule=rule)
+
+
+def require_offsets(offsets: torch.Tensor, *, rows: int, op: str) -> None:
+    """Ask for int32 or int64, and of what `lies_open` that the cumulative ends rise from 0 to at most `rows`."""
+    holds = offsets.dtype in (torch.int32, torch.int64)
+    require(holds, op=op, name="offsets", tensor=offsets, rule="it must be int32 or int64")
+    if not lies_open(offsets):
+        return
+    start = 0
+    for end in offsets.tolist():
+        if not start <= end <= rows:
+            rule = f"it holds {end} after {start} and must rise from 0 to at most the {rows} rows"
+            require(False, op=op, name="offsets", tensor=offsets, rule=rule)
+        start = end
+
+
+def first_order(backward: Callable[..., object]) -> Callable[..., object]:
+    """A backward pass by hand that refuses to be differentiated: it takes what was saved for constants, so a second
+    derivative would be wrong without a word."""
+
+    @functools.wraps(backward)
+    def checked(ctx: object, *grads: torch.Tensor | None) -> object:
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise KernelError(
+                f"{backward.__qualname__}: backward was called with create_graph=True, and this kernel has no second "
+                'derivative. Use backend="reference"'
+            )
+        return backward(ctx, *grads)
+
+    return checked
 
 
 def fp8_runs_on(device: torch.device) -> bool:

@@ -16,6 +16,7 @@ import torch
 from ernie5.errors import KernelError
 
 from .checks import TRITON_DTYPES
+from .native.library import native_library
 
 BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "flash_attn")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
@@ -52,18 +53,26 @@ def choose_backend(
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
     if requested == "native" and not native:
-        raise KernelError(
-            f"kernel {op}: native cannot take these tensors. It needs a C++ compiler, and fp32 or bf16 on the CPU; use "
-            "auto or torch"
-        )
+        raise KernelError(f"kernel {op}: {_without_native()}; use auto or torch")
     if requested == "triton" and not triton_runs_on(device):
+        package = "the triton package" if TRITON_INSTALLED else "the package triton (pip install triton)"
         raise KernelError(
-            f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and the triton package (or "
+            f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and {package} (or "
             "TRITON_INTERPRET=1 for tests); use auto or torch"
         )
     if requested in PACKAGES:
         _require_package(requested, op=op, device=device)
     return requested
+
+
+def _without_native() -> str:
+    if torch.compiler.is_compiling():
+        return "native cannot run inside torch.compile"
+    if os.environ.get("ERNIE5_NATIVE") == "0":
+        return "native is switched off by ERNIE5_NATIVE=0"
+    if native_library() is None:
+        return "native has no C++ library here. Install g++ (Debian: apt install g++), or set CXX to a compiler"
+    return "native cannot take these tensors. It needs all in fp32 or all in bf16, on the CPU"
 
 
 def _require_package(requested: str, *, op: str, device: torch.device) -> None:

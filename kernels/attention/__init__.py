@@ -6,7 +6,7 @@ import torch
 
 from ernie5.errors import KernelError
 
-from ..checks import require, require_beside, require_float
+from ..checks import require, require_beside, require_float, require_fractions, require_shape
 from ..dispatch import choose_backend
 from ..native.library import runs_native
 from .chunked import ChunkedAttention, attend, attend_backward
@@ -16,6 +16,7 @@ from .reference import attention_reference, dense_mask
 from .sdpa import attention_sdpa
 
 OFFERED = ("triton", "native", "torch", "sdpa", "flex", "flash_attn", "reference")
+OP = "attention"
 
 __all__ = [
     "AttentionPlan", "attend", "attend_backward", "attention", "dense_mask", "plan_attention", "plan_piecewise",
@@ -36,22 +37,18 @@ def attention(
     Softmax in at least fp32; a row that sees no key gives zero. scale defaults to C^-1/2. Returns [B, T, H, C].
     Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    if key.shape != value.shape or query.shape[2] % key.shape[2] or query.shape[1] != plan.query_tokens:
-        raise ValueError(
-            f"attention: query {tuple(query.shape)}, key {tuple(key.shape)}, value {tuple(value.shape)}, plan for "
-            f"{plan.query_tokens} queries"
-        )
-    if key.shape[1] != plan.query_start + plan.query_tokens:
-        raise ValueError(f"attention: {key.shape[1]} keys, plan for {plan.query_start + plan.query_tokens}")
+    _require(query, key=key, value=value, plan=plan)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     native = runs_native(query, key, value) and query.shape[-1] % 2 == 0
-    chosen = choose_backend(
-        backend, op="attention", offered=OFFERED, device=query.device, dtype=query.dtype, native=native
-    )
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=query.device, dtype=query.dtype, native=native)
+    if chosen in ("triton", "native") and scale <= 0:  # they take the largest score before they scale
+        query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
     if chosen == "triton":
         from .operator import attention_triton
 
-        _require(query, key=key, value=value, plan=plan)
+        require_float(query, op=OP, name="query")
+        rule = "heads may be at most 256 wide, a block is held in registers; use backend torch"
+        require(query.shape[-1] <= 256, op=OP, name="query", tensor=query, rule=rule)
         return attention_triton(
             query, key=key, value=value, intervals=plan.intervals, query_start=plan.query_start, scale=scale
         )
@@ -88,13 +85,25 @@ def _by_flash_attn(
 
 
 def _require(query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan) -> None:
-    require_float(query, op="attention", name="query")
-    for name, tensor in (("key", key), ("value", value)):
-        require_beside(tensor, first=query, op="attention", name=name, same_dtype=True)
-    rule = "heads may be at most 256 wide, a block is held in registers; use backend torch"
-    require(query.shape[-1] <= 256, op="attention", name="query", tensor=query, rule=rule)
+    holds = query.ndim == 4 and query.shape[3] > 0
+    rule = "it must be [rows, queries, heads, width] with a width of at least 1"
+    require(holds, op=OP, name="query", tensor=query, rule=rule)
+    require_fractions(query, op=OP, name="query")
+    batch, queries, heads, width = query.shape
+    if queries != plan.query_tokens:
+        rule = f"it does not fit a plan for {plan.query_tokens} queries"
+        require(False, op=OP, name="query", tensor=query, rule=rule)
+    keys = plan.query_start + plan.query_tokens
+    holds = key.ndim == 4 and key.shape[2] > 0 and heads % key.shape[2] == 0
+    if not holds or (key.shape[0], key.shape[1], key.shape[3]) != (batch, keys, width):
+        rule = f"it must be [{batch}, {keys}, key heads, {width}] as the plan and query say, key heads dividing {heads}"
+        require(False, op=OP, name="key", tensor=key, rule=rule)
+    require_shape(value, shape=key.shape, op=OP, name="value", meaning="as key")
+    require_beside(key, first=query, op=OP, name="key", same_dtype=True)
+    require_beside(value, first=query, op=OP, name="value", same_dtype=True)
     if plan.intervals is not None:
-        rule = f"it must be [{query.shape[0]}, {key.shape[1]}, 4], one per key column"
-        holds = plan.intervals.shape == (query.shape[0], key.shape[1], 4)
-        require(holds, op="attention", name="plan.intervals", tensor=plan.intervals, rule=rule)
-        require_beside(plan.intervals, first=query, op="attention", name="plan.intervals")
+        name = "plan.intervals"
+        require_shape(plan.intervals, shape=(batch, keys, 4), op=OP, name=name, meaning="four rows per key column")
+        holds = not plan.intervals.is_floating_point()
+        require(holds, op=OP, name=name, tensor=plan.intervals, rule="it must be of integers")
+        require_beside(plan.intervals, first=query, op=OP, name=name)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order, require
 from .plan import AttentionPlan, Chunk
 
 
@@ -24,6 +25,7 @@ class ChunkedAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grad = grad.contiguous()
@@ -47,6 +49,10 @@ def attend(
     nothing. The chunks of `plan` must cover every query row once; their keys may be a part of all, so that results
     over several parts can be merged.
     """
+    planned = plan.chunks[-1].row + 1 if plan.chunks else 0
+    if query.numel() and planned != query.shape[0]:
+        rule = f"it does not fit a plan for {planned} rows"
+        require(False, op="attention", name="query", tensor=query, rule=rule)
     wide = torch.promote_types(query.dtype, torch.float32)
     out = query.new_empty(query.shape, dtype=dtype)
     lse = query.new_empty(query.shape[:3], dtype=wide)

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 from .plan import AttentionPlan
 
@@ -30,6 +31,7 @@ class NativeAttention(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grads = torch.empty_like(query), torch.empty_like(key), torch.empty_like(value)

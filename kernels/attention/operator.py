@@ -142,9 +142,8 @@ def attention_triton(
     query_start: int,
     scale: float,
 ) -> torch.Tensor:
-    """Attend from query [B, T, H, C] to key and value [B, S, G, C] under intervals [B, S, 4] (None: to all)."""
-    if scale <= 0:  # the kernel takes the largest score before it scales
-        query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0
+    """Attend from query [B, T, H, C] to key and value [B, S, G, C] under intervals [B, S, 4] (None: to all); scale > 0.
+    """
     if intervals is None:
         intervals = everything_visible(batch=query.shape[0], keys=key.shape[1], device=query.device)
     return attention_op(query, key, value, intervals.to(torch.int32).contiguous(), query_start, scale)[0]

@@ -10,6 +10,7 @@ def bit_cross_entropy_reference(
 ) -> torch.Tensor:
     """weight * sum_d -log p(bit_d) from log-sigmoids, in at least fp32."""
     wide = logits.to(torch.promote_types(logits.dtype, torch.float32))
+    bits = bits.to(wide.dtype)
     log_one = torch.nn.functional.logsigmoid(wide)
     log_zero = torch.nn.functional.logsigmoid(-wide)
     return -(bits * log_one + (1 - bits) * log_zero).sum(-1) * weights

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import require, require_beside, require_fractions, require_offsets, require_shape
 from ..dispatch import choose_backend
 from ..grouped_gemm import grouped_gemm
 from ..native.library import runs_native
@@ -12,6 +13,7 @@ from .native import NativeExperts
 from .reference import experts_reference
 
 OFFERED = ("triton", "native", "torch", "megablocks", "reference")
+OP = "experts"
 
 
 def experts(
@@ -32,19 +34,11 @@ def experts(
 
     Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    num_experts, twice, width = gate_up.shape
-    if (
-        rows.ndim != 2 or rows.shape[1] != width or down.shape != (num_experts, width, twice // 2) or twice % 2
-        or offsets.shape != (num_experts,) or row_weights.shape != rows.shape[:1]
-    ):
-        raise ValueError(
-            f"experts: rows {tuple(rows.shape)}, row_weights {tuple(row_weights.shape)}, gate_up "
-            f"{tuple(gate_up.shape)}, down {tuple(down.shape)}, offsets {tuple(offsets.shape)}"
-        )
+    _require(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
     native = runs_native(rows, gate_up, down)
     offered = OFFERED[:1] if fp8 else OFFERED
     backend = "triton" if fp8 and backend == "auto" else backend  # the only one, so that its absence is said
-    chosen = choose_backend(backend, op="experts", offered=offered, device=rows.device, dtype=rows.dtype, native=native)
+    chosen = choose_backend(backend, op=OP, offered=offered, device=rows.device, dtype=rows.dtype, native=native)
     if chosen == "reference":
         return experts_reference(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
     if chosen == "native":
@@ -52,3 +46,25 @@ def experts(
     first = grouped_gemm(rows, weight=gate_up, offsets=offsets, backend=chosen, fp8=fp8)
     activated = swiglu(first, row_weights=row_weights, backend="auto" if chosen == "megablocks" else chosen)
     return grouped_gemm(activated, weight=down, offsets=offsets, backend=chosen, fp8=fp8)
+
+
+def _require(
+    rows: torch.Tensor, *, row_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, offsets: torch.Tensor
+) -> None:
+    require(rows.ndim == 2, op=OP, name="rows", tensor=rows, rule="it must be [rows, width]")
+    require_fractions(rows, op=OP, name="rows")
+    holds = gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0
+    holds = holds and gate_up.shape[2] == rows.shape[1]
+    rule = "it must be [experts, gate and up, width] with at least one expert and the width of rows"
+    require(holds, op=OP, name="gate_up", tensor=gate_up, rule=rule)
+    num_experts, twice, width = gate_up.shape
+    shape = (num_experts, width, twice // 2)
+    require_shape(down, shape=shape, op=OP, name="down", meaning="as many experts and columns as gate_up")
+    require_shape(row_weights, shape=rows.shape[:1], op=OP, name="row_weights", meaning="one per row")
+    require_fractions(row_weights, op=OP, name="row_weights")
+    require_beside(row_weights, first=rows, op=OP, name="row_weights")
+    require_beside(gate_up, first=rows, op=OP, name="gate_up", same_dtype=True)
+    require_beside(down, first=rows, op=OP, name="down", same_dtype=True)
+    require_shape(offsets, shape=(num_experts,), op=OP, name="offsets", meaning="one per expert")
+    require_beside(offsets, first=rows, op=OP, name="offsets")
+    require_offsets(offsets, rows=rows.shape[0], op=OP)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -21,7 +22,7 @@ class NativeExperts(torch.autograd.Function):
     ) -> torch.Tensor:
         rows, gate_up, down = rows.contiguous(), gate_up.contiguous(), down.contiguous()
         ctx.weights_dtype = row_weights.dtype
-        row_weights, offsets = row_weights.float().contiguous(), offsets.long().contiguous()
+        row_weights, offsets = row_weights.float().resolve_neg().contiguous(), offsets.long().contiguous()
         middle, out = rows.new_empty(rows.shape[0], gate_up.shape[1]), torch.empty_like(rows)
         native_library().ernie5_experts_forward(
             is_narrow(rows), *map(pointer, (rows, row_weights, offsets, gate_up, down, middle, out)),
@@ -31,6 +32,7 @@ class NativeExperts(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, row_weights, gate_up, down, offsets, middle = ctx.saved_tensors
         grad = grad.contiguous()

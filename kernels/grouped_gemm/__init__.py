@@ -4,12 +4,21 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import fp8_runs_on, require, require_beside, require_float
+from ..checks import (
+    fp8_runs_on,
+    require,
+    require_beside,
+    require_float,
+    require_fractions,
+    require_offsets,
+    require_shape,
+)
 from ..dispatch import choose_backend
 from .reference import grouped_gemm_reference
 from .segments import SegmentedGemm
 
 OFFERED = ("triton", "torch", "megablocks", "reference")
+OP = "grouped_gemm"
 
 
 def grouped_gemm(
@@ -22,14 +31,11 @@ def grouped_gemm(
     gradient. fp8: multiply in e4m3 with scales per 1 x 128 and 128 x 128 (triton alone; the weight's gradient keeps the
     rows' dtype). Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    if rows.ndim != 2 or weight.ndim != 3 or weight.shape[2] != rows.shape[1] or offsets.shape != weight.shape[:1]:
-        raise ValueError(
-            f"grouped_gemm: rows {tuple(rows.shape)}, weight {tuple(weight.shape)}, offsets {tuple(offsets.shape)}"
-        )
+    _require(rows, weight=weight, offsets=offsets)
     offered = OFFERED[:1] if fp8 else OFFERED
     if fp8 and backend == "auto":
         backend = "triton"  # the only one, so that its absence is said
-    chosen = choose_backend(backend, op="grouped_gemm", offered=offered, device=rows.device, dtype=rows.dtype)
+    chosen = choose_backend(backend, op=OP, offered=offered, device=rows.device, dtype=rows.dtype)
     if chosen == "reference":
         return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
     if chosen == "megablocks":
@@ -37,10 +43,10 @@ def grouped_gemm(
     if chosen == "triton":
         from .kernel import grouped_gemm_triton
 
-        _require(rows, weight=weight, offsets=offsets)
+        _require_triton(rows, weight=weight, offsets=offsets)
         if fp8:
             rule = "fp8 products need compute capability 8.9 or later; use fp8=False"
-            require(fp8_runs_on(rows.device), op="grouped_gemm", name="rows", tensor=rows, rule=rule)
+            require(fp8_runs_on(rows.device), op=OP, name="rows", tensor=rows, rule=rule)
             from .scaled import ScaledGroupedGemm
 
             return ScaledGroupedGemm.apply(rows, weight, offsets)
@@ -53,7 +59,7 @@ def _by_megablocks(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.T
     from grouped_gemm.ops import gmm
 
     rule = "megablocks multiplies bfloat16 alone; use triton or torch"
-    require(rows.dtype == torch.bfloat16, op="grouped_gemm", name="rows", tensor=rows, rule=rule)
+    require(rows.dtype == torch.bfloat16, op=OP, name="rows", tensor=rows, rule=rule)
     sizes = torch.diff(offsets, prepend=offsets.new_zeros(1)).to("cpu", torch.int64)
     used = int(sizes.sum())
     out = gmm(rows[:used], weight, sizes, trans_b=True)
@@ -61,10 +67,19 @@ def _by_megablocks(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.T
 
 
 def _require(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor) -> None:
-    require_float(rows, op="grouped_gemm", name="rows")
-    require_beside(weight, first=rows, op="grouped_gemm", name="weight", same_dtype=True)
-    require_beside(offsets, first=rows, op="grouped_gemm", name="offsets")
+    require(rows.ndim == 2, op=OP, name="rows", tensor=rows, rule="it must be [rows, width]")
+    require_fractions(rows, op=OP, name="rows")
+    holds = weight.ndim == 3 and weight.shape[0] > 0 and weight.shape[2] == rows.shape[1]
+    rule = "it must be [groups, outputs, width] with at least one group and the width of rows"
+    require(holds, op=OP, name="weight", tensor=weight, rule=rule)
+    require_beside(weight, first=rows, op=OP, name="weight", same_dtype=True)
+    require_shape(offsets, shape=weight.shape[:1], op=OP, name="offsets", meaning="one per group")
+    require_beside(offsets, first=rows, op=OP, name="offsets")
+    require_offsets(offsets, rows=rows.shape[0], op=OP)
+
+
+def _require_triton(rows: torch.Tensor, *, weight: torch.Tensor, offsets: torch.Tensor) -> None:
+    require_float(rows, op=OP, name="rows")
     rule = "it must be contiguous, because the experts' weights are too large to copy"
-    require(weight.is_contiguous(), op="grouped_gemm", name="weight", tensor=weight, rule=rule)
-    holds = offsets.dtype in (torch.int32, torch.int64) and offsets.is_contiguous()
-    require(holds, op="grouped_gemm", name="offsets", tensor=offsets, rule="it must be contiguous int32 or int64")
+    require(weight.is_contiguous(), op=OP, name="weight", tensor=weight, rule=rule)
+    require(offsets.is_contiguous(), op=OP, name="offsets", tensor=offsets, rule="it must be contiguous")

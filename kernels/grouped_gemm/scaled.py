@@ -10,6 +10,7 @@ import torch
 import triton
 import triton.language as tl
 
+from ..checks import first_order
 from ..launch import ceil_div, num_processors, power_of_two
 from ..quant_cast import ScaledTensor, quant_cast
 from ..quant_cast.reference import SIDE
@@ -98,6 +99,7 @@ class ScaledGroupedGemm(torch.autograd.Function):
         return multiply_scaled(narrow_rows, weight=narrow_weight, offsets=offsets, dtype=rows.dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
         grad = grad.contiguous()

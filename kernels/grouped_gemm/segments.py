@@ -11,6 +11,8 @@ import dataclasses
 
 import torch
 
+from ..checks import first_order
+
 ROUND_ROWS = 64
 LARGEST_WASTE = 4
 
@@ -28,6 +30,7 @@ class SegmentedGemm(torch.autograd.Function):
         return _multiply(rows, weight=weight.transpose(1, 2), ends=ctx.ends)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight = ctx.saved_tensors
         grad, slots = grad.contiguous(), ctx.slots

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -19,6 +20,7 @@ class NativeLinear(torch.autograd.Function):
         return _product(x, weight, columns=weight.shape[0], transposed=True)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight = ctx.saved_tensors
         grad = grad.contiguous()

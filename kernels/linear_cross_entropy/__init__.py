@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require, require_beside, require_float
+from ..checks import require, require_beside, require_float, require_fractions, require_shape, require_within
 from ..dispatch import choose_backend
 from ..native.library import runs_native
 from .chunked import ChunkedLinearCrossEntropy
@@ -13,6 +13,7 @@ from .reference import linear_cross_entropy_reference, partials_reference
 
 OFFERED = ("triton", "native", "torch", "reference")
 CHUNK_BYTES = 8 << 20
+OP = "linear_cross_entropy"
 
 
 def linear_cross_entropy(
@@ -29,21 +30,18 @@ def linear_cross_entropy(
     at one time, by default as many as fit 8 MiB (a cache's worth on CPU). Raises KernelError for a backend that
     cannot run, ValueError for shapes.
     """
-    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"linear_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
-            f"targets {tuple(targets.shape)}"
-        )
+    _require(hidden, weight=weight, targets=targets)
+    require_within(targets, limit=weight.shape[0], op=OP, name="targets")
     native = runs_native(hidden, weight)
     chosen = choose_backend(
-        backend, op="linear_cross_entropy", offered=OFFERED, device=hidden.device, dtype=hidden.dtype, native=native
+        backend, op=OP, offered=OFFERED, device=hidden.device, dtype=hidden.dtype, native=native
     )
     if chosen == "reference":
         return linear_cross_entropy_reference(hidden, weight=weight, targets=targets)
     if chosen == "triton":
         from .kernel import linear_cross_entropy_triton
 
-        _require(hidden, weight=weight, targets=targets)
+        _require_triton(hidden, weight=weight)
         return linear_cross_entropy_triton(hidden, weight=weight, targets=targets)
     if not torch.is_grad_enabled():  # a parameter asks for its gradient even then, and this op makes it at once
         hidden, weight = hidden.detach(), weight.detach()
@@ -60,23 +58,33 @@ def vocabulary_partials(
 
     Returns (largest logit, sum of exp(logit - largest), the target's logit or 0), each [N] fp32; no gradient. Over all
     holders: peak = max, mass = sum of mass_i exp(peak_i - peak), loss = log(mass) + peak - sum of the target's logits.
+    Raises KernelError and ValueError as `linear_cross_entropy`; targets are any ids of the whole vocabulary.
     """
+    _require(hidden, weight=weight, targets=targets)
     chosen = choose_backend(
-        backend, op="linear_cross_entropy", offered=("triton", "reference"), device=hidden.device, dtype=hidden.dtype
+        backend, op=OP, offered=("triton", "reference"), device=hidden.device, dtype=hidden.dtype
     )
     if chosen == "triton":
         from .kernel import partials_triton
 
-        _require(hidden, weight=weight, targets=targets)
+        _require_triton(hidden, weight=weight)
         return partials_triton(hidden.detach(), weight.detach(), targets, first_id)
     return partials_reference(hidden.detach(), weight=weight.detach(), targets=targets, first_id=first_id)
 
 
 def _require(hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    op = "linear_cross_entropy"
-    require_float(hidden, op=op, name="hidden")
-    require_beside(weight, first=hidden, op=op, name="weight", same_dtype=True)
-    require_beside(targets, first=hidden, op=op, name="targets")
-    require(targets.dtype == torch.int64, op=op, name="targets", tensor=targets, rule="it must be int64")
+    require(hidden.ndim == 2, op=OP, name="hidden", tensor=hidden, rule="it must be [rows, width]")
+    require_fractions(hidden, op=OP, name="hidden")
+    holds = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
+    rule = "it must be [ids, width] with at least one id and the width of hidden"
+    require(holds, op=OP, name="weight", tensor=weight, rule=rule)
+    require_beside(weight, first=hidden, op=OP, name="weight", same_dtype=True)
+    require_shape(targets, shape=hidden.shape[:1], op=OP, name="targets", meaning="one per row of hidden")
+    require(targets.dtype == torch.int64, op=OP, name="targets", tensor=targets, rule="it must be int64")
+    require_beside(targets, first=hidden, op=OP, name="targets")
+
+
+def _require_triton(hidden: torch.Tensor, *, weight: torch.Tensor) -> None:
+    require_float(hidden, op=OP, name="hidden")
     rule = "it must be contiguous, because the head is too large to copy"
-    require(weight.is_contiguous(), op=op, name="weight", tensor=weight, rule=rule)
+    require(weight.is_contiguous(), op=OP, name="weight", tensor=weight, rule=rule)

@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
+
 
 class ChunkedLinearCrossEntropy(torch.autograd.Function):
     """Sum of nats over rows; see the module's docstring."""
@@ -40,6 +42,7 @@ class ChunkedLinearCrossEntropy(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (

@@ -145,7 +145,7 @@ def partials_triton(
     hidden: torch.Tensor, weight: torch.Tensor, targets: torch.Tensor, first_id: int
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """(peak, mass, pick), each [N] fp32, over the ids first_id .. first_id + V - 1 that weight [V, D] holds."""
-    hidden, (cols, inner), rows = hidden.contiguous(), weight.shape, hidden.shape[0]
+    hidden, (cols, inner), rows, targets = hidden.contiguous(), weight.shape, hidden.shape[0], targets.contiguous()
     if not rows:
         return _rows_fp32(hidden), _rows_fp32(hidden), _rows_fp32(hidden)
     tiles = choose_tiles(capability=capability_of(hidden.device), element_bytes=hidden.element_size())
@@ -172,7 +172,7 @@ def gradients_triton(
 
     With a part of the vocabulary the gradient of hidden is a partial sum over its holders.
     """
-    hidden, (cols, inner) = hidden.contiguous(), weight.shape
+    hidden, (cols, inner), targets = hidden.contiguous(), weight.shape, targets.contiguous()
     tiles = choose_tiles(capability=capability_of(hidden.device), element_bytes=hidden.element_size())
     chunk = max(tiles.rows, DELTA_BYTES // (cols * hidden.element_size()) // tiles.rows * tiles.rows)
     grad_hidden = torch.empty_like(hidden)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -26,5 +27,6 @@ class NativeLinearCrossEntropy(torch.autograd.Function):
         return losses.double().sum().float()
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return *(None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors), None

@@ -15,6 +15,10 @@ from collections.abc import Callable
 
 import torch
 
+from ..checks import first_order, require, require_beside, require_shape, require_within
+
+OP = "vocabulary_parallel_cross_entropy"
+
 
 @dataclasses.dataclass(frozen=True)
 class VocabularyPart:
@@ -44,11 +48,15 @@ def vocabulary_parallel_cross_entropy(
     hidden [N, D] and targets [N] int64 (ids of the whole head) equal on all ranks; weight [v, D] this rank's rows;
     chunk_rows: hidden rows whose logits exist at one time. Raises ValueError for shapes.
     """
-    if hidden.ndim != 2 or weight.shape[1:] != hidden.shape[1:] or targets.shape != hidden.shape[:1]:
-        raise ValueError(
-            f"vocabulary_parallel_cross_entropy: hidden {tuple(hidden.shape)}, weight {tuple(weight.shape)}, "
-            f"targets {tuple(targets.shape)}"
-        )
+    require(hidden.ndim == 2, op=OP, name="hidden", tensor=hidden, rule="it must be [rows, width]")
+    holds = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
+    rule = "it must be [ids, width] with at least one id and the width of hidden"
+    require(holds, op=OP, name="weight", tensor=weight, rule=rule)
+    require_beside(weight, first=hidden, op=OP, name="weight", same_dtype=True)
+    require_shape(targets, shape=hidden.shape[:1], op=OP, name="targets", meaning="one per row of hidden")
+    require(targets.dtype == torch.int64, op=OP, name="targets", tensor=targets, rule="it must be int64")
+    require_beside(targets, first=hidden, op=OP, name="targets")
+    require_within(targets, limit=part.vocab_size, op=OP, name="targets")
     if not torch.is_grad_enabled():  # gradients are made in the forward pass, and only if somebody wants them
         hidden, weight = hidden.detach(), weight.detach()
     return _VocabularyParallel.apply(hidden, weight, targets, part, chunk_rows)
@@ -95,6 +103,7 @@ class _VocabularyParallel(torch.autograd.Function):
         return total
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         grad_hidden, grad_weight = ctx.saved_tensors
         return (

@@ -6,12 +6,21 @@ import dataclasses
 
 import torch
 
-from ..checks import fp8_runs_on, require, require_beside, require_float
+from ..checks import (
+    fp8_runs_on,
+    require,
+    require_beside,
+    require_float,
+    require_fractions,
+    require_shape,
+    require_within,
+)
 from ..dispatch import choose_backend
 from ..quant_cast import ScaledTensor, quant_cast
 from .reference import permute_reference, plan_reference, unpermute_reference
 
 OFFERED = ("triton", "torch", "reference")
+OP = "moe_permute"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -24,10 +33,17 @@ class Permutation:
 
 
 def plan_permutation(choices: torch.Tensor, *, num_experts: int, backend: str = "auto") -> Permutation:
-    """Order the slots of choices [N, K] (int64 in 0..E-1) by expert; within an expert the order of tokens stays."""
+    """Order the slots of choices [N, K] (int64 in 0..E-1) by expert; within an expert the order of tokens stays.
+
+    Raises KernelError for a backend that cannot run, ValueError for choices that do not fit. On a GPU their range is
+    not looked at, which would wait for it: what is outside makes rows that nothing writes.
+    """
     holds = choices.ndim == 2 and choices.dtype == torch.int64
-    require(holds, op="moe_permute", name="choices", tensor=choices, rule="it must be [tokens, k] of int64")
-    chosen = choose_backend(backend, op="moe_permute", offered=OFFERED, device=choices.device)
+    require(holds, op=OP, name="choices", tensor=choices, rule="it must be [tokens, k] of int64")
+    if num_experts < 1:
+        raise ValueError(f"moe_permute: num_experts is {num_experts}; it must be at least 1")
+    require_within(choices, limit=num_experts, op=OP, name="choices")
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=choices.device)
     if chosen == "triton":
         from .kernel import plan_triton
 
@@ -49,10 +65,10 @@ def _plan_by_sorting(choices: torch.Tensor, *, num_experts: int) -> Permutation:
 def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> torch.Tensor:
     """Return rows [N*K, D] in expert order of x [N, D]; its gradient is `unpermute` without weights."""
     _require_tokens(x, permutation=permutation)
-    if choose_backend(backend, op="moe_permute", offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
+    if choose_backend(backend, op=OP, offered=OFFERED, device=x.device, dtype=x.dtype) == "triton":
         from .kernel import permute_triton
 
-        require_float(x, op="moe_permute", name="x")
+        require_float(x, op=OP, name="x")
         return permute_triton(x, permutation.places)
     return permute_reference(x, sources=permutation.sources)
 
@@ -60,11 +76,13 @@ def permute(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto")
 def permute_cast(x: torch.Tensor, *, permutation: Permutation, backend: str = "auto") -> ScaledTensor:
     """Rows in expert order as e4m3 with scales of 1 x 128, cast and spread in one pass; no gradient."""
     _require_tokens(x, permutation=permutation)
+    require(x.shape[1] > 0, op=OP, name="x", tensor=x, rule="a cast needs a width of at least 1")
+    require_fractions(x, op=OP, name="x")
     offered = OFFERED if fp8_runs_on(x.device) else OFFERED[1:]
-    if choose_backend(backend, op="moe_permute", offered=offered, device=x.device, dtype=x.dtype) == "triton":
+    if choose_backend(backend, op=OP, offered=offered, device=x.device, dtype=x.dtype) == "triton":
         from ..quant_cast.kernel import spread_cast_triton
 
-        require_float(x, op="moe_permute", name="x")
+        require_float(x, op=OP, name="x")
         return ScaledTensor(*spread_cast_triton(x.detach(), permutation.places), 1)
     return quant_cast(permute_reference(x, sources=permutation.sources), block_rows=1, backend="reference")
 
@@ -76,18 +94,18 @@ def unpermute(
 
     rows [N*K, D]; weights [N, K]. Gradients of both. Raises KernelError or ValueError as the other operators do.
     """
-    places, op = permutation.places, "moe_permute"
+    places = permutation.places
     holds = rows.ndim == 2 and rows.shape[0] == places.numel()
-    require(holds, op=op, name="rows", tensor=rows, rule=f"it must be [{places.numel()}, width], one row per slot")
-    require_beside(places, first=rows, op=op, name="permutation.places")
+    require(holds, op=OP, name="rows", tensor=rows, rule=f"it must be [{places.numel()}, width], one row per slot")
+    require_beside(places, first=rows, op=OP, name="permutation.places")
     if weights is not None:
-        rule = f"it must be {tuple(places.shape)}, one per slot"
-        require(weights.shape == places.shape, op=op, name="weights", tensor=weights, rule=rule)
-        require_beside(weights, first=rows, op=op, name="weights")
-    if choose_backend(backend, op=op, offered=OFFERED, device=rows.device, dtype=rows.dtype) == "triton":
+        require_shape(weights, shape=places.shape, op=OP, name="weights", meaning="one per slot")
+        require_fractions(weights, op=OP, name="weights")
+        require_beside(weights, first=rows, op=OP, name="weights")
+    if choose_backend(backend, op=OP, offered=OFFERED, device=rows.device, dtype=rows.dtype) == "triton":
         from .kernel import unpermute_triton
 
-        require_float(rows, op=op, name="rows")
+        require_float(rows, op=OP, name="rows")
         return unpermute_triton(rows, places, weights)
     return unpermute_reference(rows, places=places, weights=weights)
 
@@ -95,5 +113,5 @@ def unpermute(
 def _require_tokens(x: torch.Tensor, *, permutation: Permutation) -> None:
     tokens = permutation.places.shape[0]
     holds = x.ndim == 2 and x.shape[0] == tokens
-    require(holds, op="moe_permute", name="x", tensor=x, rule=f"it must be [{tokens}, width], one row per token")
-    require_beside(permutation.sources, first=x, op="moe_permute", name="permutation.sources")
+    require(holds, op=OP, name="x", tensor=x, rule=f"it must be [{tokens}, width], one row per token")
+    require_beside(permutation.sources, first=x, op=OP, name="permutation.sources")

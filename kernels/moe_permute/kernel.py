@@ -116,7 +116,7 @@ def _plan_results(choices: torch.Tensor, *, num_experts: int) -> tuple[torch.Ten
 @torch.library.custom_op("ernie5::permute", mutates_args=())
 def permute_triton(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
     """Rows [N*K, D] with row places[n, k] = x[n]."""
-    x, (tokens, top_k), width = x.contiguous(), places.shape, x.shape[1]
+    x, places, (tokens, top_k), width = x.contiguous(), places.contiguous(), places.shape, x.shape[1]
     out = x.new_empty(tokens * top_k, width)
     if out.numel():
         block = min(COPY_WIDTH, power_of_two(width, least=16))
@@ -127,7 +127,7 @@ def permute_triton(x: torch.Tensor, places: torch.Tensor) -> torch.Tensor:
 @torch.library.custom_op("ernie5::unpermute", mutates_args=())
 def unpermute_triton(rows: torch.Tensor, places: torch.Tensor, weights: torch.Tensor | None) -> torch.Tensor:
     """Weighted sum of each token's rows."""
-    rows, (tokens, top_k), width = rows.contiguous(), places.shape, rows.shape[1]
+    rows, places, (tokens, top_k), width = rows.contiguous(), places.contiguous(), places.shape, rows.shape[1]
     out = rows.new_empty(tokens, width)
     if out.numel():
         block = min(COPY_WIDTH, power_of_two(width, least=16))
@@ -150,8 +150,8 @@ def unpermute_backward(
     if places.numel():
         block = power_of_two(width, least=16)
         unpermute_backward_kernel[(places.shape[0],)](
-            grad.contiguous(), rows.contiguous(), places, weights.contiguous(), grad_rows, grad_weights, width,
-            places.shape[1], block, num_warps=4 if block <= 4096 else 8,
+            grad.contiguous(), rows.contiguous(), places.contiguous(), weights.contiguous(), grad_rows, grad_weights,
+            width, places.shape[1], block, num_warps=4 if block <= 4096 else 8,
         )
     return grad_rows, grad_weights
 

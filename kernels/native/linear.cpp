@@ -28,7 +28,7 @@ void product(const T* x, const T* weight, T* out, int64_t rows, int64_t summed, 
 template <class T>
 void outer(const T* left, const T* right, T* out, int64_t rows, int64_t columns, int64_t summed, int threads) {
   const int64_t panels = panels_of(columns), deep = 2 * DEEP;
-  const int64_t share = (panels + threads - 1) / threads;
+  const int64_t share = std::max<int64_t>(1, (panels + threads - 1) / threads);  // no column: no work, no division by 0
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t p = 0; p < panels; p += share) {
     const TileScope tiles;

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..checks import fp8_runs_on, require
+from ..checks import fp8_runs_on, require, require_fractions
 from ..dispatch import choose_backend
 from .reference import SIDE, cast_reference, widen_reference
 
@@ -33,8 +33,9 @@ def quant_cast(x: torch.Tensor, *, block_rows: int, transposed: bool = False, ba
     in the same pass (weights for the backward product). Raises KernelError for a backend that cannot run, ValueError
     for shapes.
     """
-    rule = "it must have 2 or 3 dimensions, none empty but the rows"
+    rule = "it must be [rows, width] or [matrices, rows, width] with a width of at least 1"
     require(x.ndim in (2, 3) and x.shape[-1] > 0, op="quant_cast", name="x", tensor=x, rule=rule)
+    require_fractions(x, op="quant_cast", name="x")
     if block_rows not in (1, SIDE):
         raise ValueError(f"quant_cast: block_rows is {block_rows}; scales cover 1 or {SIDE} rows")
     if transposed and block_rows == 1:

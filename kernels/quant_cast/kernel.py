@@ -87,7 +87,7 @@ def spread_cast_triton(x: torch.Tensor, places: torch.Tensor) -> tuple[torch.Ten
     """(values e4m3, scales fp32) with row places[n, k] that of x[n], a scale per 1 x 128."""
     values, scales = _fake_spread(x, places)
     if values.numel():
-        _cast_rows(x.contiguous(), places=places, values=values, scales=scales)
+        _cast_rows(x.contiguous(), places=places.contiguous(), values=values, scales=scales)
     return values, scales
 
 

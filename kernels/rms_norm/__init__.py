@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require_beside, require_float
+from ..checks import require, require_beside, require_float, require_fractions, require_shape
 from ..dispatch import choose_backend
 from ..native.library import runs_native
 from .fused import FusedRMSNorm
@@ -12,6 +12,7 @@ from .native import NativeRMSNorm
 from .reference import rms_norm_reference
 
 OFFERED = ("triton", "native", "torch", "reference")
+OP = "rms_norm"
 
 
 def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str = "auto") -> torch.Tensor:
@@ -19,12 +20,14 @@ def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str 
 
     Returns [..., D] in x's dtype. Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    if weight.shape != x.shape[-1:]:
-        raise ValueError(f"rms_norm: weight {tuple(weight.shape)} does not fit x {tuple(x.shape)}")
+    rule = "it must be [..., width] with a width of at least 1"
+    require(x.ndim > 0 and x.shape[-1] > 0, op=OP, name="x", tensor=x, rule=rule)
+    require_fractions(x, op=OP, name="x")
+    require_shape(weight, shape=x.shape[-1:], op=OP, name="weight", meaning="one per column of x")
+    require_fractions(weight, op=OP, name="weight")
+    require_beside(weight, first=x, op=OP, name="weight")
     native = runs_native(x, weight)
-    chosen = choose_backend(
-        backend, op="rms_norm", offered=OFFERED, device=x.device, dtype=x.dtype, native=native
-    )
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=x.device, dtype=x.dtype, native=native)
     if chosen == "reference":
         return rms_norm_reference(x, weight=weight, eps=eps)
     if chosen == "native":
@@ -32,7 +35,6 @@ def rms_norm(x: torch.Tensor, *, weight: torch.Tensor, eps: float, backend: str 
     if chosen == "triton":
         from .kernel import rms_norm_triton
 
-        require_float(x, op="rms_norm", name="x")
-        require_beside(weight, first=x, op="rms_norm", name="weight")
+        require_float(x, op=OP, name="x")
         return rms_norm_triton(x, weight=weight, eps=eps)
     return FusedRMSNorm.apply(x, weight, eps)

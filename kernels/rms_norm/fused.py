@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
+
 
 class FusedRMSNorm(torch.autograd.Function):
     """y = x r w with r = (mean x^2 + eps)^-1/2, accumulated in at least fp32.
@@ -20,6 +22,7 @@ class FusedRMSNorm(torch.autograd.Function):
         return (wide * inverse).mul_(weight.to(wide.dtype)).to(x.dtype)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         unit = x.to(inverse.dtype) * inverse

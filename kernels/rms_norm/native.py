@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -24,6 +25,7 @@ class NativeRMSNorm(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         x, weight, inverse = ctx.saved_tensors
         grad = grad.contiguous()

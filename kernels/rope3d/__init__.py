@@ -7,13 +7,14 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require_beside, require_float
+from ..checks import require, require_beside, require_float, require_fractions, require_shape
 from ..dispatch import choose_backend
 from ..native.library import runs_native
 from .native import NativeRotation
 from .reference import rope3d_reference
 
 OFFERED = ("triton", "native", "torch", "reference")
+OP = "rope3d"
 
 
 def rotation_of(angles: torch.Tensor) -> torch.Tensor:
@@ -24,24 +25,28 @@ def rotation_of(angles: torch.Tensor) -> torch.Tensor:
 def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") -> torch.Tensor:
     """Rotate the pairs of x [B, T, H, C] by rotation [B, T, C/2] complex; computes in at least fp32.
 
-    Returns [B, T, H, C] in x's dtype. Raises KernelError for a backend that cannot run, ValueError for shapes.
+    Returns [B, T, H, C] in x's dtype; the rotation gets no gradient. Raises KernelError for a backend that cannot run,
+    ValueError for tensors that do not fit.
     """
-    if rotation.shape != (*x.shape[:2], x.shape[-1] // 2) or x.shape[-1] % 2:
-        raise ValueError(f"rope3d: rotation {tuple(rotation.shape)} does not fit x {tuple(x.shape)}")
+    holds = x.ndim == 4 and x.shape[3] % 2 == 0
+    require(holds, op=OP, name="x", tensor=x, rule="it must be [rows, tokens, heads, width] with an even width")
+    require_fractions(x, op=OP, name="x")
+    pairs = (*x.shape[:2], x.shape[3] // 2)
+    require_shape(rotation, shape=pairs, op=OP, name="rotation", meaning="one per token and pair of x")
+    require(rotation.is_complex(), op=OP, name="rotation", tensor=rotation, rule="it must be complex, of rotation_of")
+    require_beside(rotation, first=x, op=OP, name="rotation")
+    rotation = rotation.resolve_conj()
     native = runs_native(x) and rotation.dtype == torch.complex64
-    chosen = choose_backend(
-        backend, op="rope3d", offered=OFFERED, device=x.device, dtype=x.dtype, native=native
-    )
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=x.device, dtype=x.dtype, native=native)
     if chosen == "reference":
-        return rope3d_reference(x, angles=rotation.angle())
+        return rope3d_reference(x, angles=rotation.detach().angle())
     if chosen == "native":
         return NativeRotation.apply(x, rotation)
     if chosen == "triton":
         from .kernel import rope3d_triton
 
-        require_float(x, op="rope3d", name="x")
-        require_beside(rotation, first=x, op="rope3d", name="rotation")
+        require_float(x, op=OP, name="x")
         return rope3d_triton(x, torch.view_as_real(rotation).float(), 1.0)
     wide = x.to(torch.promote_types(x.dtype, torch.float32))
-    pairs = torch.view_as_complex(wide.unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * rotation.unsqueeze(2)).flatten(-2).to(x.dtype)
+    pairs = torch.complex(*wide.unflatten(-1, (-1, 2)).unbind(-1))  # a view as complex would want whole pairs of memory
+    return torch.view_as_real(pairs * rotation.detach().unsqueeze(2)).flatten(-2).to(x.dtype)

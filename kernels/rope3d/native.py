@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -18,6 +19,7 @@ class NativeRotation(torch.autograd.Function):
         return _turned(x, rotation, turn=1.0)
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         return _turned(grad, ctx.saved_tensors[0], turn=-1.0), None
 

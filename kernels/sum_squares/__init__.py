@@ -7,6 +7,7 @@ from collections.abc import Sequence
 
 import torch
 
+from ..checks import require_beside, require_fractions
 from ..dispatch import choose_backend
 from ..native.library import NATIVE_TYPES, addresses, int64s, native_library, threads
 from .reference import sum_squares_reference
@@ -18,10 +19,13 @@ def sum_squares(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> to
     """Sum over all elements of all `tensors` of x^2, 0-d fp32, or fp64 where the first tensor is; no autograd.
 
     native sums in fp32 within 16,384 elements and in fp64 over them; torch in the result's dtype. Tensors may
-    mix fp32 and bf16. Raises KernelError for a backend that cannot run.
+    mix fp32 and bf16. Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
     """
     if not tensors:
         return torch.zeros(())
+    for tensor in tensors:
+        require_fractions(tensor, op="sum_squares", name="tensor")
+        require_beside(tensor, first=tensors[0], op="sum_squares", name="tensor")
     tensors = [tensor.detach() for tensor in tensors]
     device, wide = tensors[0].device, torch.promote_types(tensors[0].dtype, torch.float32)
     native = all(t.dtype in NATIVE_TYPES and t.device.type == "cpu" for t in tensors) and native_library() is not None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
+
 
 class FusedSwiGLU(torch.autograd.Function):
     """y = silu(g) u p per row. The row weight p goes in here because F is narrower than D (PARALLEL section 4).
@@ -20,6 +22,7 @@ class FusedSwiGLU(torch.autograd.Function):
         return out if row_weights is None else out.mul_(row_weights.to(out.dtype).unsqueeze(-1))
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate_up, *weighing = ctx.saved_tensors  # once: activations that are computed again come once
         gate, up = gate_up.chunk(2, dim=-1)
@@ -30,6 +33,8 @@ class FusedSwiGLU(torch.autograd.Function):
             sums_dtype = torch.promote_types(grad.dtype, torch.float32)
             grad_weights = (grad * activated).mul_(up).sum(-1, dtype=sums_dtype).to(weights.dtype)
             grad = grad * weights.to(grad.dtype).unsqueeze(-1)
+        if torch.compiler.is_compiling():  # which writes into no part of a tensor
+            return torch.cat((torch.ops.aten.silu_backward(grad * up, gate), grad * activated), -1), grad_weights
         grad_input = torch.empty_like(gate_up)
         width = gate.shape[-1]
         torch.mul(grad, activated, out=grad_input[..., width:])

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -13,7 +14,7 @@ class NativeSwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx, gate_up: torch.Tensor, row_weights: torch.Tensor | None) -> torch.Tensor:
         gate_up = gate_up.contiguous()
-        weights = None if row_weights is None else row_weights.float().contiguous()
+        weights = None if row_weights is None else row_weights.float().resolve_neg().contiguous()
         out = gate_up.new_empty(*gate_up.shape[:-1], gate_up.shape[-1] // 2)
         native_library().ernie5_swiglu_forward(
             is_narrow(gate_up), *map(pointer, (gate_up, weights, out)), *_sizes(gate_up), threads()
@@ -23,6 +24,7 @@ class NativeSwiGLU(torch.autograd.Function):
         return out
 
     @staticmethod
+    @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         gate_up, weights = ctx.saved_tensors
         grad = grad.contiguous()

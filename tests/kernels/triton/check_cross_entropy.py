@@ -26,6 +26,15 @@ def test_linear_cross_entropy_matches_the_reference_with_gradients(rows: int) ->
     )
 
 
+def test_targets_in_a_strided_view_are_read_right() -> None:
+    targets = targets_of(20, 75).repeat_interleave(2)[::2]
+    assert not targets.is_contiguous()
+    assert_backends_agree(
+        lambda h, w, b: linear_cross_entropy(h, weight=w, targets=targets, backend=b),
+        inputs=(random_tensor(20, 9), random_tensor(75, 9, seed=1)), **SUMS,
+    )
+
+
 def test_linear_cross_entropy_in_bf16_and_through_descriptors(monkeypatch: pytest.MonkeyPatch) -> None:
     tiles = kernel.HeadTiles(32, 32, 16, warps=4, stages=2, uses_tma=True)
     monkeypatch.setattr(kernel, "choose_tiles", lambda **_: tiles)

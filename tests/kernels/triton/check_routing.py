@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ernie5_kernels.moe_permute import permute, permute_cast, plan_permutation, unpermute
+from ernie5_kernels.moe_permute import Permutation, permute, permute_cast, plan_permutation, unpermute
 from ernie5_kernels.moe_permute.kernel import permute_triton, plan_triton, unpermute_triton
 from ernie5_kernels.router_topk import router_topk
 from ernie5_kernels.router_topk.kernel import router_topk_triton
@@ -117,6 +117,20 @@ def test_rows_travel_there_and_back_with_gradients(width: int) -> None:
     assert_backends_agree(lambda r, b: unpermute(r, permutation=plan, backend=b), inputs=(rows,), **FP32)
     assert_backends_agree(lambda r, w, b: unpermute(r, permutation=plan, weights=w, backend=b), inputs=(rows, weights),
                           tolerance=1e-5, reason="fp32 sums over the width in another order")
+
+
+def test_places_in_a_strided_view_are_read_right() -> None:
+    choices = torch.arange(14, device=kernel_device()).view(7, 2) % 5
+    plan = plan_permutation(choices, num_experts=5, backend="triton")
+    turned = Permutation(plan.offsets, plan.sources, plan.places.T.contiguous().T)
+    assert not turned.places.is_contiguous()
+    x, rows, weights = random_tensor(7, 9), random_tensor(14, 9), random_tensor(7, 2, seed=1)
+    assert_backends_agree(lambda x, b: permute(x, permutation=turned, backend=b), inputs=(x,), **FP32)
+    assert_backends_agree(
+        lambda r, w, b: unpermute(r, permutation=turned, weights=w, backend=b), inputs=(rows, weights), **FP32
+    )
+    one, other = (permute_cast(x, permutation=order, backend="triton") for order in (plan, turned))
+    assert torch.equal(one.values.float(), other.values.float()) and torch.equal(one.scales, other.scales)
 
 
 def test_spreading_while_casting_equals_casting_the_spread_rows() -> None:

@@ -55,9 +55,9 @@ def decoded(code, scale, SHIFT: tl.constexpr, SIGNED: tl.constexpr):
 
 @triton.jit
 def top_of(sizes, inside):
-    """A block's largest size, NaN where there is one: as integers, whose order is the same and whose maximum a warp
-    finds by one instruction."""
-    bits = sizes.to(tl.int32, bitcast=True)
+    """A block's largest size, NaN of either sign where there is one: as integers, whose order is the same and whose
+    maximum a warp finds by one instruction."""
+    bits = sizes.to(tl.uint32, bitcast=True)
     if inside is not None:
         bits = tl.where(inside, bits, 0)
     return tl.max(bits, 0).to(tl.float32, bitcast=True)

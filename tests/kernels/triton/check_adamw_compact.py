@@ -50,6 +50,11 @@ def parts_of(one: CompactTensors) -> list[torch.Tensor]:
     return kept if one.copy is None else [*kept, one.copy]
 
 
+def moments_of(one: CompactTensors) -> tuple[torch.Tensor, torch.Tensor]:
+    """fp32 moments, or the scales of codes."""
+    return tuple(part.values if part.scales is None else part.scales for part in (one.first, one.second))
+
+
 def moment(shape: tuple[int, ...], *, coded: bool, shift: int) -> Moment:
     device = kernel_device()
     if not coded:
@@ -143,6 +148,7 @@ def test_what_is_not_finite_stays_in_its_block_as_in_the_reference(bad: float) -
         for tensors, backend in ((ours, "triton"), (truth, "reference")):
             run(tensors, backend=backend, number=1)
             tensors[0].gradient[300] = bad
+            tensors[0].gradient[301] = 1e30  # its square is infinite
             step = AdamWStep(1e-2, 0.9, 0.95, 1e-12, 2)
             adamw_compact(tensors, step=step, backend=backend)
             adamw_compact(tensors, step=AdamWStep(1e-2, 0.9, 0.95, 1e-12, 3), backend=backend)
@@ -153,6 +159,8 @@ def test_what_is_not_finite_stays_in_its_block_as_in_the_reference(bad: float) -
         hurt = torch.zeros(700, dtype=torch.bool, device=found.device)
         hurt[broken] = True
         assert torch.equal(found.isnan(), hurt) or bad == torch.inf
+        for mine, other in zip(moments_of(ours[0]), moments_of(truth[0]), strict=True):
+            assert torch.equal(mine.isnan(), other.isnan()) and torch.equal(mine.nan_to_num(), other.nan_to_num())
         assert not found[~hurt].isnan().any()
 
 

@@ -17,8 +17,8 @@ import torch.distributed as dist
 
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.clipping import clip_over_ranks
+from ernie5.engine.deepspeed_apart import KeptApart
 from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
-from ernie5.engine.deepspeed_experts import ExpertPlacement
 from ernie5.engine.deepspeed_launch import start_processes
 from ernie5.engine.deepspeed_norm import own_norm, whole_gradients
 from ernie5.engine.deepspeed_order import OrderedStep
@@ -83,10 +83,10 @@ class DeepSpeedEngine(Engine):
         move_buffers(model, device=device) if is_outline else model.to(device)
         install_recompute(model, engine=engine, device=device)
         topology = place_parts(model, layout=self._layout)
-        placement = ExpertPlacement(self._layout, stage=self._stage)
+        apart = KeptApart(self._layout, stage=self._stage)
         buffers = {name: buffer.clone() for name, buffer in model.named_buffers()}
         groups = build_groups(model, weight_decay=optim.weight_decay, split_matrices=optim.name == "muon")
-        groups = placement.split_groups(groups)
+        groups = apart.split_groups(groups)
         casts = engine.precision == "bf16" and self._stage == 0
         step: torch.nn.Module = MicroStep(
             model, config=settings.objectives, compute_dtype=torch.bfloat16 if casts else None
@@ -104,9 +104,9 @@ class DeepSpeedEngine(Engine):
             pin_memory=device.type == "cuda",
         )
         optimizer = self._build_optimizer(groups, optim=optim)
-        placement.mark_groups(optimizer)
+        apart.mark_groups(optimizer)
         wrapped = self._prepare(step)
-        placement.announce(wrapped)
+        apart.announce(wrapped)
         settled = deepspeed_config(engine, optim=optim, plan=plan)
         if is_outline:
             dtype = torch.bfloat16 if engine.precision == "bf16" else torch.float32

@@ -38,9 +38,9 @@ class Apart:
     kind: str | None = None
 
 
-class ExpertPlacement:
-    """Prepares groups and step for DeepSpeed; does nothing where every rank holds all of every expert, or none of any,
-    and equal parts of all else."""
+class KeptApart:
+    """Prepares groups and step for DeepSpeed: experts by themselves, and what is cut unevenly. Does nothing where every
+    rank holds all of every expert, or none of any, and equal parts of all else."""
 
     def __init__(self, layout: Layout, *, stage: int) -> None:
         self._stage = stage
@@ -74,9 +74,9 @@ class ExpertPlacement:
             group["moe"] = group["name"] in self._apart
 
     def announce(self, step: torch.nn.Module) -> None:
-        """Add the module that makes DeepSpeed handle experts in stages 0 to 2; it has neither weights nor a forward."""
+        """Add the module that makes DeepSpeed handle them apart in stages 0 to 2; it has no weights and no forward."""
         if self._is_needed and self._stage < 3:
-            step.add_module("expert_placement", _make_announcement())
+            step.add_module("kept_apart", _make_announcement())
 
     def _home(self, name: str, *, kind: str) -> str | None:
         """The group apart that takes the parameter out of the group of that kind."""

@@ -12,6 +12,7 @@ from typing import Protocol
 import torch
 
 from ernie5_kernels.attention import AttentionPlan
+from ernie5_kernels.token_rows import RowPlan
 
 KeptIndices = tuple[torch.Tensor | None, ...]
 """By dim of a whole tensor the indices that a part of it has, int64 and ascending; None: all of them."""
@@ -83,27 +84,24 @@ class Parcels:
 
 
 @dataclasses.dataclass(frozen=True)
-class DispatchedRows:
-    """Rows grouped by expert, ready for the experts of this rank, and what `arrange_back` needs.
+class ArrangedRows:
+    """One row per choice, grouped by the experts of this rank, as a plan: no row has been copied yet.
 
-    rows [R, D]; row_weights [R]; offsets [e] int64 cumulative ends; sources [R] int64 the parcel of each row; places
-    int64: the rows, ordered by parcel ([N, K] where every parcel has K rows, else [R]).
+    row_weights [R]; offsets [e] int64 cumulative ends; plan: the parcel of each row, and the rows of each parcel.
     """
 
-    rows: torch.Tensor
     row_weights: torch.Tensor
     offsets: torch.Tensor
-    sources: torch.Tensor
-    places: torch.Tensor
+    plan: RowPlan
 
 
 class TokenDispatcher(Protocol):
     """Brings tokens to their experts and back, in stages; all differentiable, nothing dropped.
 
-    send (prepare and send) -> receive -> arrange -> the experts -> arrange_back -> combine (send back and combine).
-    Parcels may be under way between `send` and `receive`: what does not need them can be computed there. From `arrange`
-    to `arrange_back` nothing leaves the rank, so that it can be repeated by itself. The model only hands on what one
-    stage returns to the next.
+    send (prepare and send) -> receive -> arrange -> the experts -> combine (send back and combine). Parcels may be
+    under way between `send` and `receive`: what does not need them can be computed there. In `arrange` and in the
+    experts nothing leaves the rank, so that they can be repeated by themselves. The model only hands on what one stage
+    returns to the next.
     """
 
     def send(self, hidden: torch.Tensor, *, routing: Routing, num_experts: int) -> object:
@@ -112,23 +110,18 @@ class TokenDispatcher(Protocol):
     def receive(self, sent: object) -> Parcels:
         """The parcels that arrived here."""
 
-    def arrange(self, parcels: Parcels) -> DispatchedRows:
+    def arrange(self, parcels: Parcels) -> ArrangedRows:
         """One row per choice, grouped by expert."""
-
-    def arrange_back(self, rows: torch.Tensor, *, dispatched: DispatchedRows) -> torch.Tensor:
-        """Weighted expert outputs rows [R, D] -> their sum per parcel [M, D]."""
 
     def combine(self, outputs: torch.Tensor, *, parcels: Parcels) -> torch.Tensor:
         """Sums per parcel [M, D] -> sums per token [N, D] where the tokens came from."""
 
 
 class ExpertCompute(Protocol):
-    """The arithmetic of all local experts over grouped rows."""
+    """The arithmetic of all local experts."""
 
-    def __call__(
-        self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
-        """rows [R, D], row_weights [R], offsets [e] -> [R, D], each row multiplied by its weight."""
+    def __call__(self, parcels: torch.Tensor, *, arranged: ArrangedRows) -> torch.Tensor:
+        """parcels [M, D] -> [M, D], the sum of what their experts make of each, times its weights."""
 
 
 class RoutingPool(Protocol):

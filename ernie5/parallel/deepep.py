@@ -139,7 +139,7 @@ class DeepEPDispatcher(StagedDispatcher):
 
     def send_back(self, outputs: torch.Tensor, *, legs: Sequence[Trip]) -> Homeward:
         """One combine, which adds up the outputs of a token."""
-        return Homeward(Exchange((_Combine.apply(outputs, legs[0]),)), bags=None)
+        return Homeward(Exchange((_Combine.apply(outputs, legs[0]),)), plan=None)
 
 
 class _Dispatch(torch.autograd.Function):

@@ -1,6 +1,6 @@
 """Expert parallelism: tokens travel to the ranks that hold their experts, and their weighted outputs travel back.
 
-Seven stages: prepare, send, arrange, (experts), arrange_back, send_back, combine; what differs by transport is
+Five stages: prepare, send, arrange (and the experts), send_back, combine; what differs by transport is
 `announce`, `depart`, `arrive` and `send_back`. A token goes once to each rank that holds any of its chosen experts,
 however many those are; there the rows are multiplied out to one per choice, and the weighted outputs of one token are
 summed before they go back. Nothing is dropped or padded; a rank whose experts get no token takes part with zero rows.
@@ -16,8 +16,7 @@ import dataclasses
 
 import torch
 
-from ernie5.model.interfaces import NO_EXPERT, DispatchedRows, Parcels, Routing
-from ernie5.parallel.bags import Bags, bag_rows, spread_bags, sum_bags
+from ernie5.model.interfaces import NO_EXPERT, ArrangedRows, Parcels, Routing
 from ernie5.parallel.collectives import (
     all_gather,
     all_to_all,
@@ -33,6 +32,7 @@ from ernie5.parallel.exchange import Exchange, start_exchange
 from ernie5.parallel.parcels import Leg, RemoteParcels, address, keep_local
 from ernie5.parallel.routes import RouteTable
 from ernie5.parallel.state import Axis, ParallelState
+from ernie5_kernels.token_rows import RowPlan, collect_rows, plan_rows
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +72,10 @@ class UnderWay:
 
 @dataclasses.dataclass(frozen=True)
 class Homeward:
-    """Outputs on their way back; bags: token -> those of its parcels, still to be summed (None: they are)."""
+    """Outputs on their way back; plan: the parcels of each token, still to be summed (None: they are)."""
 
     exchange: Exchange
-    bags: Bags | None
-
-
-@dataclasses.dataclass(frozen=True)
-class RemoteRows(DispatchedRows):
-    """DispatchedRows between ranks: `sources` [R] is the parcel of each row, `places` the bags' members."""
-
-    bags: Bags
+    plan: RowPlan | None
 
 
 class StagedDispatcher(abc.ABC):
@@ -122,27 +115,18 @@ class StagedDispatcher(abc.ABC):
         parcels, pooled = self.pool(parcels)
         return RemoteParcels(**vars(parcels), legs=legs, pooled=pooled, tokens=sent.tokens)
 
-    def arrange(self, parcels: Parcels) -> RemoteRows:
+    def arrange(self, parcels: Parcels) -> ArrangedRows:
         """One row per choice, grouped by local expert; within an expert in order of arrival."""
         flat = parcels.ids.flatten()
         taken = (flat != NO_EXPERT).nonzero().squeeze(1)  # host sync: the number of rows
         ordered, order = torch.sort(flat.index_select(0, taken), stable=True)
         slots = taken.index_select(0, order)
-        sources = slots // parcels.ids.shape[1]
-        bags = bag_rows(sources, items=parcels.ids.shape[0])
         experts = torch.arange(parcels.num_experts, device=flat.device)
-        return RemoteRows(
-            rows=spread_bags(parcels.rows, bags=bags),
+        return ArrangedRows(
             row_weights=parcels.weights.flatten().index_select(0, slots),
             offsets=torch.searchsorted(ordered, experts, right=True),
-            sources=sources,
-            places=bags.members,
-            bags=bags,
+            plan=plan_rows(slots // parcels.ids.shape[1], tokens=parcels.ids.shape[0]),
         )
-
-    def arrange_back(self, rows: torch.Tensor, *, dispatched: RemoteRows) -> torch.Tensor:
-        """Weighted outputs rows [R, D] of this rank's experts -> sums per parcel."""
-        return sum_bags(rows, bags=dispatched.bags)
 
     def combine(self, outputs: torch.Tensor, *, parcels: RemoteParcels) -> torch.Tensor:
         """Sums per parcel [M, D] -> sums per token [N, D] of this rank."""
@@ -156,7 +140,7 @@ class StagedDispatcher(abc.ABC):
     def come_home(self, back: Homeward, *, parcels: RemoteParcels) -> torch.Tensor:
         """Sums per token [N, D] of this rank."""
         (out,) = back.exchange.wait()
-        out = out if back.bags is None else sum_bags(out, bags=back.bags)
+        out = out if back.plan is None else collect_rows(out, plan=back.plan)
         return gather(out, axis=self._tp, sizes=parcels.tokens) if self._shares else out
 
     def announce(self, parcels: Parcels) -> object:
@@ -222,23 +206,23 @@ class AllToAllDispatcher(StagedDispatcher):
         the first leg's rows are still travelling when this returns."""
         for leg in reversed(legs[1:]):
             outputs = exchange_rows(outputs, axis=self.ep, send=leg.receive, receive=leg.send)
-            outputs = sum_bags(outputs, bags=leg.bags)
+            outputs = collect_rows(outputs, plan=leg.plan)
         first = legs[0]
         exchange = start_exchange(
             outputs, axis=self.ep, send=first.receive, receive=first.send, is_async=self._overlaps
         )
-        return Homeward(exchange, first.bags)
+        return Homeward(exchange, first.plan)
 
     def _announce(self, parcels: Parcels, *, route: RouteTable) -> Announced:
         """Counts first, then ids."""
         destination_of = route.destinations(parcels.num_experts, device=parcels.ids.device)
-        made, bags, send = address(parcels, destination_of=destination_of, ranks=self.ep.size)
+        made, plan, send = address(parcels, destination_of=destination_of, ranks=self.ep.size)
         ones = [1] * self.ep.size
         counts = torch.tensor(send, device=made.ids.device)
         counts = all_to_all(counts, axis=self.ep, send=ones, receive=ones, what="counts")
         receive = tuple(counts.tolist())  # host sync: sizes to receive
         ids = all_to_all(made.ids, axis=self.ep, send=send, receive=receive, what="ids")
-        return Announced(made, ids, Leg(bags, send, receive))
+        return Announced(made, ids, Leg(plan, send, receive))
 
     def _start(self, announced: Announced, *, is_async: bool) -> Departure:
         """Then rows and weights."""
@@ -259,7 +243,7 @@ class AllGatherDispatcher(StagedDispatcher):
         rows = gather_for_work(parcels.rows, axis=self.ep, sizes=sizes)
         weights = gather_for_work(parcels.weights, axis=self.ep, sizes=sizes)
         ids = all_gather(parcels.ids, axis=self.ep, sizes=sizes)
-        leg = Leg(bag_rows(owners, items=owners.numel()), sizes, sizes)
+        leg = Leg(plan_rows(owners, tokens=owners.numel()), sizes, sizes)
         return Departure(ids, Exchange((rows, weights)), leg, parcels.num_experts)
 
     def arrive(self, departure: Departure) -> tuple[Parcels, tuple[Leg, ...]]:
@@ -268,7 +252,7 @@ class AllGatherDispatcher(StagedDispatcher):
 
     def send_back(self, outputs: torch.Tensor, *, legs: tuple[Leg, ...]) -> Homeward:
         """Sum of all ranks' outputs for this rank's tokens."""
-        return Homeward(Exchange((reduce_scatter(outputs, axis=self.ep, sizes=legs[0].receive),)), bags=None)
+        return Homeward(Exchange((reduce_scatter(outputs, axis=self.ep, sizes=legs[0].receive),)), plan=None)
 
 
 def _finish(departure: Departure) -> Parcels:

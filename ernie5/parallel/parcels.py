@@ -7,15 +7,15 @@ import dataclasses
 import torch
 
 from ernie5.model.interfaces import NO_EXPERT, Parcels
-from ernie5.parallel.bags import Bags, bag_rows, spread_bags
+from ernie5_kernels.token_rows import RowPlan, plan_rows, spread_rows
 
 
 @dataclasses.dataclass(frozen=True)
 class Leg:
-    """One part of the way, and what its way back needs. bags: what was there before -> its parcels, ordered by
+    """One part of the way, and what its way back needs. plan: what was there before -> its parcels, ordered by
     destination; send, receive: parcels per ep rank."""
 
-    bags: Bags
+    plan: RowPlan
     send: tuple[int, ...]
     receive: tuple[int, ...]
 
@@ -31,9 +31,9 @@ class RemoteParcels(Parcels):
 
 def address(
     parcels: Parcels, *, destination_of: torch.Tensor, ranks: int
-) -> tuple[Parcels, Bags, tuple[int, ...]]:
-    """One parcel per (destination, item) that has any expert there, ordered by destination, then by item; the bags
-    item -> its parcels; and the parcels per destination.
+) -> tuple[Parcels, RowPlan, tuple[int, ...]]:
+    """One parcel per (destination, item) that has any expert there, ordered by destination, then by item; which
+    item each is of; and the parcels per destination.
 
     destination_of [E] int64: the rank, out of `ranks`, to which choices of an expert go.
     """
@@ -41,15 +41,15 @@ def address(
     wanted = torch.zeros(parcels.rows.shape[0], ranks + 1, dtype=torch.bool, device=parcels.ids.device)
     wanted = wanted.scatter_(1, destination, True)[:, :ranks]
     places, owners = wanted.T.nonzero(as_tuple=True)
-    bags = bag_rows(owners, items=parcels.rows.shape[0])
+    plan = plan_rows(owners, tokens=parcels.rows.shape[0])
     is_there = destination.index_select(0, owners) == places.unsqueeze(1)
     made = Parcels(
-        rows=spread_bags(parcels.rows, bags=bags),
+        rows=spread_rows(parcels.rows, plan=plan),
         ids=parcels.ids.index_select(0, owners).masked_fill(~is_there, NO_EXPERT),
-        weights=spread_bags(parcels.weights, bags=bags) * is_there,
+        weights=spread_rows(parcels.weights, plan=plan) * is_there,
         num_experts=parcels.num_experts,
     )
-    return made, bags, tuple(wanted.sum(0).tolist())  # host sync: sizes to send
+    return made, plan, tuple(wanted.sum(0).tolist())  # host sync: sizes to send
 
 
 def keep_local(parcels: Parcels, *, first: int, local_experts: int) -> Parcels:

@@ -1,14 +1,15 @@
-"""All SwiGLU experts of a mixture-of-experts layer over rows grouped by expert (SPEC section 1)."""
+"""All SwiGLU experts of a mixture-of-experts layer over rows grouped by expert, or over tokens (SPEC section 1)."""
 
 from __future__ import annotations
 
 import torch
 
-from ..checks import require, require_beside, require_fractions, require_offsets, require_shape
+from ..checks import require, require_beside, require_fractions, require_offsets, require_shape, require_within
 from ..dispatch import choose_backend
 from ..grouped_gemm import grouped_gemm
 from ..native.library import runs_native
 from ..swiglu import swiglu
+from ..token_rows import RowPlan, collect_rows, spread_rows
 from .native import NativeExperts
 from .reference import experts_reference
 
@@ -23,6 +24,7 @@ def experts(
     gate_up: torch.Tensor,
     down: torch.Tensor,
     offsets: torch.Tensor,
+    plan: RowPlan | None = None,
     backend: str = "auto",
     fp8: bool = False,
 ) -> torch.Tensor:
@@ -32,24 +34,33 @@ def experts(
     cumulative ends, the last at most R. Rows past the last offset give zero and get zero gradients; an expert without
     rows gets zero gradients. fp8: both products in e4m3 (see `grouped_gemm`), by Triton alone.
 
+    With a plan the first argument is tokens [N, D] whose rows the plan names, and what is returned the sum of each
+    token's rows [N, D]; C++ then makes no tensor of the rows that go in.
+
     Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    _require(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
+    _require(rows, plan=plan, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
     native = runs_native(rows, gate_up, down)
     offered = OFFERED[:1] if fp8 else OFFERED
     backend = "triton" if fp8 and backend == "auto" else backend  # the only one, so that its absence is said
     chosen = choose_backend(backend, op=OP, offered=offered, device=rows.device, dtype=rows.dtype, native=native)
-    if chosen == "reference":
-        return experts_reference(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
     if chosen == "native":
-        return NativeExperts.apply(rows, row_weights, gate_up, down, offsets)
-    first = grouped_gemm(rows, weight=gate_up, offsets=offsets, backend=chosen, fp8=fp8)
-    activated = swiglu(first, row_weights=row_weights, backend="auto" if chosen == "megablocks" else chosen)
-    return grouped_gemm(activated, weight=down, offsets=offsets, backend=chosen, fp8=fp8)
+        return NativeExperts.apply(rows, row_weights, gate_up, down, offsets, plan)
+    moves = "auto" if chosen == "megablocks" else chosen
+    if plan is not None:
+        rows = spread_rows(rows, plan=plan, backend=moves)
+    if chosen == "reference":
+        out = experts_reference(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
+    else:
+        first = grouped_gemm(rows, weight=gate_up, offsets=offsets, backend=chosen, fp8=fp8)
+        activated = swiglu(first, row_weights=row_weights, backend=moves)
+        out = grouped_gemm(activated, weight=down, offsets=offsets, backend=chosen, fp8=fp8)
+    return out if plan is None else collect_rows(out, plan=plan, backend=moves)
 
 
 def _require(
-    rows: torch.Tensor, *, row_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor, offsets: torch.Tensor
+    rows: torch.Tensor, *, plan: RowPlan | None, row_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
+    offsets: torch.Tensor,
 ) -> None:
     require(rows.ndim == 2, op=OP, name="rows", tensor=rows, rule="it must be [rows, width]")
     require_fractions(rows, op=OP, name="rows")
@@ -59,12 +70,19 @@ def _require(
     require(holds, op=OP, name="gate_up", tensor=gate_up, rule=rule)
     num_experts, twice, width = gate_up.shape
     shape = (num_experts, width, twice // 2)
+    count = rows.shape[0] if plan is None else plan.sources.shape[0]
     require_shape(down, shape=shape, op=OP, name="down", meaning="as many experts and columns as gate_up")
-    require_shape(row_weights, shape=rows.shape[:1], op=OP, name="row_weights", meaning="one per row")
+    require_shape(row_weights, shape=(count,), op=OP, name="row_weights", meaning="one per row")
     require_fractions(row_weights, op=OP, name="row_weights")
     require_beside(row_weights, first=rows, op=OP, name="row_weights")
     require_beside(gate_up, first=rows, op=OP, name="gate_up", same_dtype=True)
     require_beside(down, first=rows, op=OP, name="down", same_dtype=True)
     require_shape(offsets, shape=(num_experts,), op=OP, name="offsets", meaning="one per expert")
     require_beside(offsets, first=rows, op=OP, name="offsets")
-    require_offsets(offsets, rows=rows.shape[0], op=OP)
+    require_offsets(offsets, rows=count, op=OP)
+    if plan is not None:
+        sources, name, rule = plan.sources, "plan.sources", f"its plan has {plan.tokens} tokens"
+        require(plan.tokens == rows.shape[0], op=OP, name="rows", tensor=rows, rule=rule)
+        require(sources.dtype == torch.int64, op=OP, name=name, tensor=sources, rule="it must be int64")
+        require_beside(sources, first=rows, op=OP, name=name)
+        require_within(sources, limit=rows.shape[0], op=OP, name=name)

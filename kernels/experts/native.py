@@ -6,10 +6,11 @@ import torch
 
 from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
+from ..token_rows import RowPlan, sum_places
 
 
 class NativeExperts(torch.autograd.Function):
-    """See `experts`. Keeps rows and the first product; SwiGLU is made again in the backward pass."""
+    """See `experts`. Keeps rows (with a plan: tokens) and the first product; backward makes SwiGLU again."""
 
     @staticmethod
     def forward(
@@ -19,32 +20,41 @@ class NativeExperts(torch.autograd.Function):
         gate_up: torch.Tensor,
         down: torch.Tensor,
         offsets: torch.Tensor,
+        plan: RowPlan | None,
     ) -> torch.Tensor:
         rows, gate_up, down = rows.contiguous(), gate_up.contiguous(), down.contiguous()
-        ctx.weights_dtype = row_weights.dtype
+        ctx.weights_dtype, ctx.plan = row_weights.dtype, plan
         row_weights, offsets = row_weights.float().resolve_neg().contiguous(), offsets.long().contiguous()
-        middle, out = rows.new_empty(rows.shape[0], gate_up.shape[1]), torch.empty_like(rows)
+        sources = None if plan is None else plan.sources.contiguous()
+        count = row_weights.shape[0]
+        middle, out = rows.new_empty(count, gate_up.shape[1]), rows.new_empty(count, rows.shape[1])
         native_library().ernie5_experts_forward(
-            is_narrow(rows), *map(pointer, (rows, row_weights, offsets, gate_up, down, middle, out)),
-            *_sizes(rows, gate_up), threads(),
+            is_narrow(rows), *map(pointer, (rows, sources, row_weights, offsets, gate_up, down, middle, out)),
+            *_sizes(count, gate_up), threads(),
         )
-        ctx.save_for_backward(rows, row_weights, gate_up, down, offsets, middle)
-        return out
+        ctx.save_for_backward(rows, row_weights, gate_up, down, offsets, middle, sources)
+        return out if plan is None else _sum(out, plan=plan)
 
     @staticmethod
     @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, row_weights, gate_up, down, offsets, middle = ctx.saved_tensors
-        grad = grad.contiguous()
-        grads = [torch.empty_like(tensor) for tensor in (rows, row_weights, gate_up, down)]
+        rows, row_weights, gate_up, down, offsets, middle, sources = ctx.saved_tensors
+        grad, count = grad.contiguous(), row_weights.shape[0]
+        grads = [rows.new_empty(count, rows.shape[1]), *map(torch.empty_like, (row_weights, gate_up, down))]
         native_library().ernie5_experts_backward(
             is_narrow(rows),
-            *map(pointer, (rows, row_weights, offsets, gate_up, down, middle, grad, *grads)),
-            *_sizes(rows, gate_up), threads(),
+            *map(pointer, (rows, sources, row_weights, offsets, gate_up, down, middle, grad, *grads)),
+            *_sizes(count, gate_up), threads(),
         )
+        grads[0] = grads[0] if ctx.plan is None else _sum(grads[0], plan=ctx.plan)
         grads[1] = grads[1].to(ctx.weights_dtype)
-        return *grads, None
+        return *grads, None, None
 
 
-def _sizes(rows: torch.Tensor, gate_up: torch.Tensor) -> list:
-    return sizes(*rows.shape, gate_up.shape[1] // 2, gate_up.shape[0])
+def _sum(rows: torch.Tensor, *, plan: RowPlan) -> torch.Tensor:
+    return sum_places(rows, places=plan.places, starts=plan.starts, backend="native")
+
+
+def _sizes(rows: int, gate_up: torch.Tensor) -> list:
+    experts, twice, width = gate_up.shape
+    return sizes(rows, width, twice // 2, experts)

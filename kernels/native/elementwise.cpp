@@ -74,16 +74,20 @@ void rotate(const T* x, const float* rotation, T* out, int64_t tokens, int64_t h
     }
 }
 
+// starts: where the places of each token begin, and the end of the last; null where each has as many.
 template <class T>
-void sum_places(const T* rows, const int64_t* places, T* out, int64_t tokens, int64_t choices, int64_t width,
-                int threads) {
+void sum_places(const T* rows, const int64_t* places, const int64_t* starts, T* out, int64_t tokens, int64_t slots,
+                int64_t width, int threads) {
 #pragma omp parallel for num_threads(threads) schedule(static)
-  for (int64_t n = 0; n < tokens; ++n)
+  for (int64_t n = 0; n < tokens; ++n) {
+    const int64_t first = starts == nullptr ? n * (slots / tokens) : starts[n];
+    const int64_t end = starts == nullptr ? first + slots / tokens : starts[n + 1];
     for (int64_t d = 0; d < width; d += LANES) {
       vfloat sum{};
-      for (int64_t k = 0; k < choices; ++k) sum += load(rows + places[n * choices + k] * width + d, width - d);
+      for (int64_t k = first; k < end; ++k) sum += load(rows + places[k] * width + d, width - d);
       store(out + n * width + d, sum, width - d);
     }
+  }
 }
 
 template <class T>
@@ -134,9 +138,9 @@ void ernie5_rotate(int narrow, const void* x, const float* rotation, void* out, 
   BY_TYPE(rotate((const T*)x, rotation, (T*)out, tokens, heads, width, turn, threads))
 }
 
-void ernie5_sum_places(int narrow, const void* rows, const int64_t* places, void* out, int64_t tokens, int64_t choices,
-                       int64_t width, int threads) {
-  BY_TYPE(sum_places((const T*)rows, places, (T*)out, tokens, choices, width, threads))
+void ernie5_sum_places(int narrow, const void* rows, const int64_t* places, const int64_t* starts, void* out,
+                       int64_t tokens, int64_t slots, int64_t width, int threads) {
+  BY_TYPE(sum_places((const T*)rows, places, starts, (T*)out, tokens, slots, width, threads))
 }
 
 void ernie5_swiglu_forward(int narrow, const void* gate_up, const float* weights, void* out, int64_t rows,

@@ -1,6 +1,8 @@
 // All SwiGLU experts of a layer: rows grouped by expert, gate_up [E, 2F, D], down [E, D, F]. One thread owns one expert
 // at a time, so its weights are packed once, its rows stay in the cache between the two products, and sums have one
-// order whatever the number of threads. Backward keeps the first product's result alone and makes the rest again.
+// order whatever the number of threads. Backward keeps the first product's result alone and makes the rest again. With
+// `sources` row r is x[sources[r]], and so is its upstream gradient: a block of rows is copied when its turn comes, and
+// no tensor of all rows is made on the way in.
 #include "gemm.h"
 #include "swiglu.h"
 
@@ -13,11 +15,20 @@ struct Sizes {
   int64_t rows, width, hidden, experts;
 };
 
+// Rows [first, first + count) of x, or of the rows that `sources` names: in place, or copied together.
+template <class T>
+const T* rows_at(const T* x, const int64_t* sources, int64_t first, int64_t count, int64_t width, int slot) {
+  if (sources == nullptr) return x + first * width;
+  T* copy = scratch<T>(slot, BLOCK * width);
+  for (int64_t m = 0; m < count; ++m) std::memcpy(copy + m * width, x + sources[first + m] * width, width * sizeof(T));
+  return copy;
+}
+
 int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
 
 template <class T>
-void forward(const T* x, const float* weights, const int64_t* ends, const T* gate_up, const T* down, T* middle, T* out,
-             Sizes s, int threads) {
+void forward(const T* x, const int64_t* sources, const float* weights, const int64_t* ends, const T* gate_up,
+             const T* down, T* middle, T* out, Sizes s, int threads) {
   const int64_t twice = 2 * s.hidden;
 #pragma omp parallel for num_threads(threads) schedule(dynamic)
   for (int64_t e = 0; e < s.experts; ++e) {
@@ -31,7 +42,8 @@ void forward(const T* x, const float* weights, const int64_t* ends, const T* gat
     pack_columns(down + e * s.width * s.hidden, s.hidden, s.hidden, s.width, second);
     for (int64_t r = start; r < end; r += ROWS) {
       const int64_t count = std::min(ROWS, end - r);
-      multiply<T, T>(count, twice, s.width, left_rows(x + r * s.width, s.width, s.width, count, 3), first,
+      const T* rows = rows_at(x, sources, r, count, s.width, 9);
+      multiply<T, T>(count, twice, s.width, left_rows(rows, s.width, s.width, count, 3), first,
                      units_of<T>(s.width) * PANEL, middle + r * twice, twice, false);
       for (int64_t m = 0; m < count; ++m)
         swiglu_row(middle + (r + m) * twice, s.hidden, weights[r + m], activated + m * s.hidden);
@@ -60,6 +72,7 @@ void add_outer(const T* left, int64_t rows, const T* right, int64_t columns, int
 template <class T>
 struct Backward {
   const T* x;
+  const int64_t* sources;
   const float* weights;
   const int64_t* ends;
   const T *gate_up, *down, *middle, *upstream;
@@ -93,9 +106,10 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
   float* grad = scratch<float>(8, ROWS * s.hidden);
   for (int64_t r = start; r < end; r += BLOCK) {
     const int64_t count = std::min(BLOCK, end - r);
+    const T* upstream = rows_at(b.upstream, b.sources, r, count, s.width, 9);
     for (int64_t m = 0; m < count; m += ROWS) {
       const int64_t part = std::min(ROWS, count - m), at = r + m;
-      multiply<T, float>(part, s.hidden, s.width, left_rows(b.upstream + at * s.width, s.width, s.width, part, 3),
+      multiply<T, float>(part, s.hidden, s.width, left_rows(upstream + m * s.width, s.width, s.width, part, 3),
                          down, units_of<T>(s.width) * PANEL, grad, s.hidden, false);
       for (int64_t i = 0; i < part; ++i)
         b.grad_weights[at + i] = swiglu_row_backward(b.middle + (at + i) * twice, grad + i * s.hidden, s.hidden,
@@ -105,8 +119,9 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
                      b.grad_x + at * s.width, s.width, false);
     }
     const bool add = r > start;
-    add_outer(b.upstream + r * s.width, s.width, activated, s.hidden, count, only, add, sums, grad_down);
-    add_outer(change, twice, b.x + r * s.width, s.width, count, only, add, sums + cells, grad_up);
+    add_outer(upstream, s.width, activated, s.hidden, count, only, add, sums, grad_down);
+    add_outer(change, twice, rows_at(b.x, b.sources, r, count, s.width, 9), s.width, count, only, add, sums + cells,
+              grad_up);
   }
   if (!only) narrow_copy(sums, cells, grad_down), narrow_copy(sums + cells, 2 * cells, grad_up);
 }
@@ -124,30 +139,33 @@ void backward(const Backward<T>& b, const Sizes& s, int threads) {
 
 extern "C" {
 
-void ernie5_experts_forward(int narrow, const void* x, const float* weights, const int64_t* ends, const void* gate_up,
-                            const void* down, void* middle, void* out, int64_t rows, int64_t width, int64_t hidden,
-                            int64_t experts, int threads) {
+void ernie5_experts_forward(int narrow, const void* x, const int64_t* sources, const float* weights,
+                            const int64_t* ends, const void* gate_up, const void* down, void* middle, void* out,
+                            int64_t rows, int64_t width, int64_t hidden, int64_t experts, int threads) {
   const Sizes s{rows, width, hidden, experts};
   if (narrow)
-    forward((const bf16*)x, weights, ends, (const bf16*)gate_up, (const bf16*)down, (bf16*)middle, (bf16*)out, s,
-            threads);
+    forward((const bf16*)x, sources, weights, ends, (const bf16*)gate_up, (const bf16*)down, (bf16*)middle, (bf16*)out,
+            s, threads);
   else
-    forward((const float*)x, weights, ends, (const float*)gate_up, (const float*)down, (float*)middle, (float*)out, s,
-            threads);
+    forward((const float*)x, sources, weights, ends, (const float*)gate_up, (const float*)down, (float*)middle,
+            (float*)out, s, threads);
 }
 
-void ernie5_experts_backward(int narrow, const void* x, const float* weights, const int64_t* ends, const void* gate_up,
-                             const void* down, const void* middle, const void* upstream, void* grad_x,
-                             float* grad_weights, void* grad_gate_up, void* grad_down, int64_t rows, int64_t width,
-                             int64_t hidden, int64_t experts, int threads) {
+void ernie5_experts_backward(int narrow, const void* x, const int64_t* sources, const float* weights,
+                             const int64_t* ends, const void* gate_up, const void* down, const void* middle,
+                             const void* upstream, void* grad_x, float* grad_weights, void* grad_gate_up,
+                             void* grad_down, int64_t rows, int64_t width, int64_t hidden, int64_t experts,
+                             int threads) {
   const Sizes s{rows, width, hidden, experts};
   if (narrow)
-    backward<bf16>({(const bf16*)x, weights, ends, (const bf16*)gate_up, (const bf16*)down, (const bf16*)middle,
-                    (const bf16*)upstream, (bf16*)grad_x, grad_weights, (bf16*)grad_gate_up, (bf16*)grad_down},
+    backward<bf16>({(const bf16*)x, sources, weights, ends, (const bf16*)gate_up, (const bf16*)down,
+                    (const bf16*)middle, (const bf16*)upstream, (bf16*)grad_x, grad_weights, (bf16*)grad_gate_up,
+                    (bf16*)grad_down},
                    s, threads);
   else
-    backward<float>({(const float*)x, weights, ends, (const float*)gate_up, (const float*)down, (const float*)middle,
-                     (const float*)upstream, (float*)grad_x, grad_weights, (float*)grad_gate_up, (float*)grad_down},
+    backward<float>({(const float*)x, sources, weights, ends, (const float*)gate_up, (const float*)down,
+                     (const float*)middle, (const float*)upstream, (float*)grad_x, grad_weights, (float*)grad_gate_up,
+                     (float*)grad_down},
                     s, threads);
 }
 }

@@ -6,6 +6,7 @@ import ctypes
 
 import torch
 
+from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -46,6 +47,7 @@ class NativeRoute(torch.autograd.Function):
         return choices, weights
 
     @staticmethod
+    @first_order
     def backward(ctx, _: None, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         hidden, weight, choices, scores = ctx.saved_tensors
         grad, grad_hidden, grad_weight = grad.contiguous(), torch.empty_like(hidden), torch.empty_like(weight)

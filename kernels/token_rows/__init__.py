@@ -1,10 +1,12 @@
-"""Rows of tokens to experts and back: a gather, and a sum over each token's K rows. Adjoint to each other.
+"""Rows of tokens to experts and back: a gather, and a sum over each token's rows. Adjoint to each other.
 
-Neither has a gradient of its own: the model's dispatcher knows both index lists and calls the other one backward. By
-Triton they are the kernels of `moe_permute`.
+`spread_rows` and `collect_rows` have gradients, because a RowPlan knows both index lists; `gather_rows` and
+`sum_places` are what they are made of. By Triton they are the kernels of `moe_permute`.
 """
 
 from __future__ import annotations
+
+import dataclasses
 
 import torch
 
@@ -14,6 +16,72 @@ from ..native.library import is_narrow, native_library, pointer, runs_native, si
 from .reference import gather_rows_reference, sum_places_reference
 
 OFFERED = ("triton", "native", "torch", "reference")
+
+
+@dataclasses.dataclass(frozen=True)
+class RowPlan:
+    """Which token each row is of, from both sides.
+
+    sources [R] int64: the token of each row. places int64: the rows in order of tokens, [N, K] where each token has K;
+    else [R], and starts [N + 1] int64 says where those of each token begin, and where the last one's end.
+    """
+
+    sources: torch.Tensor
+    places: torch.Tensor
+    starts: torch.Tensor | None = None
+
+    @property
+    def tokens(self) -> int:
+        """How many, those without rows included."""
+        return self.places.shape[0] if self.starts is None else self.starts.shape[0] - 1
+
+
+def plan_rows(sources: torch.Tensor, *, tokens: int) -> RowPlan:
+    """The plan of rows [R] that belong to any of `tokens` tokens, which may have any number of them, none included."""
+    counts = torch.bincount(sources, minlength=tokens)
+    return RowPlan(sources, torch.argsort(sources, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+
+
+def spread_rows(x: torch.Tensor, *, plan: RowPlan, backend: str = "auto") -> torch.Tensor:
+    """x [N, D] -> rows [R, D], rows[r] = x[plan.sources[r]]; raises what `gather_rows` raises."""
+    return _Spread.apply(x, plan, backend)
+
+
+def collect_rows(rows: torch.Tensor, *, plan: RowPlan, backend: str = "auto") -> torch.Tensor:
+    """rows [R, D] -> [N, D], the sum of each token's rows, zero where it has none; raises what `sum_places` raises."""
+    return _Collect.apply(rows, plan, backend)
+
+
+class _Spread(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, x: torch.Tensor, plan: RowPlan, backend: str) -> torch.Tensor:
+        ctx.plan, ctx.backend = plan, backend
+        return _gather(x, plan=plan, backend=backend)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return collect_rows(grad, plan=ctx.plan, backend=ctx.backend), None, None
+
+
+class _Collect(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, rows: torch.Tensor, plan: RowPlan, backend: str) -> torch.Tensor:
+        ctx.plan, ctx.backend = plan, backend
+        return sum_places(rows, places=plan.places, starts=plan.starts, backend=_able(backend, plan=plan))
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return spread_rows(grad, plan=ctx.plan, backend=ctx.backend), None, None
+
+
+def _gather(x: torch.Tensor, *, plan: RowPlan, backend: str) -> torch.Tensor:
+    places = plan.places if plan.starts is None else None
+    return gather_rows(x, sources=plan.sources, places=places, backend=_able(backend, plan=plan))
+
+
+def _able(backend: str, *, plan: RowPlan) -> str:
+    """Triton's kernels know tokens of K rows each alone."""
+    return "auto" if backend == "triton" and plan.starts is not None else backend
 
 
 def gather_rows(
@@ -57,33 +125,47 @@ def gather_rows(
     return rows
 
 
-def sum_places(rows: torch.Tensor, *, places: torch.Tensor, backend: str = "auto") -> torch.Tensor:
+def sum_places(
+    rows: torch.Tensor, *, places: torch.Tensor, starts: torch.Tensor | None = None, backend: str = "auto"
+) -> torch.Tensor:
     """out [N, D]: out[n] = sum over k of rows[places[n, k]], rows [R, D], places [N, K] int64; no autograd.
 
-    Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
+    With starts [N + 1] int64, rising, token n has the places from starts[n] to starts[n + 1] of places [P]. Raises
+    KernelError for a backend that cannot run, ValueError for tensors that do not fit.
     """
     op = "sum_places"
     require(rows.ndim == 2, op=op, name="rows", tensor=rows, rule="it must be [rows, width]")
     _require_no_gradient(rows, op=op, name="rows")
-    holds = places.ndim == 2 and places.shape[1] > 0
-    require(holds, op=op, name="places", tensor=places, rule="it must be [tokens, k] with a k of at least 1")
+    if starts is None:
+        holds = places.ndim == 2 and places.shape[1] > 0
+        require(holds, op=op, name="places", tensor=places, rule="it must be [tokens, k] with a k of at least 1")
+    else:
+        require(places.ndim == 1, op=op, name="places", tensor=places, rule="with starts it must be [places]")
+        rule = "it must be [tokens + 1]"
+        require(starts.ndim == 1 and starts.numel() > 0, op=op, name="starts", tensor=starts, rule=rule)
+        _require_index(starts, limit=places.shape[0] + 1, beside=rows, op=op, name="starts")
     _require_index(places, limit=rows.shape[0], beside=rows, op=op, name="places")
-    native = runs_native(rows)
+    offered = OFFERED if starts is None else OFFERED[1:]
     chosen = choose_backend(
-        backend, op=op, offered=OFFERED, device=rows.device, dtype=rows.dtype, native=native
+        backend, op=op, offered=offered, device=rows.device, dtype=rows.dtype, native=runs_native(rows)
     )
     if chosen == "triton":
         from ..moe_permute.kernel import unpermute_triton
 
         return unpermute_triton(rows.contiguous(), places, None)
     if chosen == "reference":
-        return sum_places_reference(rows, places=places)
+        return sum_places_reference(rows, places=places, starts=starts)
+    tokens = places.shape[0] if starts is None else starts.shape[0] - 1
     if chosen == "torch":
-        return torch.nn.functional.embedding_bag(places, rows.contiguous(), mode="sum")
-    rows, places = rows.contiguous(), places.contiguous()
-    out = rows.new_empty(places.shape[0], rows.shape[1])
+        if not places.numel():
+            return rows.new_zeros(tokens, rows.shape[1])
+        ragged = {} if starts is None else {"offsets": starts, "include_last_offset": True}
+        return torch.nn.functional.embedding_bag(places, rows.contiguous(), mode="sum", **ragged)
+    rows, places, starts = rows.contiguous(), places.contiguous(), None if starts is None else starts.contiguous()
+    out = rows.new_empty(tokens, rows.shape[1])
     native_library().ernie5_sum_places(
-        is_narrow(rows), *map(pointer, (rows, places, out)), *sizes(*places.shape, rows.shape[1]), threads()
+        is_narrow(rows), *map(pointer, (rows, places, starts, out)), *sizes(tokens, places.numel(), rows.shape[1]),
+        threads(),
     )
     return out
 

@@ -7,12 +7,14 @@ import torch
 
 from ernie5.errors import KernelError
 from ernie5.model.config import ModelConfig, MoEConfig
+from ernie5.model.interfaces import ArrangedRows
 from ernie5.model.moe.layer import MoELayer
 from ernie5.model.moe.router import Router
 from ernie5_kernels.attention import attention, plan_attention
 from ernie5_kernels.dispatch import BACKENDS, choose_backend
 from ernie5_kernels.experts import experts
 from ernie5_kernels.grouped_gemm import grouped_gemm
+from ernie5_kernels.token_rows import plan_rows
 
 
 def test_packages_of_others_say_what_they_need() -> None:
@@ -44,7 +46,8 @@ def test_a_layer_that_cannot_have_its_back_end_stops(name: str) -> None:
     layer = MoELayer(ModelConfig(layers=1, modalities=("text",), width=8, expert_backend=name,
                                  moe=MoEConfig(num_experts=4, top_k=2, expert_width=8)))
     with pytest.raises(KernelError, match=name.removesuffix("_fp8")):
-        layer.experts(torch.ones(2, 8), row_weights=torch.ones(2), offsets=torch.tensor([1, 2, 2, 2]))
+        plan = plan_rows(torch.tensor([0, 1]), tokens=2)
+        layer.experts(torch.ones(2, 8), arranged=ArrangedRows(torch.ones(2), torch.tensor([1, 2, 2, 2]), plan))
 
 
 def test_triton_routes_among_no_groups() -> None:

@@ -25,7 +25,7 @@ from ernie5_kernels.router_topk import router_topk
 from ernie5_kernels.router_topk.native import choose_native
 from ernie5_kernels.swiglu import swiglu
 from ernie5_kernels.testing import ODD_SIZES, assert_close, outputs_and_gradients, poisoned_memory
-from ernie5_kernels.token_rows import gather_rows, sum_places
+from ernie5_kernels.token_rows import RowPlan, gather_rows, plan_rows, sum_places
 
 pytestmark = pytest.mark.skipif(native_library() is None, reason="no C++ compiler on this machine")
 FP32, BF16 = (torch.float32, 4e-6, "sums of fp32"), (torch.bfloat16, 2e-2, "bf16 keeps 8 bits, products add 2^-8 each")
@@ -152,6 +152,35 @@ def test_experts_match_the_reference(
             normal(rows, seed=1).abs(),
             normal(len(counts), 2 * hidden, width, seed=2, dtype=dtype) / width**0.5,
             normal(len(counts), width, hidden, seed=3, dtype=dtype) / hidden**0.5,
+            tolerance=tolerance,
+            reason=reason,
+        )
+
+
+@PRODUCTS
+@pytest.mark.parametrize("tokens", (0, 1, 37, 601))
+@pytest.mark.parametrize("is_even", (True, False), ids=("K rows each", "any number"))
+def test_experts_of_tokens_match_the_reference(
+    tokens: int, is_even: bool, dtype: torch.dtype, tolerance: float, reason: str
+) -> None:
+    number, top_k = 5, 3
+    generator = torch.Generator().manual_seed(tokens)
+    owners = torch.arange(tokens).repeat_interleave(top_k)[torch.randperm(tokens * top_k, generator=generator)]
+    if is_even:
+        plan = RowPlan(owners, torch.argsort(owners, stable=True).view(tokens, top_k))
+    else:
+        owners = owners[torch.rand(owners.shape, generator=generator) > 0.6]
+        plan = plan_rows(owners, tokens=tokens)
+    ends = torch.randint(0, owners.numel() + 1, (number,), generator=generator).sort().values
+    for width, hidden in ((10, 7), (64, 32)):
+        compare(
+            lambda x, p, u, d, b: experts(
+                x, row_weights=p, gate_up=u, down=d, offsets=ends, plan=plan, backend=b
+            ),
+            normal(tokens, width, dtype=dtype),
+            normal(owners.numel(), seed=1).abs(),
+            normal(number, 2 * hidden, width, seed=2, dtype=dtype) / width**0.5,
+            normal(number, width, hidden, seed=3, dtype=dtype) / hidden**0.5,
             tolerance=tolerance,
             reason=reason,
         )

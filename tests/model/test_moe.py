@@ -151,11 +151,7 @@ def test_the_layer_matches_a_loop_over_tokens_with_every_gradient(tokens: int, f
             with poisoned_memory():
                 dispatcher = LocalDispatcher()
                 parcels = dispatcher.receive(dispatcher.send(leaf, routing=routing, num_experts=6))
-                sorted_rows = dispatcher.arrange(parcels)
-                rows = experts(
-                    sorted_rows.rows, row_weights=sorted_rows.row_weights, offsets=sorted_rows.offsets
-                )
-                outputs = dispatcher.arrange_back(rows, dispatched=sorted_rows)
+                outputs = experts(parcels.rows, arranged=dispatcher.arrange(parcels))
                 out = dispatcher.combine(outputs, parcels=parcels)
         gradients = torch.autograd.grad(out.sin().sum(), parameters)
         results.append([out, *gradients])

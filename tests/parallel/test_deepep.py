@@ -18,6 +18,7 @@ from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.parallel.deepep import BufferNeeds, DeepEPDispatcher, SharedBuffer
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.state import build_state
+from ernie5_kernels.token_rows import collect_rows, spread_rows
 
 RANKS, EXPERTS, WIDTH, TOP_K = 3, 6, 4, 3
 TOKENS = {"uneven": (5, 0, 3), "no token": (0, 0, 0)}
@@ -93,10 +94,11 @@ def run(dispatcher: object, *, tokens: int, factors: torch.Tensor) -> list[torch
     weights = (torch.randint(1, 3, (tokens, TOP_K), generator=generator) / 2).requires_grad_()
     sent = dispatcher.send(hidden, routing=Routing(choices, weights, EXPERTS), num_experts=EXPERTS)
     parcels = dispatcher.receive(sent)
-    rows = dispatcher.arrange(parcels)
-    lengths = torch.diff(rows.offsets, prepend=torch.zeros(1, dtype=torch.int64))
-    scale = (rows.row_weights * factors.repeat_interleave(lengths)).unsqueeze(1)
-    outputs = dispatcher.arrange_back((rows.rows * scale).bfloat16(), dispatched=rows)
+    arranged = dispatcher.arrange(parcels)
+    lengths = torch.diff(arranged.offsets, prepend=torch.zeros(1, dtype=torch.int64))
+    scale = (arranged.row_weights * factors.repeat_interleave(lengths)).unsqueeze(1)
+    rows = (spread_rows(parcels.rows, plan=arranged.plan) * scale).bfloat16()
+    outputs = collect_rows(rows, plan=arranged.plan)
     out = dispatcher.combine(outputs, parcels=parcels)
     (out.float() * torch.randint(-1, 3, out.shape, generator=generator)).sum().backward()
     return [out.detach(), hidden.grad, weights.grad]

@@ -22,6 +22,7 @@ from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.halves import Halves
 from ernie5.parallel.nodes import split_into_nodes
 from ernie5.parallel.state import ParallelState, build_state
+from ernie5_kernels.token_rows import collect_rows, spread_rows
 
 RANKS, EXPERTS, WIDTH = 4, 8, 3
 ROW_BYTES = WIDTH * 8
@@ -91,11 +92,11 @@ class Layer:
         return (hidden * 3.0).sin()
 
     def run_experts(self, parcels: Parcels) -> torch.Tensor:
-        rows = self.dispatcher.arrange(parcels)
-        ends = rows.offsets.tolist()
+        arranged = self.dispatcher.arrange(parcels)
+        ends, rows = arranged.offsets.tolist(), spread_rows(parcels.rows, plan=arranged.plan)
         spans = zip([0, *ends[:-1]], ends, self.matrices, strict=True)
-        outputs = torch.cat([rows.rows[start:end] @ matrix for start, end, matrix in spans])
-        return self.dispatcher.arrange_back(outputs * rows.row_weights.unsqueeze(1), dispatched=rows)
+        outputs = torch.cat([rows[start:end] @ matrix for start, end, matrix in spans])
+        return collect_rows(outputs * arranged.row_weights.unsqueeze(1), plan=arranged.plan)
 
 
 def grow(dispatcher: object, *, case: Case, matrices: torch.Tensor, is_halved: bool = False) -> list[torch.Tensor]:

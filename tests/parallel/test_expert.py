@@ -7,10 +7,10 @@ import torch
 
 from ernie5.model.interfaces import Routing
 from ernie5.model.moe.dispatch import LocalDispatcher
-from ernie5.parallel.bags import bag_rows, spread_bags, sum_bags
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.dispatchers import make_dispatcher
 from ernie5.parallel.state import build_state
+from ernie5_kernels.token_rows import collect_rows, plan_rows, spread_rows
 
 EXPERTS, WIDTH = 5, 3
 FACTORS = torch.tensor([1.0, -2.0, 0.5, 3.0, 7.0], dtype=torch.float64)
@@ -25,12 +25,12 @@ def make_routing(choices: torch.Tensor) -> Routing:
 def run(dispatcher: object, *, hidden: torch.Tensor, routing: Routing) -> torch.Tensor:
     """Expert e multiplies by FACTORS[e]; gate weights are applied on the expert's side."""
     parcels = dispatcher.receive(dispatcher.send(hidden, routing=routing, num_experts=EXPERTS))
-    dispatched = dispatcher.arrange(parcels)
-    ends = dispatched.offsets.tolist()
+    arranged = dispatcher.arrange(parcels)
+    ends = arranged.offsets.tolist()
     lengths = torch.tensor([end - start for start, end in zip([0, *ends[:-1]], ends, strict=True)])
     factors = FACTORS.repeat_interleave(lengths)
-    rows = dispatched.rows * (dispatched.row_weights * factors).unsqueeze(1)
-    return dispatcher.combine(dispatcher.arrange_back(rows, dispatched=dispatched), parcels=parcels)
+    rows = spread_rows(parcels.rows, plan=arranged.plan) * (arranged.row_weights * factors).unsqueeze(1)
+    return dispatcher.combine(collect_rows(rows, plan=arranged.plan), parcels=parcels)
 
 
 def distinct_choices(tokens: int, *, top_k: int) -> torch.Tensor:
@@ -63,16 +63,16 @@ def test_one_rank_equals_the_local_dispatcher(name: str, case: str) -> None:
         assert torch.allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def test_bags_with_empty_items_sum_and_spread_as_a_scatter_does() -> None:
+def test_items_without_rows_are_summed_and_spread_as_a_scatter_does() -> None:
     owners = torch.tensor([4, 0, 4, 2, 0, 4])
-    bags = bag_rows(owners, items=6)
+    plan = plan_rows(owners, tokens=6)
     rows = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     items = torch.randn(6, 2, dtype=torch.float64, requires_grad=True)
     expected = torch.zeros(6, 2, dtype=torch.float64).index_add(0, owners, rows.detach())
-    assert torch.allclose(sum_bags(rows, bags=bags), expected)
-    assert torch.equal(spread_bags(items, bags=bags), items[owners])
-    assert torch.autograd.gradcheck(lambda x: sum_bags(x, bags=bags), (rows,))
-    assert torch.autograd.gradcheck(lambda x: spread_bags(x, bags=bags), (items,))
+    assert torch.allclose(collect_rows(rows, plan=plan), expected)
+    assert torch.equal(spread_rows(items, plan=plan), items[owners])
+    assert torch.autograd.gradcheck(lambda x: collect_rows(x, plan=plan), (rows,))
+    assert torch.autograd.gradcheck(lambda x: spread_rows(x, plan=plan), (items,))
 
 
 def test_rows_that_no_expert_chose_are_never_read() -> None:

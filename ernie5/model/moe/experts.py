@@ -6,6 +6,7 @@ import torch
 from torch import nn
 
 from ernie5.model.config import ModelConfig, MoEConfig
+from ernie5.model.interfaces import ArrangedRows
 from ernie5_kernels.experts import experts
 
 FP8 = "triton_fp8"
@@ -25,11 +26,9 @@ class RoutedExperts(nn.Module):
         self.down = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
         self.backend, self.fp8 = ("triton", True) if backend == FP8 else (backend, False)
 
-    def forward(
-        self, rows: torch.Tensor, *, row_weights: torch.Tensor, offsets: torch.Tensor
-    ) -> torch.Tensor:
-        """rows [R, D] grouped by expert, row_weights [R], offsets [E] -> weighted outputs [R, D]."""
+    def forward(self, parcels: torch.Tensor, *, arranged: ArrangedRows) -> torch.Tensor:
+        """parcels [M, D] -> the weighted sum of what their experts make of each [M, D]."""
         return experts(
-            rows, row_weights=row_weights, gate_up=self.gate_up, down=self.down, offsets=offsets, backend=self.backend,
-            fp8=self.fp8,
+            parcels, row_weights=arranged.row_weights, gate_up=self.gate_up, down=self.down, offsets=arranged.offsets,
+            plan=arranged.plan, backend=self.backend, fp8=self.fp8,
         )

@@ -53,6 +53,4 @@ class MoELayer(nn.Module):
 
     def run_experts(self, parcels: Parcels) -> torch.Tensor:
         """The parcels of this rank -> weighted outputs of its experts, summed per parcel [M, D]; nothing travels."""
-        dispatched = self.dispatcher.arrange(parcels)
-        rows = self.experts(dispatched.rows, row_weights=dispatched.row_weights, offsets=dispatched.offsets)
-        return self.dispatcher.arrange_back(rows, dispatched=dispatched)
+        return self.experts(parcels.rows, arranged=self.dispatcher.arrange(parcels))

@@ -93,8 +93,7 @@ def limit_groups(preference: torch.Tensor, *, num_groups: int, top_groups: int, 
     """preference [N, E] with -inf outside each token's best `top_groups` groups of consecutive experts.
 
     Node-limited routing (DeepSeek-V3, arXiv:2412.19437, section 2.1.2): a group's score is the sum of its highest
-    K / M preferences, bias included (rounded up where a sub-network's K is no multiple of M). A group with fewer
-    experts than that (the others being -inf) is not chosen.
+    K / M preferences (rounded up where M does not divide K), bias included; one with fewer experts is not chosen.
     """
     groups = preference.unflatten(1, (num_groups, -1))
     counted = -(-top_k // top_groups)

@@ -1,12 +1,12 @@
 """Measure what the layers keep for backward, and the peak, with and without recompute, beside what theory says.
 
-    OMP_NUM_THREADS=1 .venv/bin/python tools/activation_memory.py [TOKENS]
-
+    OMP_NUM_THREADS=1 .venv/bin/python tools/activation_memory.py [TOKENS] [torch | native]
 Counts the bytes of live tensors that the pass allocates (fp32, one process, text alone), not the process's memory.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import sys
 import weakref
 
@@ -19,10 +19,8 @@ from ernie5.engine.recompute import install_recompute
 from ernie5.model.backbone import build_model
 from ernie5.model.config import ModelConfig, MoEConfig, MTPConfig
 
-MODEL = ModelConfig(
-    layers=6, width=128, query_heads=4, kv_heads=2, head_width=32, modalities=("text",), mtp=MTPConfig(depth=0),
-    moe=MoEConfig(num_experts=32, top_k=4, expert_width=64), expert_backend="torch", attention_backend="torch",
-)
+MODEL = ModelConfig(layers=6, width=128, query_heads=4, kv_heads=2, head_width=32, modalities=("text",),
+                    mtp=MTPConfig(depth=0), moe=MoEConfig(num_experts=32, top_k=4, expert_width=64))
 MODES = {
     "none": EngineConfig(),
     "selective: experts": EngineConfig(recompute="selective", recompute_parts=("experts",)),
@@ -56,7 +54,7 @@ class LiveBytes(TorchDispatchMode):
         self.live -= size
 
 
-def theory_bytes(engine: EngineConfig, *, tokens: int) -> int:
+def theory_bytes(engine: EngineConfig, *, tokens: int, native: bool) -> int:
     """What one layer keeps; the last one's output comes on top."""
     if engine.recompute == "full":
         return 4 * tokens * MODEL.width
@@ -64,15 +62,17 @@ def theory_bytes(engine: EngineConfig, *, tokens: int) -> int:
     heads, keys = MODEL.query_heads * MODEL.head_width, MODEL.kv_heads * MODEL.head_width
     # norm's output, products before and after norm and rotation, values, output
     attention = 0 if "attention" in parts else width + 2 * (heads + keys) + keys + heads
-    # per choice: rows, both halves before and one after the activation
-    experts = 0 if "experts" in parts else moe.top_k * (width + 3 * moe.expert_width)
-    # always: two residuals, what the second norm gives to the router, its scores
-    return 4 * tokens * (attention + experts + 3 * width + moe.num_experts)
+    # per choice: rows, both halves before and one after the activation; C++ keeps both halves alone
+    per_choice = 2 * moe.expert_width if native else width + 3 * moe.expert_width
+    experts = 0 if "experts" in parts else moe.top_k * per_choice
+    scores = moe.top_k if native else moe.num_experts  # C++ keeps the chosen ones
+    return 4 * tokens * (attention + experts + 3 * width + scores)  # two residuals, what the second norm gives
 
 
-def measure(engine: EngineConfig, *, tokens: int) -> tuple[int, int]:
+def measure(engine: EngineConfig, *, tokens: int, native: bool) -> tuple[int, int]:
     """Bytes kept after forward, and the peak until the end of backward."""
-    model = build_model(MODEL, seed=0)
+    kernels = "auto" if native else "torch"
+    model = build_model(dataclasses.replace(MODEL, expert_backend=kernels, attention_backend=kernels), seed=0)
     install_recompute(model, engine=engine, device=torch.device("cpu"))
     hidden = torch.randn(1, tokens, MODEL.width, requires_grad=True)
     positions = torch.arange(tokens, dtype=torch.float32).view(1, tokens, 1).expand(1, tokens, 3)
@@ -88,13 +88,13 @@ def measure(engine: EngineConfig, *, tokens: int) -> tuple[int, int]:
     return kept, counter.peak
 
 
-def main(tokens: int) -> None:
+def main(tokens: int, native: bool) -> None:
     print("| recompute | kept, measured MiB | theory MiB | ratio | peak MiB |\n|---|---|---|---|---|")
     for name, engine in MODES.items():
-        kept, peak = (value / 2**20 for value in measure(engine, tokens=tokens))
-        theory = (MODEL.layers * theory_bytes(engine, tokens=tokens) + 4 * tokens * MODEL.width) / 2**20
+        kept, peak = (value / 2**20 for value in measure(engine, tokens=tokens, native=native))
+        theory = (MODEL.layers * theory_bytes(engine, tokens=tokens, native=native) + 4 * tokens * MODEL.width) / 2**20
         print(f"| {name} | {kept:.1f} | {theory:.1f} | {kept / theory:.2f} | {peak:.1f} |")
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1024)
+    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1024, sys.argv[2:] == ["native"])

@@ -23,7 +23,7 @@ class NativeExperts(torch.autograd.Function):
         plan: RowPlan | None,
     ) -> torch.Tensor:
         rows, gate_up, down = rows.contiguous(), gate_up.contiguous(), down.contiguous()
-        ctx.weights_dtype, ctx.plan = row_weights.dtype, plan
+        ctx.weights_dtype = row_weights.dtype
         row_weights, offsets = row_weights.float().resolve_neg().contiguous(), offsets.long().contiguous()
         sources = None if plan is None else plan.sources.contiguous()
         count = row_weights.shape[0]
@@ -32,13 +32,16 @@ class NativeExperts(torch.autograd.Function):
             is_narrow(rows), *map(pointer, (rows, sources, row_weights, offsets, gate_up, down, middle, out)),
             *_sizes(count, gate_up), threads(),
         )
-        ctx.save_for_backward(rows, row_weights, gate_up, down, offsets, middle, sources)
+        plan_tensors = () if plan is None else plan.tensors
+        ctx.save_for_backward(rows, row_weights, gate_up, down, offsets, middle, *plan_tensors)
         return out if plan is None else _sum(out, plan=plan)
 
     @staticmethod
     @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        rows, row_weights, gate_up, down, offsets, middle, sources = ctx.saved_tensors
+        rows, row_weights, gate_up, down, offsets, middle, *plan_tensors = ctx.saved_tensors
+        plan = RowPlan(*plan_tensors) if plan_tensors else None
+        sources = None if plan is None else plan.sources.contiguous()
         grad, count = grad.contiguous(), row_weights.shape[0]
         grads = [rows.new_empty(count, rows.shape[1]), *map(torch.empty_like, (row_weights, gate_up, down))]
         native_library().ernie5_experts_backward(
@@ -46,7 +49,7 @@ class NativeExperts(torch.autograd.Function):
             *map(pointer, (rows, sources, row_weights, offsets, gate_up, down, middle, grad, *grads)),
             *_sizes(count, gate_up), threads(),
         )
-        grads[0] = grads[0] if ctx.plan is None else _sum(grads[0], plan=ctx.plan)
+        grads[0] = grads[0] if plan is None else _sum(grads[0], plan=plan)
         grads[1] = grads[1].to(ctx.weights_dtype)
         return *grads, None, None
 

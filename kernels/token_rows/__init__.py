@@ -31,6 +31,11 @@ class RowPlan:
     starts: torch.Tensor | None = None
 
     @property
+    def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
+        """Its fields in order."""
+        return self.sources, self.places, self.starts
+
+    @property
     def tokens(self) -> int:
         """How many, those without rows included."""
         return self.places.shape[0] if self.starts is None else self.starts.shape[0] - 1
@@ -55,23 +60,25 @@ def collect_rows(rows: torch.Tensor, *, plan: RowPlan, backend: str = "auto") ->
 class _Spread(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, plan: RowPlan, backend: str) -> torch.Tensor:
-        ctx.plan, ctx.backend = plan, backend
+        ctx.save_for_backward(*plan.tensors)  # not as an attribute, which recomputation and offloading would not see
+        ctx.backend = backend
         return _gather(x, plan=plan, backend=backend)
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return collect_rows(grad, plan=ctx.plan, backend=ctx.backend), None, None
+        return collect_rows(grad, plan=RowPlan(*ctx.saved_tensors), backend=ctx.backend), None, None
 
 
 class _Collect(torch.autograd.Function):
     @staticmethod
     def forward(ctx, rows: torch.Tensor, plan: RowPlan, backend: str) -> torch.Tensor:
-        ctx.plan, ctx.backend = plan, backend
+        ctx.save_for_backward(*plan.tensors)
+        ctx.backend = backend
         return sum_places(rows, places=plan.places, starts=plan.starts, backend=_able(backend, plan=plan))
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return spread_rows(grad, plan=ctx.plan, backend=ctx.backend), None, None
+        return spread_rows(grad, plan=RowPlan(*ctx.saved_tensors), backend=ctx.backend), None, None
 
 
 def _gather(x: torch.Tensor, *, plan: RowPlan, backend: str) -> torch.Tensor:

@@ -6,6 +6,7 @@ import functools
 import os
 import subprocess
 import sys
+import weakref
 from collections.abc import Callable, Iterator
 from pathlib import Path
 
@@ -184,6 +185,20 @@ def test_experts_of_tokens_match_the_reference(
             tolerance=tolerance,
             reason=reason,
         )
+
+
+@pytest.mark.parametrize("backend", ("native", "torch"))
+def test_a_plan_lives_on_in_saved_tensors_alone(backend: str) -> None:
+    """Recomputation and offloading replace those; what a function keeps otherwise stays in memory."""
+    plan = plan_rows(torch.tensor([1, 0, 1]), tokens=2)
+    alive = [weakref.ref(tensor) for tensor in plan.tensors]
+    with torch.autograd.graph.saved_tensors_hooks(lambda x: x.shape, torch.zeros):
+        out = experts(
+            normal(2, 8).requires_grad_(), row_weights=torch.ones(3), gate_up=normal(1, 6, 8), down=normal(1, 8, 3),
+            offsets=torch.tensor([3]), plan=plan, backend=backend,
+        )
+    del plan
+    assert out.requires_grad and [tensor() for tensor in alive] == [None] * 3
 
 
 @PRODUCTS

@@ -23,6 +23,7 @@ PARTS = {
         "aten.bmm", "aten.baddbmm", "aten.lerp", "aten.lerp_",
     ),
     "router and order": (
+        "ernie5_route", "ernie5_route_backward", "ernie5_choose",
         "aten.topk", "aten.sort", "aten._softmax", "aten._softmax_backward_data", "aten.sigmoid", "aten.gather",
         "aten.sigmoid_backward", "aten.scatter_add_", "aten.scatter_", "aten.searchsorted", "aten.index_put_",
     ),

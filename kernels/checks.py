@@ -56,6 +56,20 @@ def lies_open(tensor: torch.Tensor) -> bool:
     return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
 
 
+def require_part(
+    tensor: torch.Tensor, *, dtypes: tuple[torch.dtype, ...], shape: torch.Size, first: torch.Tensor, op: str, name: str
+) -> None:
+    """Ask for one of `dtypes`, the parameter's `shape`, no gaps, and the device of `first`."""
+    if tensor.dtype not in dtypes:
+        rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
+        require(False, op=op, name=name, tensor=tensor, rule=rule)
+    if tensor.shape != shape:
+        rule = f"it must have the parameter's shape {tuple(shape)}"
+        require(False, op=op, name=name, tensor=tensor, rule=rule)
+    require(tensor.is_contiguous(), op=op, name=name, tensor=tensor, rule="it must be contiguous")
+    require_beside(tensor, first=first, op=op, name=name)
+
+
 def require_within(index: torch.Tensor, *, limit: int, op: str, name: str) -> None:
     """Ask that every index that `lies_open` be one of 0 .. limit - 1: C++ would read whatever memory it points at.
 

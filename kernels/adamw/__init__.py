@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..checks import require, require_beside
+from ..checks import require, require_beside, require_part
 from ..dispatch import choose_backend
 from ..native.library import native_library
 from .native import adamw_native
@@ -64,9 +64,4 @@ def _require(one: AdamWTensors, *, first: torch.Tensor) -> None:
     if one.copy is not None:
         parts.append(("copy", one.copy, (torch.bfloat16,)))
     for name, tensor, dtypes in parts:
-        rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
-        require(tensor.dtype in dtypes, op="adamw", name=name, tensor=tensor, rule=rule)
-        rule = f"it must have the parameter's shape {tuple(one.parameter.shape)}"
-        require(tensor.shape == one.parameter.shape, op="adamw", name=name, tensor=tensor, rule=rule)
-        require(tensor.is_contiguous(), op="adamw", name=name, tensor=tensor, rule="it must be contiguous")
-        require_beside(tensor, first=first, op="adamw", name=name)
+        require_part(tensor, dtypes=dtypes, shape=one.parameter.shape, first=first, op="adamw", name=name)

@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adamw.reference import AdamWStep
-from ..checks import require, require_beside
+from ..checks import require, require_beside, require_part
 from ..dispatch import choose_backend
 from ..native.library import native_library
 from .native import adamw_compact_native
@@ -66,11 +66,8 @@ def _require(one: CompactTensors, *, first: torch.Tensor) -> None:
         holds = parameter.dtype == torch.float32
         require(holds, op=OP, name="parameter", tensor=parameter, rule="only float32 has a copy in bfloat16")
         parts.append(("copy", one.copy, (torch.bfloat16,)))
-    shape, device = parameter.shape, first.device
     for name, tensor, dtypes in parts:
-        fits = tensor.dtype in dtypes and tensor.shape == shape and tensor.is_contiguous() and tensor.device == device
-        if not fits:  # the text is made here alone: a step asks thousands of times
-            _refuse(tensor, name=name, dtypes=dtypes, shape=shape, first=first)
+        require_part(tensor, dtypes=dtypes, shape=parameter.shape, first=first, op=OP, name=name)
     if (one.first.scales is None) != (one.second.scales is None):
         raise ValueError("adamw_compact: one moment has scales and the other has none; both are codes, or neither")
     for name, scales in (("first scales", one.first.scales), ("second scales", one.second.scales)):
@@ -80,14 +77,3 @@ def _require(one: CompactTensors, *, first: torch.Tensor) -> None:
             if not holds:
                 require(False, op=OP, name=name, tensor=scales, rule=f"it must be [{blocks}] of float32")
             require_beside(scales, first=first, op=OP, name=name)
-
-
-def _refuse(
-    tensor: torch.Tensor, *, name: str, dtypes: tuple[torch.dtype, ...], shape: torch.Size, first: torch.Tensor
-) -> None:
-    rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
-    require(tensor.dtype in dtypes, op=OP, name=name, tensor=tensor, rule=rule)
-    rule = f"it must have the parameter's shape {tuple(shape)}"
-    require(tensor.shape == shape, op=OP, name=name, tensor=tensor, rule=rule)
-    require(tensor.is_contiguous(), op=OP, name=name, tensor=tensor, rule="it must be contiguous")
-    require_beside(tensor, first=first, op=OP, name=name)

@@ -23,8 +23,9 @@ from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.recompute import install_recompute
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.generate.interleave import Generation
-from ernie5.model.backbone import UnifiedModel, build_model
+from ernie5.model.backbone import UnifiedModel
 from ernie5.model.config import flops_per_token
+from ernie5.model.init import MarkedValues
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Figures, Metrics
@@ -83,8 +84,11 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     identities = dataclasses.asdict(tokenizers.identities)
     if known is not None:
         check_tokenizers(known.manifest, identities=identities)
-    make_model = build_model if config.engine.kind == "local" else UnifiedModel.outline
-    model = make_model(config.model, seed=config.train.seed)
+    model = UnifiedModel.outline(config.model, seed=config.train.seed)
+    if resume_from is not None or origin is not None:  # read over all parameters below, or the start ends in an error
+        model.initial = MarkedValues(model.initial)
+    if config.engine.kind == "local":
+        model.draw()
     engine = build_engine(config, model=model, device=device, dp=dp, run_dir=run_dir)
     if engine.is_main:
         get_log().info("%s", describe_start(config, world_size=world_size, device=device))

@@ -13,7 +13,7 @@ from ernie5.config.load import load_config
 from ernie5.model import init
 from ernie5.model.backbone import UnifiedModel, build_model
 from ernie5.model.config import ModelConfig, MoEConfig, VisualModelConfig
-from ernie5.model.init import SeededValues, std_of
+from ernie5.model.init import MarkedValues, SeededValues, std_of
 from ernie5.model.shard_plan import SHARD_PLAN, placements_of
 from ernie5.train.config import RootConfig
 
@@ -103,6 +103,28 @@ def test_an_outline_has_names_and_shapes_and_no_parameters_in_memory(wide) -> No
     assert not any(buffer.is_meta or buffer.any() for buffer in outline.buffers())
     found, expected = ({k: v.shape for k, v in m.state_dict().items()} for m in (outline, model))
     assert found == expected
+
+
+def test_marks_are_equal_in_copies_differ_between_parts_and_draw_nothing_large() -> None:
+    """In bf16 too, in which values that are nearly equal become equal."""
+
+    def fill(name: str, *kept: torch.Tensor | None, size: int) -> torch.Tensor:
+        part = torch.full((size, 32), torch.nan)
+        MarkedValues(drawn).fill(part, name=name, shape=(64, 32), kept=kept)
+        return part.bfloat16()
+
+    drawn = SeededValues(ModelConfig(), seed=5)
+    first, second, third = (torch.arange(start, start + 8) for start in (0, 8, 7))
+    parts = [fill("a.weight", own, None, size=8) for own in (first, second, third)]
+    parts += [fill("b.weight", first, None, size=8), fill("a.weight", None, first, size=8)]
+    assert all((one == other).all() == (i == j) for i, one in enumerate(parts) for j, other in enumerate(parts))
+    assert torch.equal(parts[0], fill("a.weight", first.clone(), None, size=8))
+    whole = fill("a.weight", None, None, size=64)
+    assert whole.view(-1)[:256].abs().eq(1).all() and not whole.view(-1)[256:].any()
+    small, expected = torch.empty(7, 32), torch.empty(7, 32)
+    MarkedValues(drawn).fill(small, name="a.weight", shape=(64, 32), kept=(first[:7], None))
+    drawn.fill(expected, name="a.weight", shape=(64, 32), kept=(first[:7], None))
+    assert torch.equal(small, expected)
 
 
 @pytest.mark.parametrize("piece_elements", [1, 40, 100])

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import signal
 import subprocess
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernie5.model import init
 from ernie5.train.command import main
 
 
@@ -55,6 +57,65 @@ def test_a_run_killed_in_the_middle_repeats_the_uninterrupted_losses_bit_for_bit
     assert again.returncode == 0, errors
     assert "resumed from" in errors
     assert read_rows(tmp_path / "killed") == read_rows(whole_run)
+
+
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine.kind=local", "engine.precision=bf16"),
+        ("engine.kind=grid",),
+        ("engine.kind=deepspeed", "engine.zero_stage=1", "engine.precision=bf16"),
+        ("engine.kind=deepspeed", "engine.zero_stage=3"),
+    ],
+)
+def test_a_start_that_reads_a_checkpoint_draws_nothing_and_repeats_the_losses_bit_for_bit(
+    settings: tuple[str, ...], world: Path, tmp_path: Path, read_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts of fewer elements than marks have are drawn all the same: they cost nothing."""
+    drawn, draw = [], init._draw
+
+    def note(part: torch.Tensor, **known: object) -> None:
+        drawn.append(part.numel())
+        draw(part, **known)
+
+    monkeypatch.setattr(init, "_draw", note)
+    common = [str(world / "run.yaml"), "train.eval_every_steps=0", "optim.schedule.warmup_steps=1",
+              "model.moe.balance.speed=0.01", *settings]
+    main([*common, f"train.run_dir={tmp_path / 'whole'}", "train.steps=4"])
+    assert max(drawn) > 10 * init.MARK_ELEMENTS
+    main([*common, f"train.run_dir={tmp_path / 'parted'}", "train.steps=2"])
+    drawn.clear()
+    main([*common, f"train.run_dir={tmp_path / 'parted'}", "train.steps=4"])
+    assert all(count < init.MARK_ELEMENTS for count in drawn)
+    assert "resumed from" in (tmp_path / "parted" / "log.txt").read_text("utf-8")
+    assert read_rows(tmp_path / "parted") == read_rows(tmp_path / "whole")
+    drawn.clear()
+    main([*common, f"train.run_dir={tmp_path / 'new'}", f"train.init_from={tmp_path / 'whole'}", "train.steps=1"])
+    assert all(count < init.MARK_ELEMENTS for count in drawn)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "settings",
+    [
+        ("engine.kind=grid", "parallel.tp=2", "parallel.ep=2"),
+        ("engine.kind=grid", "parallel.pp=2"),
+        ("engine.kind=deepspeed", "engine.zero_stage=3", "parallel.tp=2", "parallel.etp=2", "engine.precision=bf16"),
+        ("engine.kind=deepspeed", "engine.zero_stage=2", "parallel.ep=2"),
+    ],
+)
+def test_ranks_that_read_a_checkpoint_pass_the_check_of_copies_and_repeat_the_losses(
+    settings: tuple[str, ...], world: Path, repository: Path, tmp_path: Path, read_rows: Callable
+) -> None:
+    for name, steps in (("whole", 4), ("parted", 2), ("parted", 4)):
+        done = subprocess.run(
+            [sys.executable, str(repository / "launch" / "spawn.py"), "2", str(world / "run.yaml"), *settings,
+             f"train.run_dir={tmp_path / name}", f"train.steps={steps}", "train.eval_every_steps=0",
+             "optim.schedule.warmup_steps=1", "model.moe.balance.speed=0.01"],
+            capture_output=True, text=True, timeout=300,
+        )
+        assert done.returncode == 0, done.stderr
+    assert read_rows(tmp_path / "parted") == read_rows(tmp_path / "whole")
 
 
 def test_a_start_from_an_earlier_checkpoint_that_dies_before_its_first_save_is_gone_on_with(

@@ -16,7 +16,7 @@ import torch
 from ernie5.errors import KernelError
 
 from .checks import TRITON_DTYPES
-from .native.library import native_library
+from .native.library import COMPILER, WRITABLE, native_library
 
 BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "flash_attn")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
@@ -71,7 +71,7 @@ def _without_native() -> str:
     if os.environ.get("ERNIE5_NATIVE") == "0":
         return "native is switched off by ERNIE5_NATIVE=0"
     if native_library() is None:
-        return "native has no C++ library here. Install g++ (Debian: apt install g++), or set CXX to a compiler"
+        return f"native has no C++ library here, as a warning said. {COMPILER}. Or: {WRITABLE}"
     return "native cannot take these tensors. It needs all in fp32 or all in bf16, on the CPU"
 
 

@@ -13,6 +13,7 @@ import functools
 import hashlib
 import os
 import platform
+import shlex
 import shutil
 import subprocess
 import sys
@@ -41,6 +42,9 @@ NATIVE_TYPES = (torch.float32, torch.bfloat16)
 # what ernie5_start_tiles returns, negated, beyond every error number of the operating system
 WRONG_SUMS, CRASHED = 4096, 8192
 TRIALS = {WRONG_SUMS: "a product of small integers came out wrong", CRASHED: "a product ended the process trying it"}
+COMPILER = "Install g++ (Debian: apt install g++), or set CXX to a compiler"
+WRITABLE = "Set XDG_CACHE_HOME to a folder that can be written"
+DIGEST_BYTES = hashlib.sha256().digest_size
 COMPILER_SECONDS = 1800  # a dozen of one core; at a load of 30 on two cores 300 were not enough
 
 
@@ -62,9 +66,11 @@ def native_library() -> ctypes.CDLL | None:
         _start_tiles(library, wanted=mode != "no-tiles")
         return library
     except subprocess.CalledProcessError as error:
-        return _without(error.stderr.strip() or str(error))
-    except (OSError, subprocess.SubprocessError) as error:
+        return _without(error.stderr.strip() or f"{error.cmd[0]} ended with status {error.returncode}")
+    except subprocess.SubprocessError as error:
         return _without(str(error))
+    except OSError as error:
+        return _without(str(error), way_out=WRITABLE if error.filename else COMPILER)
 
 
 def _start_tiles(library: ctypes.CDLL, *, wanted: bool) -> None:
@@ -78,10 +84,10 @@ def _start_tiles(library: ctypes.CDLL, *, wanted: bool) -> None:
         )
 
 
-def _without(reason: str) -> None:
+def _without(reason: str, *, way_out: str = COMPILER) -> None:
     warnings.warn(
-        f"the C++ kernels cannot be built ({reason.splitlines()[0]}); PyTorch's slower operators run instead. Install "
-        "g++ (Debian: apt install g++), or set CXX to a compiler",
+        f"the C++ kernels cannot be built ({reason.splitlines()[0]}); PyTorch's slower operators run instead. "
+        f"{way_out}",
         stacklevel=3,
     )
 
@@ -141,31 +147,47 @@ def threads() -> ctypes.c_int:
     return ctypes.c_int(torch.get_num_threads())
 
 
-def _compiler() -> str:
-    named = os.environ.get("CXX", "g++")
-    found = shutil.which(named)
+def _compiler() -> tuple[str, ...]:
+    named = shlex.split(os.environ.get("CXX", "g++")) or ["g++"]
+    found = shutil.which(named[0])
     if found is None:
-        raise FileNotFoundError(f"no compiler {named}")
-    return found
+        raise FileNotFoundError(f"no compiler {named[0]}")
+    return found, *named[1:]
 
 
-def _built(compiler: str, flags: tuple[str, ...]) -> Path:
+def _built(compiler: tuple[str, ...], flags: tuple[str, ...]) -> Path:
     """Path of the compiled library; of processes that start together one compiles and the others wait for it."""
     folder = Path(__file__).parent
     texts = [(folder / name).read_bytes() for name in (*SOURCES, *HEADERS)]
-    key = hashlib.sha256(b"\0".join([*texts, " ".join((compiler, *flags)).encode(), _processor()])).hexdigest()[:20]
+    key = hashlib.sha256(b"\0".join([*texts, " ".join((*compiler, *flags)).encode(), _processor()])).hexdigest()[:20]
     cache = Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "ernie5"
     library = cache / f"kernels-{key}.so"
-    if not library.exists():
+    if not _is_whole(library):
         cache.mkdir(parents=True, exist_ok=True)
         with (cache / "lock").open("w") as lock, tempfile.TemporaryDirectory(dir=cache) as work:
             fcntl.flock(lock, fcntl.LOCK_EX)
-            if not library.exists():
+            if not _is_whole(library):
                 made = Path(work) / "kernels.so"
-                command = [compiler, *flags, *(str(folder / name) for name in SOURCES), "-o", str(made)]
+                command = [*compiler, *flags, *(str(folder / name) for name in SOURCES), "-o", str(made)]
                 subprocess.run(command, check=True, capture_output=True, text=True, timeout=COMPILER_SECONDS)
+                _seal(made)
                 made.replace(library)
     return library
+
+
+def _seal(library: Path) -> None:
+    """Append the digest of a library to it, which the loader does not look at."""
+    digest = hashlib.sha256(library.read_bytes()).digest()
+    with library.open("ab") as file:
+        file.write(digest)
+
+
+def _is_whole(library: Path) -> bool:
+    """Whether it is there as it was sealed: loading what a full disk or a crash cut short ends the process (SIGBUS)."""
+    if not library.exists():
+        return False
+    data = library.read_bytes()
+    return hashlib.sha256(data[:-DIGEST_BYTES]).digest() == data[-DIGEST_BYTES:]
 
 
 def _processor() -> bytes:

@@ -369,3 +369,50 @@ def test_without_a_compiler_pytorch_runs_and_a_warning_says_so(tmp_path: Path) -
     assert done.returncode == 0, done.stderr
     assert done.stderr.count("the C++ kernels cannot be built") == 1
     assert "apt install g++" in done.stderr
+
+
+LIBRARY_SCRIPT = (
+    "from ernie5_kernels.native.library import native_library\n"
+    "print(native_library() is not None)\n"
+)
+
+
+def test_a_library_cut_short_in_the_cache_is_built_again(tmp_path: Path) -> None:
+    """Loading it would end the process. The compiler is a script that copies the library of this process."""
+    compiler = tmp_path / "compiler"
+    compiler.write_text(f'#!/bin/sh\nfor last; do :; done\ncp "{native_library()._name}" "$last"\n')
+    compiler.chmod(0o755)
+    environment = {**os.environ, "CXX": f"{compiler} -DANY", "XDG_CACHE_HOME": str(tmp_path)}
+    for bytes_left in (None, 5000, 0):
+        for library in tmp_path.glob("ernie5/*.so") if bytes_left is not None else ():
+            library.write_bytes(library.read_bytes()[:bytes_left])
+        done = subprocess.run([sys.executable, "-c", LIBRARY_SCRIPT], env=environment, capture_output=True, text=True)
+        assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
+
+
+@pytest.mark.parametrize(("variable", "named"), (("CXX", "false ended with status 1"), ("XDG_CACHE_HOME", "Set XDG_")))
+def test_what_keeps_the_library_from_being_built_is_said_in_one_line(
+    variable: str, named: str, tmp_path: Path
+) -> None:
+    (tmp_path / "file").touch()
+    values = {"CXX": "false", "XDG_CACHE_HOME": str(tmp_path / "file")}
+    environment = {**os.environ, "XDG_CACHE_HOME": str(tmp_path), variable: values[variable]}
+    done = subprocess.run([sys.executable, "-c", LIBRARY_SCRIPT], env=environment, capture_output=True, text=True)
+    assert (done.returncode, done.stdout) == (0, "False\n")
+    (line,) = (x for x in done.stderr.splitlines() if "cannot be built" in x)
+    assert named in line and len(line) < 400
+
+
+def test_asking_for_a_library_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("ERNIE5_NATIVE", "0")
+    native_library.cache_clear()
+    try:
+        with pytest.raises(KernelError, match="switched off by ERNIE5_NATIVE=0"):
+            linear(torch.ones(2, 3), weight=torch.ones(2, 3), backend="native")
+        monkeypatch.delenv("ERNIE5_NATIVE")
+        monkeypatch.setenv("CXX", "no-such-compiler")
+        native_library.cache_clear()
+        with pytest.warns(UserWarning, match="no compiler no-such-compiler"), pytest.raises(KernelError, match="apt "):
+            linear(torch.ones(2, 3), weight=torch.ones(2, 3), backend="native")
+    finally:
+        native_library.cache_clear()

@@ -225,8 +225,16 @@ def _check_processes(config: RootConfig, *, is_start: bool) -> None:
     """Refuse a layout that the launcher's processes do not make up: before torch is imported, and before --fresh clears
     anything. Without a launcher a start is one process, and a validation says nothing about their number."""
     told = os.environ.get("WORLD_SIZE")
-    if told is not None or is_start:
+    if told is None and not is_start:
+        return
+    try:
         config.derive_dp(int(told or "1"))
+    except ConfigError as error:
+        run_dir = Path(config.train.run_dir)
+        if is_start and run_dir.is_dir() and os.environ.get("RANK", "0") == "0":  # else the last start's would stand
+            with contextlib.suppress(OSError):
+                write_exit(run_dir, record=fault_record(classify(error), step=0, checkpoint="", rank=0))
+        raise
 
 
 def _in_its_place(config: RootConfig, *, file: Path, overrides: Sequence[str]) -> RootConfig:

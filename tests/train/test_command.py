@@ -239,3 +239,24 @@ def test_deepspeed_writes_a_checkpoint_that_the_local_engine_continues(
     for ours, theirs in zip(mixed, whole, strict=True):
         # two engines, fp32: sums in another order
         assert ours["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+
+
+def test_a_start_with_the_wrong_number_of_processes_clears_nothing_and_leaves_its_record(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "metrics.jsonl").write_text("{}\n", "utf-8")
+    (run_dir / "exit.json").write_text('{"exit_code": 75}', "utf-8")
+    command = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "engine.kind=grid", "parallel.tp=2"]
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(LayoutError, match="tp = 2 .*does not divide the 3 processes"):
+        main([*command, "--validate"])
+    assert json.loads((run_dir / "exit.json").read_text("utf-8")) == {"exit_code": 75}
+    with pytest.raises(LayoutError, match="does not divide the 3 processes"):
+        main([*command, "--fresh"])
+    assert json.loads((run_dir / "exit.json").read_text("utf-8"))["exit_code"] == 2
+    assert (run_dir / "metrics.jsonl").read_text("utf-8") == "{}\n"
+    with pytest.raises(LayoutError, match="does not divide the 3 processes"):
+        main([*command, f"train.run_dir={tmp_path / 'new'}"])
+    assert not (tmp_path / "new").exists()

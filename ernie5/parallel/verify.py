@@ -16,8 +16,8 @@ from ernie5.parallel.apply import Layout
 
 
 def check_copies(parts: Iterable[tuple[str, torch.Tensor]], *, layout: Layout) -> None:
-    """Compare digests of every parameter's part over all ranks; collective. For seeded weights, not for loaded ones:
-    two experts of a checkpoint may be equal by intent. Of `parts`, by name, one is held at a time.
+    """Compare digests of every parameter's part over all ranks; collective. For seeded weights or marks, not for loaded
+    ones: two experts of a checkpoint may be equal by intent. Of `parts`, by name, one is held at a time.
 
     Raises EnvironmentFault naming the parameter and two ranks, on every rank.
     """

@@ -11,8 +11,11 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
 import elementwise_cases
 import matrix_cases
+from arguments import file
 from cases import Case
 from chips import CHIPS, Chip
 from compiler import compile_for
@@ -21,14 +24,17 @@ from report import Row, row_of, write_json, write_markdown
 
 def main(argv: Sequence[str]) -> int:
     """Compile, tabulate, judge."""
-    parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--out", type=Path, required=True, help="the report's path without ending")
+    every = (*elementwise_cases.cases(), *matrix_cases.cases())
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=file, required=True, help="the report's path without ending")
     parser.add_argument("--chip", choices=[chip.name for chip in CHIPS], action="append", help="default: all")
-    parser.add_argument("--op", action="append", help="only these operators")
+    names = sorted({case.op for case in every})
+    parser.add_argument("--op", action="append", metavar="OP", choices=names, help="only these operators")
     parser.add_argument("--quick", action="store_true", help="one default configuration of a few kernels")
     given = parser.parse_args(argv)
-    cases = [case for case in (*elementwise_cases.cases(), *matrix_cases.cases())
-             if (not given.op or case.op in given.op) and (case.quick or not given.quick)]
+    cases = [
+        case for case in every if (not given.op or case.op in given.op) and (case.quick or not given.quick)
+    ]
     rows = [
         row for chip in CHIPS if not given.chip or chip.name in given.chip
         for case in cases if chip.capability in case.capabilities

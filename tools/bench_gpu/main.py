@@ -15,8 +15,12 @@ import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 
-import report
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))  # behind the own files, of the same names
+
+import report
+from arguments import folder
 from contest import Case, Row
 from measure import Device, Stopwatch, describe, difference
 
@@ -24,7 +28,7 @@ from measure import Device, Stopwatch, describe, difference
 def main(argv: Sequence[str]) -> int:
     """Parse, race or tune, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for the report")
+    parser.add_argument("--out", type=folder, required=True, help="folder for the report")
     parser.add_argument("--only", nargs="+", default=[], metavar="TEXT", help="cases whose operator or name holds TEXT")
     parser.add_argument("--quick", action="store_true", help="small shapes")
     parser.add_argument("--tune", action="store_true", help="try tile sizes instead")

@@ -23,6 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench_peers"))
 
+from arguments import at_least, folder
 from cases import Case, build_cases
 from machine import measure_machine
 from measure import Timing, race
@@ -141,17 +142,16 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="kernels, dense, experts; all by default")
     parser.add_argument("--shape", default="S", choices=tuple(SHAPES))
-    parser.add_argument("--tokens", type=int, default=0, help="instead of the shape's, in rows of 1,024")
-    parser.add_argument("--rounds", type=int, default=3, help="each after one that is not counted")
-    parser.add_argument("--threads", type=int, default=1)
+    parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
+                        help="instead of the shape's, in rows of 1,024")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
+    parser.add_argument("--threads", type=at_least(1), default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes and one round")
-    parser.add_argument("--out", type=Path, help="folder for bench_kernels.json and bench_kernels.png")
+    parser.add_argument("--out", type=folder, help="folder for bench_kernels.json and bench_kernels.png")
     arguments = parser.parse_args()
     chosen = arguments.what or ["kernels", "dense", "experts"]
     if set(chosen) - {"kernels", "dense", "experts"}:
         parser.error(f"cannot measure {', '.join(sorted(set(chosen) - {'kernels', 'dense', 'experts'}))}")
-    if arguments.tokens % ROW_TOKENS or arguments.tokens < 0 or arguments.rounds < 1:
-        parser.error(f"--tokens must be a multiple of {ROW_TOKENS}, --rounds at least 1")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     shape, rounds = (QUICK, 1) if arguments.quick else (SHAPES[arguments.shape], arguments.rounds)
@@ -169,7 +169,6 @@ def main() -> None:
             print(f"| {row.group} | {row.name} | {row.seconds:.4f} | {row.other_seconds:.4f} | {row.ratio:.2f} | "
                   f"{row.rate:.0f} {row.unit} |", flush=True)
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         record = {
             "date": time.strftime("%Y-%m-%d %H:%M"), "torch": torch.__version__, "shape": dataclasses.asdict(shape),
             "machine": dataclasses.asdict(machine), "rows": [dataclasses.asdict(row) for row in rows],

@@ -14,24 +14,25 @@ import dataclasses
 import json
 import platform
 from collections.abc import Callable
-from pathlib import Path
 
 import torch
+from arguments import at_least, file
 from gate import gate_layer
 from measure import HEADER, race
 from ours import build_layer, build_step, layer_inputs
 from peers import FAMILIES, IMPLEMENTATIONS, build_peer_layer, build_peer_step, possible
 from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
 
-def layer_contestants(shape: Shape, *, kinds: tuple[str, ...]) -> dict[str, Callable[[], object]]:
-    """Forward and backward of one layer, ours first."""
+
+def layer_contestants(shape: Shape, *, kinds: tuple[str, ...], only: str) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one layer, ours first; `only` limits families to one."""
     found: dict[str, Callable[[], object]] = {}
     inputs = layer_inputs(shape)
     for dtype in (torch.bfloat16, torch.float32):
         x = torch.randn(shape.tokens // ROW_TOKENS, ROW_TOKENS, shape.width).to(dtype).requires_grad_()
         upstream, suffix = torch.randn(x.shape).to(dtype), str(dtype).removeprefix("torch.")
         layers = {f"ours {suffix}": build_layer(shape, dtype=dtype)}
-        for family in FAMILIES:
+        for family in (f for f in FAMILIES if only in ("", f)):
             for kind in (k for k in kinds if possible(shape, implementation=k, dtype=dtype)):
                 layers[f"{family} {kind} {suffix}"] = build_peer_layer(
                     family, shape=shape, implementation=kind, dtype=dtype
@@ -67,13 +68,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", choices=("layer", "step"))
     parser.add_argument("shape", nargs="?", default="S", choices=tuple(SHAPES))
-    parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--tokens", type=int, default=0, help="instead of the shape's")
-    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's, where memory is short")
+    parser.add_argument("--rounds", type=at_least(1), default=3)
+    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
+                        help="instead of the shape's, in rows of 1,024")
+    parser.add_argument("--layers", type=at_least(1), default=0, help="instead of the shape's, where memory is short")
     parser.add_argument("--kinds", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
-    parser.add_argument("--family", default="", help="one family of peers alone")
-    parser.add_argument("--out", type=Path)
+    parser.add_argument("--family", default="", choices=tuple(FAMILIES), help="one family of peers alone")
+    parser.add_argument("--out", type=file, help="FILE.json")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
     shape = SHAPES[arguments.shape]
@@ -81,12 +83,10 @@ def main() -> None:
         shape, tokens=arguments.tokens or shape.tokens, layers=arguments.layers or shape.layers
     )
     gate_layer(shape)
-    if arguments.what == "layer":
-        contestants, flops = layer_contestants(shape, kinds=tuple(arguments.kinds)), shape.layer_flops
-    else:
-        contestants, flops = (
-            step_contestants(shape, kinds=tuple(arguments.kinds), only=arguments.family), shape.step_flops
-        )
+    build, flops = (
+        (layer_contestants, shape.layer_flops) if arguments.what == "layer" else (step_contestants, shape.step_flops)
+    )
+    contestants = build(shape, kinds=tuple(arguments.kinds), only=arguments.family)
     timings = race(contestants, flops=flops, rounds=arguments.rounds)
     print(f"{arguments.what} {shape}, {arguments.threads} threads, {platform.processor() or platform.machine()}")
     print(HEADER, *(t.row(ours=timings[0]) for t in timings), sep="\n")

@@ -24,6 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench_peers"))
 
+from arguments import at_least, folder
 from gate import gate_step
 from machine import Machine, measure_machine
 from measure import HEADER, Timing, race
@@ -86,17 +87,18 @@ def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="S, M, X; all three by default")
-    parser.add_argument("--rounds", type=int, default=3, help="each after one that is not counted")
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--layers", type=int, default=0, help="instead of the shape's, where memory or time is short")
+    parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
+    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--layers", type=at_least(1), default=0,
+                        help="instead of the shape's, where memory or time is short")
     parser.add_argument("--kinds", nargs="+", default=("grouped_mm", "eager"), choices=IMPLEMENTATIONS)
     parser.add_argument("--precisions", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="of the others")
     parser.add_argument("--quick", action="store_true", help="one small shape and one round")
-    parser.add_argument("--out", type=Path, help="folder for bench_step.json and bench_step.png")
+    parser.add_argument("--out", type=folder, help="folder for bench_step.json and bench_step.png")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.shapes if name not in SHAPES]
-    if unknown or arguments.rounds < 1:
-        parser.error(f"unknown shape {unknown[0]}; known: {', '.join(SHAPES)}" if unknown else "--rounds is at least 1")
+    if unknown:
+        parser.error(f"unknown shape {unknown[0]}; known: {', '.join(SHAPES)}")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     shapes = [QUICK] if arguments.quick else [SHAPES[name] for name in arguments.shapes or SHAPES]
@@ -108,7 +110,6 @@ def main() -> None:
     kinds, precisions = tuple(arguments.kinds), tuple(arguments.precisions)
     results = [run_shape(s, rounds=rounds, kinds=kinds, precisions=precisions, machine=machine) for s in shapes]
     if arguments.out:
-        arguments.out.mkdir(parents=True, exist_ok=True)
         record = {
             "date": time.strftime("%Y-%m-%d %H:%M"), "torch": torch.__version__, "machine": dataclasses.asdict(machine),
             "shapes": [result.record() for result in results],

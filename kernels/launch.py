@@ -48,3 +48,12 @@ def chunk_table(sizes: Sequence[int], *, chunk: int) -> tuple[torch.Tensor, torc
 def to_device(x: torch.Tensor, *, device: torch.device) -> torch.Tensor:
     """A copy on the device of a tensor on the host, which does not wait for it."""
     return x.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else x
+
+
+def readable(x: torch.Tensor) -> torch.Tensor:
+    """x [B, T, H, C] itself where kernels may read it by its strides, else a copy.
+
+    They want C contiguous and count the elements between heads in 32 bits: heads of 2^18 tokens of 128 that lie one
+    after another, 64 of them, are 2^31.
+    """
+    return x if x.stride(3) == 1 and x.shape[2] * x.stride(2) < 1 << 31 else x.contiguous()

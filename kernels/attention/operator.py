@@ -7,7 +7,7 @@ import math
 import torch
 
 from ..grouped_gemm.kernel import precision_of
-from ..launch import capability_of, ceil_div, power_of_two
+from ..launch import capability_of, ceil_div, power_of_two, readable
 from .blocks import BlockLists, block_lists, everything_visible
 from .kernel import (
     AttentionBlocks,
@@ -27,7 +27,7 @@ def attention_op(
     query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, intervals: torch.Tensor, query_start: int, scale: float
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """(out [B, T, H, C], log-sum-exp [B, H, T] fp32 to base 2, +inf for a row that sees nothing)."""
-    query, key, value = (_readable(x) for x in (query, key, value))
+    query, key, value = (readable(x) for x in (query, key, value))
     batch, queries, heads, width = query.shape
     out, lse = _results(query)
     if not out.numel():
@@ -49,7 +49,7 @@ def attention_backward(
     lse: torch.Tensor, grad: torch.Tensor, query_start: int, scale: float,
 ) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor]:
     """Gradients of query, key and value."""
-    query, key, value, grad = (_readable(x) for x in (query, key, value, grad.contiguous()))
+    query, key, value, grad = (readable(x) for x in (query, key, value, grad.contiguous()))
     batch, queries, heads, width = query.shape
     grads = query.new_empty(query.shape), key.new_empty(key.shape), value.new_empty(value.shape)
     if not out.numel():
@@ -80,10 +80,6 @@ def attention_backward(
         num_warps=blocks.warps, num_stages=blocks.stages,
     )
     return grads
-
-
-def _readable(x: torch.Tensor) -> torch.Tensor:
-    return x if x.stride(-1) == 1 else x.contiguous()
 
 
 def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -6,7 +6,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import ceil_div, power_of_two
+from ..launch import ceil_div, power_of_two, readable
 
 TILE_ELEMENTS = 2048
 WARPS = 4
@@ -42,7 +42,7 @@ def rope3d_triton(x: torch.Tensor, rotation: torch.Tensor, sign: float) -> torch
 
     Any strides over B, T and H are read in place (a slice of a fused projection); the last dimension is contiguous.
     """
-    x = x if x.stride(-1) == 1 else x.contiguous()
+    x = readable(x)
     out = torch.empty(x.shape, dtype=x.dtype, device=x.device)
     row_tokens, heads, pairs = x.shape[1], x.shape[2], x.shape[3] // 2
     if out.numel():

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie5_kernels.launch import readable
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.swiglu import swiglu
@@ -48,6 +49,12 @@ def test_rotation_matches_the_reference(tokens: int) -> None:
     rotation = rotation_of(random_tensor(2, tokens, 3, seed=1))
     inputs = (random_tensor(2, tokens, 3, 6),)
     assert_backends_agree(lambda x, b: rope3d(x, rotation=rotation, backend=b), inputs=inputs, **FP32)
+
+
+def test_heads_too_far_apart_for_32_bits_are_copied() -> None:
+    near, far = (torch.empty(1, 64, n, 128, device="meta").transpose(1, 2) for n in (1 << 17, 1 << 18))
+    assert readable(near) is near and not far.is_contiguous()
+    assert readable(far).is_contiguous()
 
 
 def test_rotation_reads_a_slice_of_a_fused_projection_in_place() -> None:

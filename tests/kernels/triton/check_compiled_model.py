@@ -1,4 +1,4 @@
-"""The model under torch.compile with Triton's kernels: the outputs and gradients of the eager one, text as one graph."""
+"""The compiled model with Triton's kernels: outputs and gradients of the eager one, and text as one graph."""
 
 from __future__ import annotations
 

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require, require_beside, require_fractions, require_offsets, require_shape, require_within
+from ..checks import require, require_beside, require_fractions, require_offsets, require_shape
 from ..dispatch import choose_backend
 from ..grouped_gemm import grouped_gemm
+from ..grouped_swiglu import grouped_swiglu
 from ..native.library import runs_native
 from ..swiglu import swiglu
-from ..token_rows import RowPlan, collect_rows, spread_rows
+from ..token_rows import RowPlan, collect_rows, require_plan, spread_rows
 from .native import NativeExperts
 from .reference import experts_reference
 
@@ -47,14 +48,18 @@ def experts(
     if chosen == "native":
         return NativeExperts.apply(rows, row_weights, gate_up, down, offsets, plan)
     moves = "auto" if chosen == "megablocks" else chosen
-    if plan is not None:
-        rows = spread_rows(rows, plan=plan, backend=moves)
-    if chosen == "reference":
-        out = experts_reference(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
+    if chosen == "triton" and not fp8:  # it spreads the tokens by itself, or reads them from where they are
+        activated = grouped_swiglu(
+            rows, gate_up=gate_up, row_weights=row_weights, offsets=offsets, plan=plan, backend=chosen
+        )
     else:
+        rows = rows if plan is None else spread_rows(rows, plan=plan, backend=moves)
+        if chosen == "reference":
+            out = experts_reference(rows, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
+            return out if plan is None else collect_rows(out, plan=plan, backend=moves)
         first = grouped_gemm(rows, weight=gate_up, offsets=offsets, backend=chosen, fp8=fp8)
         activated = swiglu(first, row_weights=row_weights, backend=moves)
-        out = grouped_gemm(activated, weight=down, offsets=offsets, backend=chosen, fp8=fp8)
+    out = grouped_gemm(activated, weight=down, offsets=offsets, backend=chosen, fp8=fp8)
     return out if plan is None else collect_rows(out, plan=plan, backend=moves)
 
 
@@ -81,8 +86,4 @@ def _require(
     require_beside(offsets, first=rows, op=OP, name="offsets")
     require_offsets(offsets, rows=count, op=OP)
     if plan is not None:
-        sources, name, rule = plan.sources, "plan.sources", f"its plan has {plan.tokens} tokens"
-        require(plan.tokens == rows.shape[0], op=OP, name="rows", tensor=rows, rule=rule)
-        require(sources.dtype == torch.int64, op=OP, name=name, tensor=sources, rule="it must be int64")
-        require_beside(sources, first=rows, op=OP, name=name)
-        require_within(sources, limit=rows.shape[0], op=OP, name=name)
+        require_plan(plan, tokens=rows, op=OP)

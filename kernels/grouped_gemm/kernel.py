@@ -230,9 +230,11 @@ def grouped_gemm_triton(
 
 
 @torch.library.custom_op("ernie5::grouped_outer", mutates_args=())
-def grouped_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
-    """left^T right per group: [E, M, K] for left [R, M] and right [R, K]."""
-    return multiply_outer(left.contiguous(), right=right.contiguous(), offsets=offsets)
+def grouped_outer(
+    left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor, sources: torch.Tensor | None = None
+) -> torch.Tensor:
+    """left^T right per group: [E, M, K] for left [R, M] and right [R, K], or rows sources [R] of right [N, K]."""
+    return multiply_outer(left.contiguous(), right=right.contiguous(), offsets=offsets, sources=sources)
 
 
 @grouped_gemm_triton.register_fake
@@ -241,7 +243,9 @@ def _fake_rows(rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor, 
 
 
 @grouped_outer.register_fake
-def _fake_outer(left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
+def _fake_outer(
+    left: torch.Tensor, right: torch.Tensor, offsets: torch.Tensor, sources: torch.Tensor | None = None
+) -> torch.Tensor:
     return left.new_empty(offsets.shape[0], left.shape[1], right.shape[1])
 
 

@@ -47,6 +47,21 @@ def plan_rows(sources: torch.Tensor, *, tokens: int) -> RowPlan:
     return RowPlan(sources, torch.argsort(sources, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 
 
+def require_plan(plan: RowPlan, *, tokens: torch.Tensor, op: str) -> None:
+    """Ask that the plan's rows be of `tokens` [N, D], its sources int64, beside them and within them."""
+    sources, name, rule = plan.sources, "plan.sources", f"its plan has {plan.tokens} tokens"
+    require(plan.tokens == tokens.shape[0], op=op, name="rows", tensor=tokens, rule=rule)
+    _require_index(sources, limit=tokens.shape[0], beside=tokens, op=op, name=name)
+
+
+def require_places(places: torch.Tensor, *, tokens: torch.Tensor, sources: torch.Tensor, op: str) -> None:
+    """Ask that places [N, K] int64 be the rows of `tokens` [N, D] among as many sources."""
+    holds = places.ndim == 2 and places.shape[0] == tokens.shape[0] and places.numel() == sources.numel()
+    rule = f"it must be [tokens of x, k], one per each of the {sources.numel()} sources"
+    require(holds, op=op, name="places", tensor=places, rule=rule)
+    _require_index(places, limit=sources.shape[0], beside=tokens, op=op, name="places")
+
+
 def spread_rows(x: torch.Tensor, *, plan: RowPlan, backend: str = "auto") -> torch.Tensor:
     """x [N, D] -> rows [R, D], rows[r] = x[plan.sources[r]]; raises what `gather_rows` raises."""
     return _Spread.apply(x, plan, backend)
@@ -105,11 +120,7 @@ def gather_rows(
     require(sources.ndim == 1, op=op, name="sources", tensor=sources, rule="it must be [rows]")
     _require_index(sources, limit=x.shape[0], beside=x, op=op, name="sources")
     if places is not None:
-        holds = places.ndim == 2 and places.shape[0] == x.shape[0] and places.numel() == sources.numel()
-        rule = f"it must be [tokens of x, k], one per each of the {sources.numel()} sources"
-        require(holds, op=op, name="places", tensor=places, rule=rule)
-        require(places.dtype == torch.int64, op=op, name="places", tensor=places, rule="it must be int64")
-        require_beside(places, first=x, op=op, name="places")
+        require_places(places, tokens=x, sources=sources, op=op)
     native = runs_native(x)
     offered = OFFERED if places is not None else OFFERED[1:]
     chosen = choose_backend(
@@ -118,7 +129,6 @@ def gather_rows(
     if chosen == "triton":
         from ..moe_permute.kernel import permute_triton
 
-        require_within(places, limit=sources.shape[0], op=op, name="places")
         return permute_triton(x.contiguous(), places)
     if chosen == "reference":
         return gather_rows_reference(x, sources=sources)

@@ -26,9 +26,12 @@ def test_default_configurations_compile_for_h100_without_spills_and_use_its_tens
     )
     assert done.returncode == 0, done.stdout + done.stderr
     rows = {(row["op"], row["variant"]): row for row in json.loads((tmp_path / "report.json").read_text())}
-    assert {op for op, _ in rows} == {"swiglu", "rms_norm", "quant_cast", "adamw_compact", "grouped_gemm"}
+    products = {"grouped_gemm", "grouped_swiglu"}
+    assert {op for op, _ in rows} == {"swiglu", "rms_norm", "quant_cast", "adamw_compact", *products}
     product = rows["grouped_gemm", "forward, mean 32 rows"]
     assert product["tensor_instruction"] == "wgmma" and product["copies"] == "TMA" and product["programs"] == 3
+    assert rows["grouped_swiglu", "mean 32 rows"]["copies"] == "TMA"
+    assert rows["grouped_swiglu", "mean 32 rows, gathered"]["copies"] == "TMA+cp.async"
     assert all(row["spills"] == 0 and row["registers"] > 8 and row["faults"] == [] for row in rows.values())
     assert all(row["moved_over_least"] <= 1.15 for (op, _), row in rows.items() if op != "grouped_gemm")
     assert "| swiglu | forward |" in (tmp_path / "report.md").read_text()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable, Iterator
 
@@ -13,6 +14,7 @@ from cases import (
     QUERY_HEADS,
     ROWS,
     TOKENS,
+    TOP_K,
     VOCABULARY,
     WIDTH,
     Case,
@@ -26,6 +28,7 @@ from ernie5_kernels.attention import kernel as attention
 from ernie5_kernels.grouped_gemm import kernel as grouped
 from ernie5_kernels.grouped_gemm import scaled
 from ernie5_kernels.grouped_gemm.tiles import GemmTiles, choose_tiles
+from ernie5_kernels.grouped_swiglu import kernel as gated
 from ernie5_kernels.linear_cross_entropy import kernel as head
 
 SPARSE_ROWS = {16: "mean 16 rows", 32: "mean 32 rows", 128: "mean 128 rows"}
@@ -40,6 +43,10 @@ def cases() -> Iterator[Case]:
             yield _rows(rows, name=name, transposed=transposed)
     for rows, name in {256: "mean 256 rows", even: "even load"}.items():
         yield _outer(rows, name=name)
+    yield _outer(even, name="even load, gathered", gathers=True)
+    for gathers in (False, True):
+        for rows, name in {**SPARSE_ROWS, even: "even load"}.items():
+            yield _gated(rows, name=name, gathers=gathers)
     for rows, name in {32: "mean 32 rows", even: "even load"}.items():
         yield _scaled(rows, name=name)
     yield _head(head.statistics_kernel)
@@ -86,16 +93,48 @@ def _rows(rows: int, *, name: str, transposed: bool) -> Case:
     )
 
 
-def _outer(rows: int, *, name: str) -> Case:
+def _gated(rows: int, *, name: str, gathers: bool) -> Case:
+    """The product with SwiGLU in its epilogue; what is gathered comes from tokens, of which there are TOP_K rows."""
+
+    def tiles_of(capability: int) -> GemmTiles:
+        return choose_tiles(rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2)
+
+    def source(capability: int) -> Source:
+        t = tiles_of(capability)
+        columns = t.cols // 2
+        block = f"tensordesc<bf16[1, {gated.halves_at_once(t)}, {columns}, {t.inner}]>"
+        types = {"x": f"tensordesc<bf16[{t.rows}, {t.inner}]>" if t.uses_tma and not gathers else "*bf16",
+                 "gate_up": block if t.uses_tma else "*bf16", "row_weights": "*fp32", "first": "*bf16", "out": "*bf16",
+                 "sources": "*i64", "table": "*i32", "count": "*i32", "groups": "i32", "inner": "i32", "width": "i32"}
+        constants = {"GATHERS": gathers, "TMA": t.uses_tma, "SPECIALIZES": t.specializes and not gathers, "KEEPS": True,
+                     "EVEN": True, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": columns,
+                     "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
+        return Source(gated.gated_rows_kernel, types, constants, ("inner", "width"), t.warps, t.stages)
+
+    def work(capability: int) -> Work:
+        count, inner = rows * LOCAL_EXPERTS, WIDTH
+        one = _work(rows, cols=2 * EXPERT_WIDTH, inner=inner, element_bytes=2, tiles=tiles_of(capability))
+        beside = count * EXPERT_WIDTH * 2 + count * (12 if gathers else 4)  # results, weights, sources
+        again = count * inner * 2 * (1 - 1 / TOP_K) if gathers else 0.0
+        return dataclasses.replace(one, moved=one.moved + beside, least=one.least + beside - again)
+
+    return Case(
+        "grouped_swiglu", f"{name}, gathered" if gathers else name, source, work, uses_tensor_core=True,
+        quick=rows == 32, programs_for=lambda capability: tiles_of(capability).programs,
+    )
+
+
+def _outer(rows: int, *, name: str, gathers: bool = False) -> Case:
     """dW of `rows` per expert."""
 
     def tiles_of(capability: int) -> GemmTiles:
-        return grouped.outer_tiles(
+        tiles = grouped.outer_tiles(
             rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2
         )
+        return dataclasses.replace(tiles, uses_tma=False) if gathers else tiles
 
     return Case(
-        "grouped_gemm", f"dW, {name}", lambda capability: _outer_source(tiles_of(capability)),
+        "grouped_gemm", f"dW, {name}", lambda capability: _outer_source(tiles_of(capability), gathers=gathers),
         lambda capability: _outer_work(
             rows * LOCAL_EXPERTS, tiles=tiles_of(capability), processors=processors_of(capability)
         ),
@@ -103,14 +142,14 @@ def _outer(rows: int, *, name: str) -> Case:
     )
 
 
-def _outer_source(t: GemmTiles) -> Source:
+def _outer_source(t: GemmTiles, *, gathers: bool) -> Source:
     def operand(cols: int) -> str:
         return f"tensordesc<bf16[{t.inner}, {cols}]>" if t.uses_tma else "*bf16"
 
     types = {"left": "*bf16", "right": "*bf16", "left_rows": operand(t.rows), "right_rows": operand(t.cols),
              "out": "*bf16", "sources": "*i64", "offsets": "*i64", "groups": "i32", "left_width": "i32",
              "right_width": "i32"}
-    constants = {"GATHERS": False, "TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.inner,
+    constants = {"GATHERS": gathers, "TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.inner,
                  "BLOCK_LEFT": t.rows, "BLOCK_RIGHT": t.cols, "SHARED": grouped.SHARED_TILES}
     return Source(grouped.outer_kernel, types, constants, ("left_width", "right_width"), t.warps, t.stages)
 

@@ -68,11 +68,12 @@ def race(given: argparse.Namespace) -> int:
 
 def chosen_cases(*, only: Sequence[str], quick: bool) -> Iterator[Case]:
     """Cases of every family in turn."""
+    import gated
     import masks
     import products
     import streams
 
-    for family in (streams, products, masks):
+    for family in (streams, products, gated, masks):
         for case in family.cases(quick=quick):
             if not only or any(text in f"{case.op} {case.name}" for text in only):
                 yield case

@@ -7,8 +7,10 @@ import torch
 
 from ernie5_kernels.attention import attention, plan_attention
 from ernie5_kernels.grouped_gemm import grouped_gemm
+from ernie5_kernels.grouped_swiglu import grouped_swiglu
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, random_tensor
+from ernie5_kernels.token_rows import RowPlan
 
 pytestmark = pytest.mark.skipif(kernel_device().type != "cuda", reason="asks CUDA")
 BF16 = {"tolerance": 2e-2, "reason": "operands and results keep 8 bits, sums are fp32"}
@@ -24,6 +26,27 @@ def test_bf16_products_match_the_reference_for_every_mean_of_rows(rows: int, inn
               random_tensor(len(counts), cols, inner, seed=1, dtype=torch.bfloat16))
     assert_backends_agree(
         lambda r, w, b: grouped_gemm(r, weight=w, offsets=offsets, backend=b), inputs=inputs, **BF16
+    )
+
+
+@pytest.mark.parametrize("rows", (16, 32, 64, 300, 700))
+@pytest.mark.parametrize(("inner", "cols"), WIDTHS)
+@pytest.mark.parametrize("gathers", (False, True))
+def test_activated_products_match_the_reference_for_every_mean_of_rows(
+    rows: int, inner: int, cols: int, gathers: bool
+) -> None:
+    counts = [rows, 0, rows + 1, 1, 3 * rows - 4]
+    offsets, total = torch.tensor(counts).cumsum(0).to(kernel_device()), sum(counts) + 2
+    order = torch.randperm(total, generator=torch.Generator().manual_seed(0)).to(kernel_device())
+    plan = RowPlan(order // 2, torch.argsort(order).view(-1, 2))
+    inputs = (random_tensor(total // 2, inner, dtype=torch.bfloat16),
+              random_tensor(len(counts), 2 * cols, inner, seed=1, dtype=torch.bfloat16) / 8,
+              random_tensor(total, seed=2))
+    assert_backends_agree(
+        lambda x, w, p, b: grouped_swiglu(
+            x, gate_up=w, row_weights=p, offsets=offsets, plan=plan, backend=b,
+            gathers=gathers if b == "triton" else None,
+        ), inputs=inputs, **BF16
     )
 
 

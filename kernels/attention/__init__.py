@@ -89,6 +89,8 @@ def _require(query: torch.Tensor, *, key: torch.Tensor, value: torch.Tensor, pla
     rule = "it must be [rows, queries, heads, width] with a width of at least 1"
     require(holds, op=OP, name="query", tensor=query, rule=rule)
     require_fractions(query, op=OP, name="query")
+    if plan.is_piecewise:
+        raise ValueError("attention: the plan is of plan_piecewise, its queries are several runs; call attend with it")
     batch, queries, heads, width = query.shape
     if queries != plan.query_tokens:
         rule = f"it does not fit a plan for {plan.query_tokens} queries"

@@ -56,13 +56,14 @@ class AttentionPlan:
     """intervals [B, S, 4] on the device of the tensors (None: everything is visible).
 
     `chunks`, `dense` and `blocks` are the mask as our own path in PyTorch and PyTorch's own attention want it, made on
-    first use and kept for all layers.
+    first use and kept for all layers. is_piecewise: the queries are not one run of rows, which `attend` alone can take.
     """
 
     intervals: torch.Tensor | None
     query_start: int
     query_tokens: int
     make_chunks: Callable[[], list[Chunk]]
+    is_piecewise: bool = False
 
     @functools.cached_property
     def chunks(self) -> tuple[Chunk, ...]:
@@ -167,7 +168,7 @@ def plan_piecewise(
         ]
 
     local = [sum(rows for _, rows in pieces[:index]) for index in range(len(pieces))]
-    return AttentionPlan(intervals, 0, sum(rows for _, rows in pieces), chunks)
+    return AttentionPlan(intervals, 0, sum(rows for _, rows in pieces), chunks, is_piecewise=True)
 
 
 def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int) -> list[tuple[int, int]]:

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ernie5.errors import KernelError
-from ernie5_kernels.attention import attention, plan_attention
+from ernie5_kernels.attention import attention, plan_attention, plan_piecewise
 from ernie5_kernels.bit_cross_entropy import bit_cross_entropy
 from ernie5_kernels.experts import experts
 from ernie5_kernels.grouped_gemm import grouped_gemm
@@ -81,6 +81,9 @@ REFUSED: tuple[tuple[str, Callable[[], object]], ...] = (
     ("plan.intervals .*integers", lambda: attend(intervals=ONE(2, 5, 4))),
     ("plan.intervals .*must be on cpu", lambda: attend(intervals=far(2, 5, 4, dtype=torch.int32))),
     ("query .*plan for 1 rows", lambda: attend(plan_rows=1, backend="torch")),
+    ("the plan is of plan_piecewise",
+     lambda: attention(ONE(1, 4, 1, 8), key=ONE(1, 4, 1, 8), value=ONE(1, 4, 1, 8),
+                       plan=plan_piecewise(ONE(1, 4, 4).int(), pieces=((0, 2), (6, 2))))),
     ("rows .*must be \\[rows, width\\]", lambda: mix(ONE(8))),
     ("gate_up .*must be \\[experts", lambda: mix(gate_up=ONE(12, 8))),
     ("gate_up .*must have dtype", lambda: mix(gate_up=ONE(3, 12, 8).bfloat16())),

@@ -2,8 +2,9 @@
 
 Names: `reference` is the plain truth, slow and memory-hungry; `torch` the production path in PyTorch on any device;
 `native` hand-written C++ for the CPU, fp32 and bf16; `triton` a hand-written kernel for NVIDIA GPUs; `sdpa` and `flex`
-PyTorch's own attention, which only `attention` has; `megablocks` (grouped products) and `flash_attn` (attention) other
-people's CUDA packages, run by name alone; `auto` the first of an op's list that can run on the tensor's device.
+PyTorch's own attention, which only `attention` has; `megablocks` and `deepgemm` (grouped products, the latter in fp8)
+and `flash_attn` (attention) other people's CUDA packages, run by name alone; `auto` the first of an op's list that can
+run on the tensor's device.
 """
 
 from __future__ import annotations
@@ -18,10 +19,13 @@ from ernie5.errors import KernelError
 from .checks import TRITON_DTYPES
 from .native.library import COMPILER, WRITABLE, native_library
 
-BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "flash_attn")
+BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "deepgemm", "flash_attn")
 TRITON_INSTALLED = importlib.util.find_spec("triton") is not None  # asked once: torch.compile cannot trace the question
 PACKAGES = {
     "megablocks": ("grouped_gemm", "pip install grouped_gemm"),
+    "deepgemm": (
+        "deep_gemm", "git clone --recursive https://github.com/deepseek-ai/DeepGEMM and run its install.sh; needs nvcc",
+    ),
     "flash_attn": ("flash_attn", "pip install flash-attn --no-build-isolation"),
 }
 """Back ends that live in a package of their own: its import name (megablocks' products are a separate one), and how to

@@ -169,8 +169,9 @@ class ModelConfig(Config):
         choices=("auto", "native", "torch", "triton", "sdpa", "flex", "flash_attn", "reference"), kind="performance",
     )
     expert_backend: str = field(
-        "auto", doc="kernels of the expert layer: router, order of rows, products; triton_fp8 multiplies in e4m3",
-        choices=("auto", "native", "torch", "triton", "triton_fp8", "megablocks", "reference"), kind="performance",
+        "auto", doc="kernels of the expert layer: router, order of rows, products; *_fp8 multiply in e4m3",
+        choices=("auto", "native", "torch", "triton", "triton_fp8", "deepgemm_fp8", "megablocks", "reference"),
+        kind="performance",
     )
     moe: MoEConfig = field(MoEConfig(), doc="experts and router")
     mtp: MTPConfig = field(MTPConfig(), doc="multi-token prediction")

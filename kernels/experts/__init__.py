@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from ..checks import require, require_beside, require_fractions, require_offsets, require_shape
-from ..dispatch import choose_backend
+from ..dispatch import PACKAGES, choose_backend
 from ..grouped_gemm import grouped_gemm
 from ..grouped_swiglu import grouped_swiglu
 from ..native.library import runs_native
@@ -15,6 +15,7 @@ from .native import NativeExperts
 from .reference import experts_reference
 
 OFFERED = ("triton", "native", "torch", "megablocks", "reference")
+OFFERED_FP8 = ("triton", "deepgemm")
 OP = "experts"
 
 
@@ -33,7 +34,7 @@ def experts(
 
     rows [R, D] sorted by expert; row_weights [R]; gate_up [E, 2F, D], gate first; down [E, D, F]; offsets [E] integer,
     cumulative ends, the last at most R. Rows past the last offset give zero and get zero gradients; an expert without
-    rows gets zero gradients. fp8: both products in e4m3 (see `grouped_gemm`), by Triton alone.
+    rows gets zero gradients. fp8: both products in e4m3 (see `grouped_gemm`), by Triton or, by name, DeepGEMM.
 
     With a plan the first argument is tokens [N, D] whose rows the plan names, and what is returned the sum of each
     token's rows [N, D]; C++ then makes no tensor of the rows that go in.
@@ -42,12 +43,12 @@ def experts(
     """
     _require(rows, plan=plan, row_weights=row_weights, gate_up=gate_up, down=down, offsets=offsets)
     native = runs_native(rows, gate_up, down)
-    offered = OFFERED[:1] if fp8 else OFFERED
-    backend = "triton" if fp8 and backend == "auto" else backend  # the only one, so that its absence is said
+    offered = OFFERED_FP8 if fp8 else OFFERED
+    backend = "triton" if fp8 and backend == "auto" else backend  # ours, so that its absence is said
     chosen = choose_backend(backend, op=OP, offered=offered, device=rows.device, dtype=rows.dtype, native=native)
     if chosen == "native":
         return NativeExperts.apply(rows, row_weights, gate_up, down, offsets, plan)
-    moves = "auto" if chosen == "megablocks" else chosen
+    moves = "auto" if chosen in PACKAGES else chosen
     if chosen == "triton" and not fp8:  # it spreads the tokens by itself, or reads them from where they are
         activated = grouped_swiglu(
             rows, gate_up=gate_up, row_weights=row_weights, offsets=offsets, plan=plan, backend=chosen

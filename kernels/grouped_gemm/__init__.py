@@ -18,6 +18,7 @@ from .reference import grouped_gemm_reference
 from .segments import SegmentedGemm
 
 OFFERED = ("triton", "torch", "megablocks", "reference")
+OFFERED_FP8 = ("triton", "deepgemm")
 OP = "grouped_gemm"
 
 
@@ -28,18 +29,24 @@ def grouped_gemm(
 
     rows [R, K] sorted by group; weight [E, M, K] of the same dtype; offsets [E] integer, cumulative ends, the last at
     most R. Rows past the last offset give zero and get a zero gradient; a group without rows gives its weight a zero
-    gradient. fp8: multiply in e4m3 with scales per 1 x 128 and 128 x 128 (triton alone; the weight's gradient keeps the
-    rows' dtype). Raises KernelError for a backend that cannot run, ValueError for shapes.
+    gradient. fp8: multiply in e4m3 with scales per 1 x 128 and 128 x 128 (triton or, by name, deepgemm; the weight's
+    gradient keeps the rows' dtype). Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
     _require(rows, weight=weight, offsets=offsets)
-    offered = OFFERED[:1] if fp8 else OFFERED
+    offered = OFFERED_FP8 if fp8 else OFFERED
     if fp8 and backend == "auto":
-        backend = "triton"  # the only one, so that its absence is said
+        backend = "triton"  # the only one that is ours, so that its absence is said
     chosen = choose_backend(backend, op=OP, offered=offered, device=rows.device, dtype=rows.dtype)
     if chosen == "reference":
         return grouped_gemm_reference(rows, weight=weight, offsets=offsets)
     if chosen == "megablocks":
         return _by_megablocks(rows, weight=weight, offsets=offsets)
+    if chosen == "deepgemm":
+        from .deep import DeepGroupedGemm, require_deepgemm
+
+        _require_triton(rows, weight=weight, offsets=offsets)  # whose kernels cast, and multiply for the weight
+        require_deepgemm(rows, weight=weight, op=OP)
+        return DeepGroupedGemm.apply(rows, weight, offsets)
     if chosen == "triton":
         from .kernel import grouped_gemm_triton
 

@@ -21,6 +21,11 @@ def test_packages_of_others_say_what_they_need() -> None:
     rows, weight, offsets = torch.ones(2, 4), torch.ones(1, 3, 4), torch.tensor([2])
     with pytest.raises(KernelError, match=r"megablocks needs an NVIDIA GPU .* package grouped_gemm \(pip install"):
         grouped_gemm(rows, weight=weight, offsets=offsets, backend="megablocks")
+    rule = r"deepgemm needs an NVIDIA GPU .* and the package deep_gemm \(git clone --recursive .*install.sh.*nvcc"
+    with pytest.raises(KernelError, match=rule):
+        grouped_gemm(rows, weight=weight, offsets=offsets, backend="deepgemm", fp8=True)
+    with pytest.raises(KernelError, match="no deepgemm implementation. It offers triton, torch"):
+        grouped_gemm(rows, weight=weight, offsets=offsets, backend="deepgemm")
     one = torch.ones(1, 2, 1, 4)
     plan = plan_attention(None, batch_rows=1, query_tokens=2, key_tokens=2)
     with pytest.raises(KernelError, match=r"flash_attn needs an NVIDIA GPU .* \(pip install flash-attn"):
@@ -30,7 +35,7 @@ def test_packages_of_others_say_what_they_need() -> None:
 
 
 def test_auto_never_takes_them() -> None:
-    for name in ("megablocks", "flash_attn"):
+    for name in ("megablocks", "deepgemm", "flash_attn"):
         chosen = choose_backend("auto", op="any", offered=(name, "torch"), device=torch.device("cpu"))
         assert chosen == "torch" and name in BACKENDS
 
@@ -41,7 +46,7 @@ def test_fp8_says_that_triton_is_missing() -> None:
         experts(rows, row_weights=torch.ones(2), gate_up=gate_up, down=down, offsets=torch.tensor([2]), fp8=True)
 
 
-@pytest.mark.parametrize("name", ["triton", "triton_fp8", "megablocks"])
+@pytest.mark.parametrize("name", ["triton", "triton_fp8", "deepgemm_fp8", "megablocks"])
 def test_a_layer_that_cannot_have_its_back_end_stops(name: str) -> None:
     layer = MoELayer(ModelConfig(layers=1, modalities=("text",), width=8, expert_backend=name,
                                  moe=MoEConfig(num_experts=4, top_k=2, expert_width=8)))

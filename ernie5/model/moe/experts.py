@@ -9,12 +9,13 @@ from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5.model.interfaces import ArrangedRows
 from ernie5_kernels.experts import experts
 
-FP8 = "triton_fp8"
+FP8 = {"triton_fp8": "triton", "deepgemm_fp8": "deepgemm"}
+ROUTED_BY = {"triton_fp8": "triton", "deepgemm_fp8": "auto", "native": "auto", "megablocks": "auto"}
 
 
 def kernel_backend(config: ModelConfig) -> str:
     """The back end of the router and of the order of rows that goes with the experts' one."""
-    return {FP8: "triton", "native": "auto", "megablocks": "auto"}.get(config.expert_backend, config.expert_backend)
+    return ROUTED_BY.get(config.expert_backend, config.expert_backend)
 
 
 class RoutedExperts(nn.Module):
@@ -24,7 +25,7 @@ class RoutedExperts(nn.Module):
         super().__init__()
         self.gate_up = nn.Parameter(torch.empty(config.num_experts, 2 * config.expert_width, width))
         self.down = nn.Parameter(torch.empty(config.num_experts, width, config.expert_width))
-        self.backend, self.fp8 = ("triton", True) if backend == FP8 else (backend, False)
+        self.backend, self.fp8 = FP8.get(backend, backend), backend in FP8
 
     def forward(self, parcels: torch.Tensor, *, arranged: ArrangedRows) -> torch.Tensor:
         """parcels [M, D] -> the weighted sum of what their experts make of each [M, D]."""

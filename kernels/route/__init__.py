@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..checks import require, require_beside
+from ..checks import require, require_beside, require_fractions, require_shape, require_within
 from ..dispatch import choose_backend
 from ..linear import linear
 from ..native.library import runs_native
@@ -14,6 +14,7 @@ from ..router_topk import router_topk, weigh
 from .native import route_native
 
 OFFERED = ("native", "triton", "torch", "reference")
+OP = "route"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,26 +50,9 @@ def route(
     weights do not depend on the others. (They do by softmax where the chosen scores sum to less than 1e-12; that part
     is left out.) Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
-    op, experts = "route", weight.shape[0]
-    require(hidden.ndim == 2, op=op, name="hidden", tensor=hidden, rule="it must be [tokens, width]")
-    fits = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
-    require(fits, op=op, name="weight", tensor=weight, rule=f"it must be [experts, {hidden.shape[1]}]")
-    require_beside(weight, first=hidden, op=op, name="weight")
-    for name, vector, dtype in (("bias", bias, torch.float32), ("active", active, torch.bool)):
-        if vector is not None:
-            rule = f"it must be [{experts}] of {str(dtype).removeprefix('torch.')}, one per expert"
-            holds = vector.shape == (experts,) and (vector.dtype == dtype or dtype.is_floating_point)
-            require(holds, op=op, name=name, tensor=vector, rule=rule)
-            require_beside(vector, first=hidden, op=op, name=name)
-    if not 1 <= top_k <= experts:
-        raise ValueError(f"route: top_k is {top_k}; it must be between 1 and the {experts} experts")
-    if choices is not None:
-        holds = choices.shape == (hidden.shape[0], top_k) and choices.dtype == torch.int64
-        rule = f"it must be {(hidden.shape[0], top_k)} of int64"
-        require(holds, op=op, name="choices", tensor=choices, rule=rule)
-        require_beside(choices, first=hidden, op=op, name="choices")
+    _require(hidden, weight=weight, bias=bias, top_k=top_k, active=active, choices=choices)
     native = runs_native(hidden, weight) and bias.dtype == torch.float32 and not keeps_scores
-    chosen = choose_backend(backend, op=op, offered=OFFERED, device=hidden.device, native=native)
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, native=native)
     if chosen == "native":
         return Route(*route_native(hidden, weight, bias, active, choices, top_k, uses_sigmoid, scale), None, None)
     wide = torch.promote_types(hidden.dtype, torch.float32)
@@ -82,3 +66,30 @@ def route(
         logits, bias=bias, top_k=top_k, uses_sigmoid=uses_sigmoid, scale=scale, active=active, backend=chosen
     )
     return Route(made.choices, made.weights, made.scores, logits)
+
+
+def _require(
+    hidden: torch.Tensor, *, weight: torch.Tensor, bias: torch.Tensor, top_k: int, active: torch.Tensor | None,
+    choices: torch.Tensor | None,
+) -> None:
+    require(hidden.ndim == 2, op=OP, name="hidden", tensor=hidden, rule="it must be [tokens, width]")
+    require_fractions(hidden, op=OP, name="hidden")
+    fits = weight.ndim == 2 and weight.shape[1] == hidden.shape[1]
+    require(fits, op=OP, name="weight", tensor=weight, rule=f"it must be [experts, {hidden.shape[1]}]")
+    require_fractions(weight, op=OP, name="weight")
+    require_beside(weight, first=hidden, op=OP, name="weight")
+    experts = weight.shape[0]
+    if not 1 <= top_k <= experts:
+        raise ValueError(f"route: top_k is {top_k}; it must be between 1 and the {experts} experts")
+    require_shape(bias, shape=(experts,), op=OP, name="bias", meaning="one per expert")
+    require_fractions(bias, op=OP, name="bias")
+    require_beside(bias, first=hidden, op=OP, name="bias")
+    if active is not None:
+        require_shape(active, shape=(experts,), op=OP, name="active", meaning="one per expert")
+        require(active.dtype == torch.bool, op=OP, name="active", tensor=active, rule="it must be bool")
+        require_beside(active, first=hidden, op=OP, name="active")
+    if choices is not None:
+        require_shape(choices, shape=(hidden.shape[0], top_k), op=OP, name="choices", meaning="top_k per token")
+        require(choices.dtype == torch.int64, op=OP, name="choices", tensor=choices, rule="it must be int64")
+        require_beside(choices, first=hidden, op=OP, name="choices")
+        require_within(choices, limit=experts, op=OP, name="choices")

@@ -6,7 +6,7 @@ import dataclasses
 
 import torch
 
-from ..checks import require, require_beside
+from ..checks import require, require_beside, require_fractions
 from ..dispatch import choose_backend
 from .native import choose_native, chooses_native
 from .reference import SMALLEST_SUM, router_topk_reference
@@ -42,6 +42,7 @@ def router_topk(
     """
     op = "router_topk"
     require(logits.ndim == 2, op=op, name="logits", tensor=logits, rule="it must be [tokens, experts]")
+    require_fractions(logits, op=op, name="logits")
     experts = logits.shape[1]
     require(bias.shape == (experts,), op=op, name="bias", tensor=bias, rule=f"it must be [{experts}], one per expert")
     require_beside(bias, first=logits, op=op, name="bias")

@@ -42,7 +42,12 @@ class RowPlan:
 
 
 def plan_rows(sources: torch.Tensor, *, tokens: int) -> RowPlan:
-    """The plan of rows [R] that belong to any of `tokens` tokens, which may have any number of them, none included."""
+    """The plan of rows [R] that belong to any of `tokens` tokens, which may have any number of them, none included.
+
+    Raises ValueError for sources that are no tokens.
+    """
+    require(sources.ndim == 1, op="plan_rows", name="sources", tensor=sources, rule="it must be [rows]")
+    _require_index(sources, limit=tokens, beside=sources, op="plan_rows", name="sources")
     counts = torch.bincount(sources, minlength=tokens)
     return RowPlan(sources, torch.argsort(sources, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
 

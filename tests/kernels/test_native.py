@@ -293,12 +293,18 @@ def test_a_route_keeps_to_its_experts_when_numbers_are_not() -> None:
     found = route(hidden, weight=normal(9, 16, seed=1), bias=torch.zeros(9), top_k=3, backend="native")
     assert found.choices.min() >= 0 and found.choices.max() < 9
     assert all(len(set(chosen)) == 3 for chosen in found.choices.tolist())
-    with pytest.raises(ValueError, match="choices run from 1 to 9; they must name one of the 9 experts"):
+    with pytest.raises(ValueError, match=r"route: choices .*it holds 1 to 9 and may hold 0 to 8"):
         route(hidden, weight=normal(9, 16), bias=torch.zeros(9), top_k=2, choices=torch.tensor([[1, 9]] * 5))
     with pytest.raises(ValueError, match=r"route: weight has shape \(9, 15\).*it must be \[experts, 16\]"):
         route(hidden, weight=normal(9, 15), bias=torch.zeros(9), top_k=2)
-    with pytest.raises(ValueError, match=r"route: bias has shape \(8,\).*it must be \[9\] of float32"):
+    with pytest.raises(ValueError, match=r"route: bias has shape \(8,\).*it must be \[9\], one per expert"):
         route(hidden, weight=normal(9, 16), bias=torch.zeros(8), top_k=2)
+    with pytest.raises(ValueError, match=r"route: weight has shape \(\).*it must be \[experts, 16\]"):
+        route(hidden, weight=torch.tensor(1.0), bias=torch.zeros(9), top_k=2)
+    with pytest.raises(ValueError, match="route: hidden .*it must be of a floating type"):
+        route(hidden.nan_to_num().long(), weight=normal(9, 16), bias=torch.zeros(9), top_k=2)
+    with pytest.raises(ValueError, match=r"plan_rows: sources .*it holds 0 to 7 and may hold 0 to 2"):
+        plan_rows(torch.tensor([0, 7]), tokens=3)
 
 
 def test_scores_that_a_loss_reads_have_the_gradient_of_all_experts() -> None:

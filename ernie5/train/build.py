@@ -73,7 +73,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)
     loaded = open_newest(resume_from)
-    origin = None if loaded is not None or config.train.init_from is None else open_origin(config.train.init_from)
+    first = config.train.init_from if resume_from is None else None  # the same on all ranks, whatever memory holds
+    origin = open_origin(first) if first is not None and loaded is None else None
     places, known = config.tokenizers, loaded or origin
     if known is not None:
         places = own_tokenizers(
@@ -85,7 +86,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
     if known is not None:
         check_tokenizers(known.manifest, identities=identities)
     model = UnifiedModel.outline(config.model, seed=config.train.seed)
-    if resume_from is not None or origin is not None:  # read over all parameters below, or the start ends in an error
+    if resume_from is not None or first is not None:  # read over all parameters below, or the start ends in an error
         model.initial = MarkedValues(model.initial)
     if config.engine.kind == "local":
         model.draw()
@@ -102,8 +103,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
                 "train.init_from = %s is not used: the run goes on from its own %s. --fresh starts over from there",
                 config.train.init_from, loaded.directory,
             )
-    elif origin is not None:
-        start_from(origin, config=config, engine=engine)
+    elif first is not None:
+        start_from(origin or open_origin(first), config=config, engine=engine)
     if engine.is_main:
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
     checkpoints = folder_of_run(run_dir, setting=config.checkpoint.dir)

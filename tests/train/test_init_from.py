@@ -82,3 +82,19 @@ def test_weights_without_an_optimizer_are_enough(world: Path, first: Path, tmp_p
     start(world, tmp_path / "run", origin=checkpoint, steps=1)
     with pytest.raises(CheckpointError, match=r"no optimizer state.*train.init_from="):
         load_run(checkpoint)
+
+
+def test_a_replica_that_turns_out_damaged_leaves_the_weights_of_init_from(
+    world: Path, first: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Not the drawn ones: the run has no checkpoint on disk yet."""
+    replica = Path(shutil.copytree(load_run(first).directory, tmp_path / "memory" / "step-00000002"))
+    content = bytearray((replica / "optimizer.safetensors").read_bytes())
+    content[-1] ^= 1
+    (replica / "optimizer.safetensors").write_bytes(content)
+    monkeypatch.setenv("ERNIE5_REPLICA", str(replica.parent))
+    start(world, tmp_path / "run", origin=first, steps=1, settings=("optim.learning_rate=1e-9",))
+    assert "the replica in memory is of no use" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+    before, after = load_model(first).model, load_model(tmp_path / "run").model
+    for (name, old), new in zip(before.named_parameters(), after.parameters(), strict=True):
+        assert torch.allclose(old, new, atol=1e-6), name  # one step at a rate of 1e-9

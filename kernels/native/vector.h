@@ -98,7 +98,8 @@ inline vfloat larger(vfloat a, vfloat b) { return a > b ? a : b; }
 constexpr float C1 = 6.931469776e-1f, C2 = 2.402224209e-1f, C3 = 5.550733743e-2f, C4 = 9.671512645e-3f;
 constexpr float C5 = 1.326472712e-3f;
 
-// 2^(n + r) for whole n and |r| <= 1/2: a polynomial fitted to relative error 1e-7, then the exponent's bits.
+// 2^(n + r) for whole n and |r| <= 1/2: a polynomial fitted to relative error 1e-7, then the exponent's bits. Where n
+// stops at 127 the polynomial of what is left runs to infinity.
 inline vfloat power_of_two(vfloat n, vfloat r) {
   vfloat p = r * C5 + C4;
   p = p * r + C3;
@@ -109,16 +110,15 @@ inline vfloat power_of_two(vfloat n, vfloat r) {
   return (vfloat)_mm512_scalef_ps((__m512)p, (__m512)n);
 #else
   n = n < splat(-126.0f) ? splat(-127.0f) : n;
-  n = n > splat(127.0f) ? splat(127.0f) : n;
   return p * (vfloat)(((__builtin_convertvector(n, vint)) + 127) << 23);
 #endif
 }
-inline vfloat nearest_whole(vfloat x) {
+inline vfloat whole_power(vfloat x) {
 #if defined(__AVX512F__)
   return (vfloat)_mm512_roundscale_ps((__m512)x, _MM_FROUND_TO_NEAREST_INT | _MM_FROUND_NO_EXC);
 #else
-  const vfloat magic = splat(12582912.0f);
-  return (x + magic) - magic;
+  const vfloat magic = splat(12582912.0f), n = (x + magic) - magic;
+  return n > splat(127.0f) ? splat(127.0f) : n;  // the largest exponent; infinity less itself would be no number
 #endif
 }
 inline vfloat at_least(vfloat low, vfloat x) {  // a NaN stays one
@@ -128,16 +128,16 @@ inline vfloat at_least(vfloat low, vfloat x) {  // a NaN stays one
   return x < low ? low : x;
 #endif
 }
-// 2^x and e^x; -inf gives zero, what is too large infinity (3.4e38 without AVX-512), NaN stays.
+// 2^x and e^x; -inf gives zero, what is too large infinity, NaN stays.
 inline vfloat exponential2(vfloat x) {
   x = at_least(splat(-160.0f), x);
-  const vfloat n = nearest_whole(x);
+  const vfloat n = whole_power(x);
   return power_of_two(n, x - n);
 }
 inline vfloat exponential(vfloat x) {
   constexpr float log2e = 1.44269504f;
   x = at_least(splat(-110.0f), x);
-  const vfloat n = nearest_whole(x * log2e);
+  const vfloat n = whole_power(x * log2e);
   vfloat r;
 #if defined(__AVX512F__)
   r = (vfloat)_mm512_fmsub_ps((__m512)x, (__m512)splat(log2e), (__m512)n);  // GCC would round the product, used twice

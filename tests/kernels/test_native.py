@@ -307,6 +307,20 @@ def test_a_route_keeps_to_its_experts_when_numbers_are_not() -> None:
         plan_rows(torch.tensor([0, 7]), tokens=3)
 
 
+@pytest.mark.parametrize("uses_sigmoid", (True, False), ids=("sigmoid", "softmax"))
+def test_experts_left_out_weigh_nothing_where_they_are_given_or_there_are_no_others(uses_sigmoid: bool) -> None:
+    """Without AVX-512 (CXX="g++ -mno-avx512f") the sigmoid of their logits, minus infinity, was no number."""
+    hidden, weight, given = normal(5, 7), normal(9, 7, seed=1), torch.tensor([[2, 1], [0, 3], [4, 2], [5, 6], [7, 8]])
+    for active, choices in ((torch.arange(9) != 2, given), (torch.arange(9) == 3, None)):
+        rule = {"bias": torch.zeros(9), "top_k": 2, "uses_sigmoid": uses_sigmoid, "active": active, "choices": choices}
+        found = route(hidden, weight=weight, **rule, backend="native")
+        assert torch.equal(found.weights == 0, ~active[found.choices])
+        compare(
+            lambda x, w, b, rule=rule: route(x, weight=w, **rule, backend=b).weights,
+            hidden, weight, tolerance=1e-5, reason="order of fp32 sums",
+        )
+
+
 def test_scores_that_a_loss_reads_have_the_gradient_of_all_experts() -> None:
     hidden, weight = normal(12, 16).requires_grad_(), normal(9, 16, seed=1)
     found = route(hidden, weight=weight, bias=torch.zeros(9), top_k=2, uses_sigmoid=False, keeps_scores=True)

@@ -11,6 +11,8 @@ import triton
 import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from ernie5.errors import KernelError
+
 from ..grouped_gemm.kernel import SHARED_TILES, grouped_gemm_triton, grouped_outer, precision_of, swizzled
 from ..grouped_gemm.tiles import GemmTiles, choose_tiles, fits_tma, most_programs, most_tiles, tile_table
 from ..launch import capability_of, ceil_div, num_processors
@@ -204,6 +206,8 @@ def _save(ctx, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None
 
 
 def _gradients(ctx, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+    if not ctx.keeps:
+        raise KernelError("grouped_swiglu: backward of a product that was not kept. Call the operator with keeps=True")
     x, gate_up, row_weights, offsets, sources, places, first = ctx.saved_tensors
     grad_first, grad_weights = swiglu_backward(first, row_weights, grad)
     grad_x = grad_gate_up = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie5.errors import KernelError
 from ernie5_kernels import checks
 from ernie5_kernels.experts import experts
 from ernie5_kernels.grouped_gemm.reference import grouped_gemm_reference
@@ -176,6 +177,14 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         other = grouped_swiglu(inputs[0], **call)
     assert kept == [True, False] and torch.equal(one, other)
+
+
+def test_the_gradient_of_what_was_not_kept_is_refused() -> None:
+    """It would be read from memory that there is not."""
+    x, weight, scales = random_tensor(4, 8).requires_grad_(), random_tensor(2, 6, 8), random_tensor(4)
+    out, _ = grouped_swiglu_triton(x, weight, scales, ends_of([2, 2]), None, None, False)
+    with pytest.raises(KernelError, match="grouped_swiglu: backward of a product that was not kept"):
+        out.sum().backward()
 
 
 def test_wrong_tensors_and_gathering_without_a_plan_are_refused() -> None:

@@ -6,6 +6,8 @@ import dataclasses
 
 import torch
 
+from ernie5.errors import KernelError
+
 from ..checks import require, require_beside, require_fractions, require_shape, require_within
 from ..dispatch import choose_backend
 from ..linear import linear
@@ -51,6 +53,8 @@ def route(
     is left out.) Raises KernelError for a backend that cannot run, ValueError for shapes.
     """
     _require(hidden, weight=weight, bias=bias, top_k=top_k, active=active, choices=choices)
+    if keeps_scores and backend == "native":
+        raise KernelError("route: native keeps no scores of all experts, which keeps_scores asks for. Use backend auto")
     native = runs_native(hidden, weight) and bias.dtype == torch.float32 and not keeps_scores
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, native=native)
     if chosen == "native":

@@ -329,6 +329,8 @@ def test_scores_that_a_loss_reads_have_the_gradient_of_all_experts() -> None:
         torch.softmax(hidden @ weight.T, dim=-1)[:, 3].sum() + (hidden @ weight.T)[:, 4].sum(), hidden
     )
     assert torch.allclose(grad, expected, atol=1e-6)
+    with pytest.raises(KernelError, match="route: native keeps no scores of all experts"):
+        route(hidden, weight=weight, bias=torch.zeros(9), top_k=2, keeps_scores=True, backend="native")
 
 
 def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:

@@ -227,6 +227,11 @@ def _check_processes(config: RootConfig, *, is_start: bool) -> None:
     told = os.environ.get("WORLD_SIZE")
     if told is None and not is_start:
         return
+    if told is not None and not told.isdecimal():
+        raise ConfigError(
+            f"WORLD_SIZE is {told!r} in the environment, where a launcher writes the number of processes. Unset it to "
+            "start one"
+        )
     try:
         config.derive_dp(int(told or "1"))
     except ConfigError as error:

@@ -260,3 +260,6 @@ def test_a_start_with_the_wrong_number_of_processes_clears_nothing_and_leaves_it
     with pytest.raises(LayoutError, match="does not divide the 3 processes"):
         main([*command, f"train.run_dir={tmp_path / 'new'}"])
     assert not (tmp_path / "new").exists()
+    monkeypatch.setenv("WORLD_SIZE", "abc")
+    with pytest.raises(ConfigError, match="WORLD_SIZE is 'abc' in the environment.* Unset it"):
+        main(command)

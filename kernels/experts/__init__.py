@@ -4,13 +4,13 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import require, require_beside, require_fractions, require_offsets, require_shape
+from ..checks import require_beside, require_shape
 from ..dispatch import PACKAGES, choose_backend
 from ..grouped_gemm import grouped_gemm
-from ..grouped_swiglu import grouped_swiglu
+from ..grouped_swiglu import grouped_swiglu, require_first_product
 from ..native.library import runs_native
 from ..swiglu import swiglu
-from ..token_rows import RowPlan, collect_rows, require_plan, spread_rows
+from ..token_rows import RowPlan, collect_rows, spread_rows
 from .native import NativeExperts
 from .reference import experts_reference
 
@@ -68,23 +68,8 @@ def _require(
     rows: torch.Tensor, *, plan: RowPlan | None, row_weights: torch.Tensor, gate_up: torch.Tensor, down: torch.Tensor,
     offsets: torch.Tensor,
 ) -> None:
-    require(rows.ndim == 2, op=OP, name="rows", tensor=rows, rule="it must be [rows, width]")
-    require_fractions(rows, op=OP, name="rows")
-    holds = gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0
-    holds = holds and gate_up.shape[2] == rows.shape[1]
-    rule = "it must be [experts, gate and up, width] with at least one expert and the width of rows"
-    require(holds, op=OP, name="gate_up", tensor=gate_up, rule=rule)
+    require_first_product(rows, gate_up=gate_up, row_weights=row_weights, offsets=offsets, plan=plan, op=OP)
     num_experts, twice, width = gate_up.shape
     shape = (num_experts, width, twice // 2)
-    count = rows.shape[0] if plan is None else plan.sources.shape[0]
     require_shape(down, shape=shape, op=OP, name="down", meaning="as many experts and columns as gate_up")
-    require_shape(row_weights, shape=(count,), op=OP, name="row_weights", meaning="one per row")
-    require_fractions(row_weights, op=OP, name="row_weights")
-    require_beside(row_weights, first=rows, op=OP, name="row_weights")
-    require_beside(gate_up, first=rows, op=OP, name="gate_up", same_dtype=True)
     require_beside(down, first=rows, op=OP, name="down", same_dtype=True)
-    require_shape(offsets, shape=(num_experts,), op=OP, name="offsets", meaning="one per expert")
-    require_beside(offsets, first=rows, op=OP, name="offsets")
-    require_offsets(offsets, rows=count, op=OP)
-    if plan is not None:
-        require_plan(plan, tokens=rows, op=OP)

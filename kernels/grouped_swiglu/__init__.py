@@ -36,7 +36,7 @@ def grouped_swiglu(
     KernelError for a backend that cannot run, ValueError for shapes and for gathering without a plan of K rows per
     token.
     """
-    _require(rows, gate_up=gate_up, row_weights=row_weights, offsets=offsets, plan=plan)
+    require_first_product(rows, gate_up=gate_up, row_weights=row_weights, offsets=offsets, plan=plan, op=OP)
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=rows.device, dtype=rows.dtype)
     even = plan is not None and plan.starts is None
     if gathers and not (even and chosen == "triton"):
@@ -64,22 +64,24 @@ def grouped_swiglu(
     return swiglu(first, row_weights=row_weights, backend=chosen)
 
 
-def _require(
-    rows: torch.Tensor, *, gate_up: torch.Tensor, row_weights: torch.Tensor, offsets: torch.Tensor, plan: RowPlan | None
+def require_first_product(
+    rows: torch.Tensor, *, gate_up: torch.Tensor, row_weights: torch.Tensor, offsets: torch.Tensor,
+    plan: RowPlan | None, op: str,
 ) -> None:
-    require(rows.ndim == 2, op=OP, name="rows", tensor=rows, rule="it must be [rows, width]")
-    require_fractions(rows, op=OP, name="rows")
+    """Ask that the operands of experts' first product fit each other; rows are tokens where there is a plan."""
+    require(rows.ndim == 2, op=op, name="rows", tensor=rows, rule="it must be [rows, width]")
+    require_fractions(rows, op=op, name="rows")
     holds = gate_up.ndim == 3 and gate_up.shape[0] > 0 and gate_up.shape[1] % 2 == 0
     holds = holds and gate_up.shape[2] == rows.shape[1]
-    rule = "it must be [groups, gate and up, width] with at least one group and the width of rows"
-    require(holds, op=OP, name="gate_up", tensor=gate_up, rule=rule)
-    require_beside(gate_up, first=rows, op=OP, name="gate_up", same_dtype=True)
+    rule = "it must be [experts, gate and up, width] with at least one expert and the width of rows"
+    require(holds, op=op, name="gate_up", tensor=gate_up, rule=rule)
+    require_beside(gate_up, first=rows, op=op, name="gate_up", same_dtype=True)
     count = rows.shape[0] if plan is None else plan.sources.shape[0]
-    require_shape(row_weights, shape=(count,), op=OP, name="row_weights", meaning="one per row")
-    require_fractions(row_weights, op=OP, name="row_weights")
-    require_beside(row_weights, first=rows, op=OP, name="row_weights")
-    require_shape(offsets, shape=gate_up.shape[:1], op=OP, name="offsets", meaning="one per group")
-    require_beside(offsets, first=rows, op=OP, name="offsets")
-    require_offsets(offsets, rows=count, op=OP)
+    require_shape(row_weights, shape=(count,), op=op, name="row_weights", meaning="one per row")
+    require_fractions(row_weights, op=op, name="row_weights")
+    require_beside(row_weights, first=rows, op=op, name="row_weights")
+    require_shape(offsets, shape=gate_up.shape[:1], op=op, name="offsets", meaning="one per expert")
+    require_beside(offsets, first=rows, op=op, name="offsets")
+    require_offsets(offsets, rows=count, op=op)
     if plan is not None:
-        require_plan(plan, tokens=rows, op=OP)
+        require_plan(plan, tokens=rows, op=op)

@@ -30,7 +30,7 @@ def linear_cross_entropy(
     at one time, by default as many as fit 8 MiB (a cache's worth on CPU). Raises KernelError for a backend that
     cannot run, ValueError for shapes.
     """
-    _require(hidden, weight=weight, targets=targets)
+    require_head(hidden, weight=weight, targets=targets, op=OP)
     require_within(targets, limit=weight.shape[0], op=OP, name="targets")
     native = runs_native(hidden, weight)
     chosen = choose_backend(
@@ -60,7 +60,7 @@ def vocabulary_partials(
     holders: peak = max, mass = sum of mass_i exp(peak_i - peak), loss = log(mass) + peak - sum of the target's logits.
     Raises KernelError and ValueError as `linear_cross_entropy`; targets are any ids of the whole vocabulary.
     """
-    _require(hidden, weight=weight, targets=targets)
+    require_head(hidden, weight=weight, targets=targets, op=OP)
     chosen = choose_backend(
         backend, op=OP, offered=("triton", "reference"), device=hidden.device, dtype=hidden.dtype
     )
@@ -72,16 +72,17 @@ def vocabulary_partials(
     return partials_reference(hidden.detach(), weight=weight.detach(), targets=targets, first_id=first_id)
 
 
-def _require(hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor) -> None:
-    require(hidden.ndim == 2, op=OP, name="hidden", tensor=hidden, rule="it must be [rows, width]")
-    require_fractions(hidden, op=OP, name="hidden")
+def require_head(hidden: torch.Tensor, *, weight: torch.Tensor, targets: torch.Tensor, op: str) -> None:
+    """Ask that hidden [N, D], weight [V, D] and targets [N] int64 fit each other, as every head's loss does."""
+    require(hidden.ndim == 2, op=op, name="hidden", tensor=hidden, rule="it must be [rows, width]")
+    require_fractions(hidden, op=op, name="hidden")
     holds = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
     rule = "it must be [ids, width] with at least one id and the width of hidden"
-    require(holds, op=OP, name="weight", tensor=weight, rule=rule)
-    require_beside(weight, first=hidden, op=OP, name="weight", same_dtype=True)
-    require_shape(targets, shape=hidden.shape[:1], op=OP, name="targets", meaning="one per row of hidden")
-    require(targets.dtype == torch.int64, op=OP, name="targets", tensor=targets, rule="it must be int64")
-    require_beside(targets, first=hidden, op=OP, name="targets")
+    require(holds, op=op, name="weight", tensor=weight, rule=rule)
+    require_beside(weight, first=hidden, op=op, name="weight", same_dtype=True)
+    require_shape(targets, shape=hidden.shape[:1], op=op, name="targets", meaning="one per row of hidden")
+    require(targets.dtype == torch.int64, op=op, name="targets", tensor=targets, rule="it must be int64")
+    require_beside(targets, first=hidden, op=op, name="targets")
 
 
 def _require_triton(hidden: torch.Tensor, *, weight: torch.Tensor) -> None:

@@ -15,7 +15,8 @@ from collections.abc import Callable
 
 import torch
 
-from ..checks import first_order, require, require_beside, require_shape, require_within
+from ..checks import first_order, require_within
+from . import require_head
 
 OP = "vocabulary_parallel_cross_entropy"
 
@@ -48,14 +49,7 @@ def vocabulary_parallel_cross_entropy(
     hidden [N, D] and targets [N] int64 (ids of the whole head) equal on all ranks; weight [v, D] this rank's rows;
     chunk_rows: hidden rows whose logits exist at one time. Raises ValueError for shapes.
     """
-    require(hidden.ndim == 2, op=OP, name="hidden", tensor=hidden, rule="it must be [rows, width]")
-    holds = weight.ndim == 2 and weight.shape[0] > 0 and weight.shape[1] == hidden.shape[1]
-    rule = "it must be [ids, width] with at least one id and the width of hidden"
-    require(holds, op=OP, name="weight", tensor=weight, rule=rule)
-    require_beside(weight, first=hidden, op=OP, name="weight", same_dtype=True)
-    require_shape(targets, shape=hidden.shape[:1], op=OP, name="targets", meaning="one per row of hidden")
-    require(targets.dtype == torch.int64, op=OP, name="targets", tensor=targets, rule="it must be int64")
-    require_beside(targets, first=hidden, op=OP, name="targets")
+    require_head(hidden, weight=weight, targets=targets, op=OP)
     require_within(targets, limit=part.vocab_size, op=OP, name="targets")
     if not torch.is_grad_enabled():  # gradients are made in the forward pass, and only if somebody wants them
         hidden, weight = hidden.detach(), weight.detach()

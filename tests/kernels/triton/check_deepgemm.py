@@ -102,6 +102,8 @@ def test_places_are_found_without_a_word_from_the_host(monkeypatch: pytest.Monke
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, read)
     align_groups(torch.tensor([3, 3, 9]), rows=11, alignment=8)
+    with pytest.raises(AssertionError, match="read by the host"):
+        torch.tensor([3]).tolist()  # a reading would have been seen
 
 
 @pytest.mark.parametrize("counts", [[3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [130, 1, 0, 29]])

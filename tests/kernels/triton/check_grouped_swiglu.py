@@ -150,6 +150,8 @@ def test_experts_read_no_value_on_the_host(monkeypatch: pytest.MonkeyPatch) -> N
     for name in ("item", "tolist", "__bool__", "__int__", "__float__", "__index__", "numpy"):
         monkeypatch.setattr(torch.Tensor, name, read)
     fused_layer(*ours).sum().backward()
+    with pytest.raises(AssertionError, match="read by the host"):
+        fused_layer(*ours, backend="reference")
 
 
 @pytest.mark.skipif(kernel_device().type != "cuda", reason="asks CUDA")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import dataclasses
 import os
 import shutil
 from collections.abc import Sequence
@@ -25,13 +24,13 @@ from ernie5.observe.watchdog import Watchdog
 from ernie5.train.config import RootConfig
 from ernie5.train.lost_peer import as_peer_error, meet_peers
 from ernie5.train.recover import (
+    Standing,
     StopRequest,
     await_turn,
     clear_exit,
-    done_record,
-    fault_record,
     leave_exit,
     leave_refusal,
+    refusal_record,
     write_exit,
 )
 
@@ -39,13 +38,6 @@ CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILES = (METRICS_FILE, "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
 RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
-
-
-@dataclasses.dataclass
-class _Reached:
-    """The last step that a run finished, for exit.json."""
-
-    step: int = 0
 
 
 def main(argv: list[str]) -> int:
@@ -88,42 +80,41 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
     open_log(run_dir, rank=rank)
     if given is not None and is_main and folder != Path(os.path.abspath(given)):
         get_log().info("checkpoint.dir = %s is %s here, where this run has its checkpoints", given, folder)
-    reached, source = _Reached(), None
+    standing, source = Standing(folder), None
     try:
-        watched = _watchdog(config, run_dir=run_dir, folder=folder)
+        watched = _watchdog(config, run_dir=run_dir, standing=standing)
         with keep_tracebacks(run_dir), StopRequest() as stop, watched as watchdog:
             source = None if fresh else _resume_source(folder, resume=resume)
             if is_main:
                 _note_changes(config, run_dir=run_dir)
-            _train(config, run_dir=run_dir, source=source, stop=stop, reached=reached, watchdog=watchdog)
+            _train(config, run_dir=run_dir, source=source, stop=stop, standing=standing, watchdog=watchdog)
     except (Exception, KeyboardInterrupt) as error:
         lost = as_peer_error(error, peers=None, can_resume=lambda: _can_resume(folder, source=source))
         fault = classify(lost or error)
-        newest = str(latest_checkpoint(folder) or "")
-        record = fault_record(fault, step=reached.step, checkpoint=newest, rank=rank)
-        if not leave_exit(run_dir, record=record):
+        if not leave_exit(run_dir, record=standing.fault(fault, rank=rank)):
             raise SystemExit(fault.exit_code) from error
         if lost is None:
             raise
         raise lost from error
     if is_main:
-        newest = str(latest_checkpoint(folder) or "")
-        write_exit(run_dir, record=done_record(step=reached.step, checkpoint=newest))
-        get_log().info("done: %d steps, %s. Look at it: ernie5 report %s", reached.step, newest or "not saved", run_dir)
+        record = standing.done()
+        write_exit(run_dir, record=record)
+        saved = record.checkpoint or "not saved"
+        get_log().info("done: %d steps, %s. Look at it: ernie5 report %s", record.step, saved, run_dir)
     return 0
 
 
 def _train(
-    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, reached: _Reached,
+    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, standing: Standing,
     watchdog: Watchdog,
 ) -> None:
-    """Build and run; notes the last step also when an error ends the run."""
+    """Build and run; `standing` is told of the run as soon as there is one."""
     from ernie5.train.build import build_run
     from ernie5.train.hooks import BeatHook
     from ernie5.train.loop import LoopSettings, run_steps
 
     run = build_run(config, run_dir=run_dir, resume_from=source)
-    peers = None
+    standing.progression, peers = run.progression, None
     try:
         peers = meet_peers(run.engine)
         if peers is not None:
@@ -152,20 +143,17 @@ def _train(
             raise
         raise lost from error
     finally:
-        reached.step = run.progression.step
         run.loader.close()
         run.engine.close()
         if peers is not None:
             peers.close()
 
 
-def _watchdog(config: RootConfig, *, run_dir: Path, folder: Path) -> Watchdog:
+def _watchdog(config: RootConfig, *, run_dir: Path, standing: Standing) -> Watchdog:
     """Ends a start that hangs; exit.json says so, unless another rank was first."""
 
     def report(message: str) -> None:
-        newest = str(latest_checkpoint(folder) or "")
-        record = fault_record(classify(PeerError(message)), step=0, checkpoint=newest, rank=rank)
-        write_exit(run_dir, record=record, replace=False)
+        write_exit(run_dir, record=standing.fault(classify(PeerError(message)), rank=rank), replace=False)
 
     rank, train = int(os.environ.get("RANK", "0")), config.train
     return Watchdog(
@@ -203,11 +191,10 @@ def _check_hosts(config: RootConfig, *, goes_on: bool) -> None:
             leave()
     except Ernie5Error as error:
         run_dir, rank = Path(config.train.run_dir), int(os.environ.get("RANK", "0"))
-        record = fault_record(classify(error), step=0, checkpoint="", rank=rank)
         with contextlib.suppress(OSError):
             run_dir.mkdir(parents=True, exist_ok=True)
             if rank == 0:
-                write_exit(run_dir, record=record)
+                write_exit(run_dir, record=refusal_record(error, run_dir=run_dir))
         await_turn()
         raise
 
@@ -238,7 +225,7 @@ def _check_processes(config: RootConfig, *, is_start: bool) -> None:
         run_dir = Path(config.train.run_dir)
         if is_start and run_dir.is_dir() and os.environ.get("RANK", "0") == "0":  # else the last start's would stand
             with contextlib.suppress(OSError):
-                write_exit(run_dir, record=fault_record(classify(error), step=0, checkpoint="", rank=0))
+                write_exit(run_dir, record=refusal_record(error, run_dir=run_dir))
         raise
 
 

@@ -10,10 +10,16 @@ import signal
 import socket
 import time
 import types
+import typing
 from pathlib import Path
 
+from ernie5.checkpoint.names import latest_checkpoint, step_of
+from ernie5.checkpoint.places import checkpoint_folders
 from ernie5.errors import EXIT_DONE, EXIT_PEER, Ernie5Error
 from ernie5.observe.faults import Fault, classify
+
+if typing.TYPE_CHECKING:
+    from ernie5.train.state import Progression
 
 EXIT_FILE = "exit.json"
 RUN_DIR_VARIABLE = "ERNIE5_RUN_DIR"  # launch/supervise.py tells its ranks which run directory it looks at
@@ -67,14 +73,35 @@ class ExitRecord:
     rank: int = 0
 
 
-def done_record(*, step: int, checkpoint: str) -> ExitRecord:
-    """The record of a run that reached its last step."""
-    return ExitRecord(EXIT_DONE, "", "done", step, checkpoint)
+@dataclasses.dataclass
+class Standing:
+    """Where a run stands: at its last step, and before it has begun at that of the newest checkpoint in `folder`."""
+
+    folder: Path
+    progression: Progression | None = None
+
+    def done(self) -> ExitRecord:
+        """The record of a run that reached its last step."""
+        step, checkpoint = self._look()
+        return ExitRecord(EXIT_DONE, "", "done", step, checkpoint)
+
+    def fault(self, fault: Fault, *, rank: int) -> ExitRecord:
+        """The record of a rank that ended in an error."""
+        step, checkpoint = self._look()
+        return ExitRecord(fault.exit_code, fault.name, fault.message, step, checkpoint, rank)
+
+    def _look(self) -> tuple[int, str]:
+        newest = latest_checkpoint(self.folder)
+        if self.progression is not None:
+            return self.progression.step, str(newest or "")
+        return (0, "") if newest is None else (step_of(newest.name) or 0, str(newest))
 
 
-def fault_record(fault: Fault, *, step: int, checkpoint: str, rank: int) -> ExitRecord:
-    """The record of a rank that ended in an error."""
-    return ExitRecord(fault.exit_code, fault.name, fault.message, step, checkpoint, rank)
+def refusal_record(error: Ernie5Error, *, run_dir: Path) -> ExitRecord:
+    """The record of a start that rank 0 refused: the run in `run_dir` stands where it stood."""
+    folders = checkpoint_folders(run_dir)
+    kept = next((folder for folder in folders if latest_checkpoint(folder) is not None), run_dir)
+    return Standing(kept).fault(classify(error), rank=0)
 
 
 def write_exit(run_dir: Path, *, record: ExitRecord, replace: bool = True) -> bool:
@@ -100,7 +127,7 @@ def leave_refusal(error: Ernie5Error) -> None:
     folder = os.environ.get(RUN_DIR_VARIABLE)
     if folder and os.environ.get("RANK", "0") == "0":
         with contextlib.suppress(OSError):
-            write_exit(Path(folder), record=fault_record(classify(error), step=0, checkpoint="", rank=0))
+            write_exit(Path(folder), record=refusal_record(error, run_dir=Path(folder)))
 
 
 def read_exit(run_dir: Path) -> ExitRecord | None:

@@ -263,3 +263,24 @@ def test_a_start_with_the_wrong_number_of_processes_clears_nothing_and_leaves_it
     monkeypatch.setenv("WORLD_SIZE", "abc")
     with pytest.raises(ConfigError, match="WORLD_SIZE is 'abc' in the environment.* Unset it"):
         main(command)
+
+
+def test_a_start_that_is_refused_says_where_the_run_stands(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By the number of processes, by a typing error under an agent, by the tokenizer: the run stands at step 2."""
+    run_dir = tmp_path / "run"
+    command = [str(world / "run.yaml"), f"train.run_dir={run_dir}", f"checkpoint.dir={tmp_path / 'far'}"]
+    main([*command, "train.steps=2"])
+    monkeypatch.setenv("ERNIE5_RUN_DIR", str(run_dir))
+    for error, setting, processes in (
+        (LayoutError, "parallel.tp=2", "3"), (ConfigError, "train.stepz=3", "1"),
+        (CheckpointError, "model.moe.num_experts=4", "1"),
+    ):
+        (run_dir / "exit.json").unlink()
+        with monkeypatch.context() as launcher, pytest.raises(error):
+            launcher.setenv("WORLD_SIZE", processes)
+            main([*command, setting, "engine.kind=grid", "train.steps=3"])
+        record = json.loads((run_dir / "exit.json").read_text("utf-8"))
+        assert (record["exit_code"], record["step"]) == (2, 2), setting
+        assert record["checkpoint"] == str(tmp_path / "far" / "step-00000002"), setting

@@ -49,7 +49,7 @@ def test_nan_on_one_rank_is_rolled_back_on_both_and_a_hang_ends_with_the_stacks_
     record = json.loads((tmp_path / "exit.json").read_text("utf-8"))
     assert record["exit_code"] == 5 and "process hangs" in record["message"]
     assert "it goes on from its newest checkpoint, or from the beginning where there is none" in record["message"]
-    assert record["checkpoint"].endswith("step-00000004")
+    assert record["step"] == 5 and record["checkpoint"].endswith("step-00000004")
 
 
 @pytest.mark.parametrize("asynchronous", ["true", "false"])

@@ -75,29 +75,31 @@ def adamw_kernel(
 def adamw_triton(
     tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale: torch.Tensor | None
 ) -> None:
-    """Launch once for each gradient dtype, with and without copies."""
-    kinds = {(one.gradient.dtype, one.copy is not None) for one in tensors if one.parameter.numel()}
-    for dtype, copies in sorted(kinds, key=str):
-        chosen = [
-            one for one in tensors
-            if one.parameter.numel() and (one.gradient.dtype, one.copy is not None) == (dtype, copies)
-        ]
-        _launch(chosen, step=step, gradient_scale=gradient_scale, dtype=dtype, copies=copies)
+    """Launch once for each kind of tensor: the gradient's dtype, a copy or none, whether 16 bytes divide every
+    address; so that one tensor that lies askew costs no other its wide loads."""
+    kinds: dict[tuple[object, ...], list[AdamWTensors]] = {}
+    for one in tensors:
+        if one.parameter.numel():
+            kinds.setdefault(_kind(one), []).append(one)
+    for alike in kinds.values():
+        _launch(alike, step=step, gradient_scale=gradient_scale)
 
 
-def _launch(
-    tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale: torch.Tensor | None, dtype: torch.dtype,
-    copies: bool,
-) -> None:
+def _kind(one: AdamWTensors) -> tuple[torch.dtype, bool, bool]:
+    aligned = all(address % VECTOR_BYTES == 0 for address in _addresses(one))
+    return one.gradient.dtype, one.copy is not None, aligned
+
+
+def _addresses(one: AdamWTensors) -> tuple[int, ...]:
+    """As in a row of the table; 0 for no copy."""
+    parts = (one.parameter, one.gradient, one.first_moment, one.second_moment, one.copy)
+    return tuple(0 if part is None else part.data_ptr() for part in parts)
+
+
+def _launch(tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale: torch.Tensor | None) -> None:
     device = tensors[0].parameter.device
-    rows = [
-        (
-            one.parameter.numel(), one.parameter.data_ptr(), one.gradient.data_ptr(), one.first_moment.data_ptr(),
-            one.second_moment.data_ptr(), one.copy.data_ptr() if copies else 0,
-        )
-        for one in tensors
-    ]
-    aligned = all(address % VECTOR_BYTES == 0 for row in rows for address in row[1:])
+    dtype, copies, aligned = _kind(tensors[0])
+    rows = [(one.parameter.numel(), *_addresses(one)) for one in tensors]
     owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
     table = to_device(torch.tensor(rows), device=device)
     decays = to_device(torch.tensor([one.weight_decay for one in tensors], dtype=torch.float32), device=device)

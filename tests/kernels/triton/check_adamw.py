@@ -6,6 +6,7 @@ import pytest
 import torch
 
 from ernie5_kernels.adamw import AdamWStep, AdamWTensors, adamw
+from ernie5_kernels.adamw import kernel as triton_adamw
 from ernie5_kernels.testing import assert_close, kernel_device, random_tensor
 
 SIZES = ((1,), (0,), (7, 3), (4096,), (4097,))
@@ -36,6 +37,38 @@ def test_three_steps_match_the_reference(gradient: torch.dtype, copies: bool) ->
             assert_close(vars(one)[part], expected=vars(other)[part], tolerance=1e-6, reason="fp32, another order")
         if copies:
             assert torch.equal(one.copy, one.parameter.bfloat16())
+
+
+def shifted(x: torch.Tensor, *, elements: int) -> torch.Tensor:
+    """x where 16 bytes do not divide its address."""
+    return x.new_zeros(x.numel() + elements)[elements:].view_as(x).copy_(x)
+
+
+def test_one_tensor_that_lies_askew_costs_the_others_nothing(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Only its own launch is told that addresses are divided by 1 byte, and nobody's bits change."""
+    ours, truth = (tensors_of(gradient=torch.bfloat16, copies=True) for _ in range(2))
+    for askew, name in enumerate(("parameter", "gradient", "copy"), 1):
+        at = askew + 1
+        moved = {name: shifted(vars(ours[at])[name], elements=1)}
+        ours[at] = AdamWTensors(**{**vars(ours[at]), **moved})
+        launches, real = [], triton_adamw.adamw_kernel
+
+        class Recorded:
+            def __getitem__(self, grid: tuple[int, ...]) -> object:
+                def run(*arguments: object, **options: object) -> object:
+                    launches.append((len(arguments[0]), arguments[-2]))
+                    return real[grid](*arguments, **options)
+
+                return run
+
+        with monkeypatch.context() as watched:
+            watched.setattr(triton_adamw, "adamw_kernel", Recorded())
+            adamw(ours, step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1), backend="triton")
+        assert sorted(launches) == sorted([(len(SIZES) - 1 - askew, 16), (askew, 1)]), name
+        adamw(truth, step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1), backend="triton")
+    for one, other in zip(ours, truth, strict=True):
+        for part in ("parameter", "first_moment", "second_moment", "copy"):
+            assert torch.equal(vars(one)[part], vars(other)[part]), part
 
 
 def test_the_reference_is_pytorchs_adamw() -> None:

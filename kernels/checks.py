@@ -97,7 +97,9 @@ def require_offsets(offsets: torch.Tensor, *, rows: int, op: str) -> None:
         start = end
 
 
-def first_order(backward: Callable[..., object]) -> Callable[..., object]:
+def first_order(
+    backward: Callable[..., object], *, way_out: str = 'Use backend="reference"'
+) -> Callable[..., object]:
     """A backward pass by hand that refuses to be differentiated: it takes what was saved for constants, so a second
     derivative would be wrong without a word."""
 
@@ -105,8 +107,8 @@ def first_order(backward: Callable[..., object]) -> Callable[..., object]:
     def checked(ctx: object, *grads: torch.Tensor | None) -> object:
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise KernelError(
-                f"{backward.__qualname__}: backward was called with create_graph=True, and this kernel has no second "
-                'derivative. Use backend="reference"'
+                f"{backward.__qualname__}: backward was called with create_graph=True, and has no second derivative. "
+                f"{way_out}"
             )
         return backward(ctx, *grads)
 

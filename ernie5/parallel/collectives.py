@@ -10,8 +10,9 @@
 | reduce_scatter | sum over ranks, this rank's part | parts of all ranks | partial results leave it; afterwards cut |
 | exchange_rows | uneven all-to-all | the reverse all-to-all | rows travel (`exchange`: beside other work) |
 
-Parts may differ in length: `sizes` lists them in order of ranks. Sums of parts run in order of ranks, so that they are
-the same at every repetition.
+The gradient of each is another one of them, called as such, so that gradients have gradients. Parts may differ in
+length: `sizes` lists them in order of ranks. Sums of parts run in order of ranks, so that they are the same at every
+repetition.
 """
 
 from __future__ import annotations
@@ -168,17 +169,18 @@ class _CopyTo(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_reduce(grad, axis=ctx.axis), None
+        return reduce_from(grad, axis=ctx.axis), None
 
 
 class _ReduceFrom(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x, axis):
+        ctx.axis = axis
         return all_reduce(x, axis=axis)
 
     @staticmethod
     def backward(ctx, grad):
-        return grad, None
+        return copy_to(grad, axis=ctx.axis), None
 
 
 class _Split(torch.autograd.Function):
@@ -189,7 +191,7 @@ class _Split(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
+        return gather(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
 
 
 class _Gather(torch.autograd.Function):
@@ -200,7 +202,7 @@ class _Gather(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return own_part(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim).contiguous(), None, None, None
+        return split(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
 
 
 class _GatherForWork(torch.autograd.Function):
@@ -211,7 +213,7 @@ class _GatherForWork(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return sum_scatter(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
+        return reduce_scatter(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
 
 
 class _ReduceScatter(torch.autograd.Function):
@@ -222,7 +224,7 @@ class _ReduceScatter(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_gather(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
+        return gather_for_work(grad, axis=ctx.axis, sizes=ctx.sizes, dim=ctx.dim), None, None, None
 
 
 class _ExchangeRows(torch.autograd.Function):
@@ -233,4 +235,4 @@ class _ExchangeRows(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad):
-        return all_to_all(grad, axis=ctx.axis, send=ctx.receive, receive=ctx.send, what="hidden"), None, None, None
+        return exchange_rows(grad, axis=ctx.axis, send=ctx.receive, receive=ctx.send), None, None, None

@@ -158,7 +158,7 @@ class ShiftAhead(torch.autograd.Function):
                 f"prediction reads {by} tokens ahead. A chunk must hold at least as many. Lower parallel.cp or "
                 "model.mtp.depth, or raise parallel.context_chunk"
             )
-        ctx.by, ctx.axis, ctx.split = by, axis, split
+        ctx.rest = by, axis, split
         chunks, sink = _in_chunks(x, split=split)
         published = chunks[:, :, :by].transpose(0, 1).contiguous()
         found = all_gather(published, axis=axis, sizes=[len(published)] * split.ranks)
@@ -169,13 +169,26 @@ class ShiftAhead(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        by, split, own = ctx.by, ctx.split, list(ctx.split.own_chunks(ctx.axis.coordinate))
+        return _ShiftBack.apply(grad, *ctx.rest), None, None, None
+
+
+class _ShiftBack(torch.autograd.Function):
+    """The adjoint of ShiftAhead: it takes `by` positions from every chunk's end to the next one's beginning."""
+
+    @staticmethod
+    def forward(ctx, grad: torch.Tensor, by: int, axis: Axis, split: TokenSplit) -> torch.Tensor:
+        ctx.rest = by, axis, split
+        own = list(split.own_chunks(axis.coordinate))
         chunks, sink = _in_chunks(grad, split=split)
         heads = grad.new_zeros(split.chunks, grad.shape[0], by, *grad.shape[2:])
         heads[[(number + 1) % split.chunks for number in own]] = chunks[:, :, split.chunk - by :].transpose(0, 1)
-        heads = all_reduce(heads, axis=ctx.axis)[own].transpose(0, 1)
+        heads = all_reduce(heads, axis=axis)[own].transpose(0, 1)
         by_chunk = torch.cat((heads, chunks[:, :, : split.chunk - by]), dim=2)
-        return torch.cat((by_chunk.flatten(1, 2), sink), dim=1), None, None, None
+        return torch.cat((by_chunk.flatten(1, 2), sink), dim=1)
+
+    @staticmethod
+    def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
+        return ShiftAhead.apply(grad, *ctx.rest), None, None, None
 
 
 def _in_chunks(x: torch.Tensor, *, split: TokenSplit) -> tuple[torch.Tensor, torch.Tensor]:

@@ -18,7 +18,7 @@ import torch.distributed as dist
 from ernie5.errors import ConfigError, LayoutError
 from ernie5.model.interfaces import NO_EXPERT, Parcels
 from ernie5.parallel.collectives import all_gather
-from ernie5.parallel.exchange import Exchange
+from ernie5.parallel.exchange import Exchange, only_first
 from ernie5.parallel.expert import Departure, Homeward, StagedDispatcher
 from ernie5.parallel.state import Axis, ParallelState
 
@@ -153,6 +153,7 @@ class _Dispatch(torch.autograd.Function):
         return out, out_weights
 
     @staticmethod
+    @only_first
     def backward(ctx, grad_rows, grad_weights):
         trip = ctx.trip
         rows, weights, _ = trip.buffer.combine(
@@ -168,5 +169,6 @@ class _Combine(torch.autograd.Function):
         return trip.buffer.combine(rows.contiguous(), handle=trip.handle)[0]
 
     @staticmethod
+    @only_first
     def backward(ctx, grad):
         return ctx.trip.buffer.dispatch(grad.contiguous(), handle=ctx.trip.handle)[0], None

@@ -8,6 +8,7 @@ arrived starts the reverse all-to-all, and the node that departed waits for it.
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Sequence
 
 import torch
@@ -15,9 +16,11 @@ import torch.distributed as dist
 
 from ernie5.parallel.collectives import all_to_all, start_all_to_all
 from ernie5.parallel.state import Axis
+from ernie5_kernels.checks import first_order
 
 LOAD = ("hidden", "weights")
 """What travels, in this order, as bytes are counted."""
+only_first = functools.partial(first_order, way_out="Set parallel.ep: 1, where nothing travels")
 
 
 @dataclasses.dataclass
@@ -92,6 +95,7 @@ class _Depart(torch.autograd.Function):
         return tuple(journey.start(x, is_back=False, what=what) for x, what in zip(tensors, LOAD))
 
     @staticmethod
+    @only_first
     def backward(ctx, *_):
         journey = ctx.journey
         journey.finish()
@@ -108,6 +112,7 @@ class _Arrive(torch.autograd.Function):
         return tuple(x.view_as(x) for x in tensors)
 
     @staticmethod
+    @only_first
     def backward(ctx, *grads):
         journey = ctx.journey
         journey.returned += [journey.start(grad, is_back=True, what=what) for grad, what in zip(grads, LOAD)]

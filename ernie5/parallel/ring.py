@@ -11,6 +11,7 @@ and values travel with them and arrive at home after R steps. What each query ma
 from __future__ import annotations
 
 import dataclasses
+import functools
 
 import torch
 import torch.distributed as dist
@@ -18,9 +19,11 @@ import torch.distributed as dist
 from ernie5.parallel.state import Axis
 from ernie5.parallel.token_split import Splitter
 from ernie5_kernels.attention import AttentionPlan, attend, attend_backward, plan_piecewise
+from ernie5_kernels.checks import first_order
 
 KEPT_MASK_BYTES = 64 << 20
 KEYS_TAG, GRADIENTS_TAG = 1, 2
+WAY_OUT = 'Set parallel.context: ulysses, with backend="reference", or parallel.cp: 1'
 
 
 @dataclasses.dataclass(frozen=True)
@@ -87,6 +90,7 @@ class _Ring(torch.autograd.Function):
         return result
 
     @staticmethod
+    @functools.partial(first_order, way_out=WAY_OUT)
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         query, key, value, out, lse = ctx.saved_tensors
         grad = grad.contiguous()

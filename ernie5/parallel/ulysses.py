@@ -87,7 +87,7 @@ class _HeadsForTokens(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return tokens_for_heads(grad, axis=ctx.axis), None
+        return _TokensForHeads.apply(grad, ctx.axis), None
 
 
 class _TokensForHeads(torch.autograd.Function):
@@ -100,7 +100,7 @@ class _TokensForHeads(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return heads_for_tokens(grad, axis=ctx.axis), None
+        return _HeadsForTokens.apply(grad, ctx.axis), None
 
 
 def heads_for_tokens(x: torch.Tensor, *, axis: Axis) -> torch.Tensor:

@@ -5,12 +5,15 @@ from __future__ import annotations
 import torch
 import torch.distributed as dist
 
-from ernie5.errors import EnvironmentFault, LayoutError
+from ernie5.errors import EnvironmentFault, KernelError, LayoutError
 from ernie5.parallel import collectives as c
 from ernie5.parallel.apply import Layout, Shard
+from ernie5.parallel.context import ShiftAhead
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.exchange import start_exchange
 from ernie5.parallel.state import Axis, build_state, join_processes
+from ernie5.parallel.token_split import TokenSplit
+from ernie5.parallel.ulysses import _HeadsForTokens, _TokensForHeads
 from ernie5.parallel.verify import check_copies
 
 SIZES = (2, 0, 3)
@@ -82,6 +85,46 @@ def check_exchange(axis: Axis) -> None:
     assert nothing.grad.shape == (0, 2)
 
 
+def check_second(function: object, x: torch.Tensor, *, over: torch.Tensor, weight: float = 1.0) -> None:
+    """The gradient of (gradient . over) for a loss of weight * y^3, y = function(x) linear: the adjoint of 6 weight y
+    function(over). weight: of this rank, where each rank goes on with y in its own way."""
+    leaf = x.clone().requires_grad_()
+    (first,) = torch.autograd.grad(function(leaf).pow(3).sum() * weight, leaf, create_graph=True)
+    (second,) = torch.autograd.grad((first * over).sum(), leaf)
+    _, expected = run(function, x, cotangent=6 * weight * function(x) * function(over))
+    assert torch.allclose(second, expected), (second, expected)
+
+
+def check_second_derivatives(axis: Axis) -> None:
+    """Of everything that is linear; rows that travel beside other work refuse them."""
+    rank = axis.coordinate
+    mine, part = whole(10 + rank), own(whole(0), axis=axis)
+    other, other_part = whole(20 + rank), own(whole(1), axis=axis)
+    check_second(lambda x: c.copy_to(x, axis=axis), whole(0), over=whole(1), weight=rank + 1.0)
+    check_second(lambda x: c.reduce_from(x, axis=axis), mine, over=other)
+    check_second(lambda x: c.split(x, axis=axis, sizes=SIZES), whole(0), over=whole(1), weight=rank + 1.0)
+    check_second(lambda x: c.gather(x, axis=axis, sizes=SIZES), part, over=other_part)
+    check_second(lambda x: c.gather_for_work(x, axis=axis, sizes=SIZES), part, over=other_part, weight=rank + 1.0)
+    check_second(lambda x: c.reduce_scatter(x, axis=axis, sizes=SIZES), mine, over=other, weight=rank + 1.0)
+    ways = {"send": [rank + j for j in range(3)], "receive": [j + rank for j in range(3)]}
+    rows = torch.arange(2.0 * sum(ways["send"]), dtype=torch.float64).view(-1, 2) + rank
+    check_second(lambda x: c.exchange_rows(x, axis=axis, **ways), rows, over=rows.flip(0), weight=rank + 1.0)
+    split = TokenSplit(ranks=3, chunk=2, has_sinks=True)
+    tokens, others = (torch.randn(1, 5, 2, dtype=torch.float64) for _ in range(2))
+    check_second(lambda x: ShiftAhead.apply(x, 1, axis, split), tokens, over=others, weight=rank + 1.0)
+    heads, more = (torch.randn(1, 6, 6, 4, dtype=torch.float64) for _ in range(2))
+    check_second(lambda x: _HeadsForTokens.apply(x, axis), heads, over=more, weight=rank + 1.0)
+    check_second(lambda x: _TokensForHeads.apply(x, axis), heads, over=more, weight=rank + 1.0)
+    leaf = rows.clone().requires_grad_()
+    (out,) = start_exchange(leaf, axis=axis, is_async=False, **ways).wait()
+    try:
+        torch.autograd.grad(out.square().sum(), leaf, create_graph=True)
+    except KernelError as error:
+        assert "create_graph=True, and has no second derivative. Set parallel.ep: 1" in str(error)
+    else:
+        raise AssertionError("a second derivative that would be wrong")
+
+
 def check_hashes(state: object) -> None:
     """The start-up check accepts what the layout says and names what contradicts it."""
     layout = Layout(state, shards={"w": Shard("w", (3,), (), ("dp_cp",), ("dp_cp",), stages=(0,))})
@@ -102,6 +145,7 @@ def main() -> None:
     assert state.dp.group is state.dp_cp.group and state.tp.group is None
     check_replicated(state.dp)
     check_exchange(state.dp)
+    check_second_derivatives(state.dp)
     check_hashes(state)
     try:
         build_state(GridDims(dp=2))

@@ -11,7 +11,7 @@ import torch.distributed as dist
 
 from ernie5.data.document import Shapes
 from ernie5.data.synthetic import synthetic_batch
-from ernie5.errors import LayoutError
+from ernie5.errors import KernelError, LayoutError
 from ernie5.parallel.context import ShiftAhead, cut_batch
 from ernie5.parallel.dims import GridDims
 from ernie5.parallel.ring import RingAttention, RingPlanner
@@ -74,6 +74,23 @@ def attend_in_parts(
     out = op(local[0], key=local[1], value=local[2], plan=plan)
     out.backward(pad(upstream, split).index_select(1, order))
     return (out.detach(), *(x.grad for x in local))
+
+
+def differentiate_twice() -> None:
+    """A ring's backward takes keys that travelled for constants: it refuses, on every rank, before anything is sent."""
+    axis, splitter = build_state(GridDims(cp=2)).cp, Splitter(2, WHOLE)
+    split = splitter.of_row(8, has_sinks=False)
+    plan = RingPlanner(axis, splitter=splitter)(
+        alone(documents_with_blocks(8, rows=1), split.all_tokens), batch_rows=1, query_tokens=4, key_tokens=4
+    )
+    local = [torch.randn(1, 4, 2, 6, dtype=torch.float64, requires_grad=True) for _ in range(3)]
+    out = RingAttention(axis)(local[0], key=local[1], value=local[2], plan=plan)
+    with pytest.raises(KernelError, match="has no second derivative. Set parallel.context: ulysses"):
+        torch.autograd.grad(out.square().sum(), local, create_graph=True)
+
+
+def test_the_ring_refuses_a_second_derivative(run_ranks: Callable) -> None:
+    run_ranks(differentiate_twice, 2)
 
 
 def check(run_ranks: Callable, *, mode: str, ranks: int, tokens: int, heads: tuple[int, int], sinks: bool = False,

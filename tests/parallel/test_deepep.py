@@ -12,7 +12,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from ernie5.errors import ConfigError
+from ernie5.errors import ConfigError, KernelError
 from ernie5.model.interfaces import Routing
 from ernie5.model.moe.dispatch import LocalDispatcher
 from ernie5.parallel.deepep import BufferNeeds, DeepEPDispatcher, SharedBuffer
@@ -85,7 +85,9 @@ class StandIn:
         return found
 
 
-def run(dispatcher: object, *, tokens: int, factors: torch.Tensor) -> list[torch.Tensor]:
+def run(
+    dispatcher: object, *, tokens: int, factors: torch.Tensor, create_graph: bool = False
+) -> list[torch.Tensor]:
     """Output and gradients; expert e multiplies by its factor."""
     generator = torch.Generator().manual_seed(dist.get_rank())
     orders = [torch.randperm(EXPERTS, generator=generator)[:TOP_K] for _ in range(tokens)]
@@ -100,7 +102,7 @@ def run(dispatcher: object, *, tokens: int, factors: torch.Tensor) -> list[torch
     rows = (spread_rows(parcels.rows, plan=arranged.plan) * scale).bfloat16()
     outputs = collect_rows(rows, plan=arranged.plan)
     out = dispatcher.combine(outputs, parcels=parcels)
-    (out.float() * torch.randint(-1, 3, out.shape, generator=generator)).sum().backward()
+    (out.float() * torch.randint(-1, 3, out.shape, generator=generator)).sum().backward(create_graph=create_graph)
     return [out.detach(), hidden.grad, weights.grad]
 
 
@@ -117,6 +119,8 @@ def compare() -> int:
     with pytest.raises(ConfigError, match=r"carries torch.bfloat16 rows, and hidden states are torch.float32.*bf16"):
         routing = Routing(torch.zeros(1, 1, dtype=torch.int64), torch.ones(1, 1), EXPERTS)
         dispatcher.send(torch.ones(1, WIDTH), routing=routing, num_experts=EXPERTS)
+    with pytest.raises(KernelError, match="create_graph=True, and has no second derivative. Set parallel.ep: 1"):
+        run(dispatcher, tokens=3, factors=mine, create_graph=True)
     return StandIn.made
 
 

@@ -12,7 +12,7 @@ import triton.language as tl
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from ..launch import capability_of, ceil_div, num_processors
-from .tiles import GemmTiles, choose_tiles, column_tiles, fits_tma, most_programs, most_tiles, tile_table
+from .tiles import GemmTiles, choose_tiles, column_tiles, fits_tma, most_programs, most_tiles, read_wide, tile_table
 
 SHARED_TILES = 8
 LONG_SUM = 2048
@@ -157,8 +157,10 @@ def multiply_rows(
     if not out.numel():
         return out
     if tiles is None:
+        capability = capability_of(x.device)
         tiles = choose_tiles(
-            rows=rows, groups=groups, capability=capability_of(x.device), element_bytes=x.element_size()
+            rows=rows, groups=groups, capability=capability, element_bytes=x.element_size(),
+            reads_wide=read_wide(x, weight, capability=capability),
         )
     tma = tiles.uses_tma and sources is None and fits_tma(x, weight)
     table, count = tile_table(offsets, rows=rows, block_rows=tiles.rows)
@@ -175,16 +177,21 @@ def multiply_rows(
     return out
 
 
-def outer_tiles(*, rows: int, groups: int, capability: int, element_bytes: int) -> GemmTiles:
+def outer_tiles(
+    *, rows: int, groups: int, capability: int, element_bytes: int, reads_wide: bool = True
+) -> GemmTiles:
     """Tiles of dW: rows are the contraction here, `inner` of them per step.
 
     On sm_90 long sums (a mean of 2,048 rows) take 128 x 256, which reads a fifth less shared memory per FLOP; short
     ones two programs of 128 x 128, one of which stores while the other multiplies (README, measured on a GPU).
+    reads_wide: as for `choose_tiles`.
     """
     if element_bytes == 4:
         return GemmTiles(64, 64, 32, warps=4, stages=2)
     if capability < 90:
         return GemmTiles(128, 128, 32, warps=8, stages=3)
+    if not reads_wide:
+        return GemmTiles(128, 128, 32, warps=8, stages=2)
     if capability >= 100 or rows >= LONG_SUM * groups:
         return GemmTiles(128, 256, 64, warps=8, stages=3, uses_tma=True)
     return GemmTiles(128, 128, 64, warps=8, stages=3, uses_tma=True, programs=2)
@@ -205,9 +212,12 @@ def multiply_outer(
         return out
     if not left.shape[0]:
         return out.zero_()
-    tiles = tiles or outer_tiles(
-        rows=left.shape[0], groups=groups, capability=capability_of(left.device), element_bytes=left.element_size()
-    )
+    if tiles is None:
+        capability = capability_of(left.device)
+        tiles = outer_tiles(
+            rows=left.shape[0], groups=groups, capability=capability, element_bytes=left.element_size(),
+            reads_wide=read_wide(left, right, capability=capability),
+        )
     tma = tiles.uses_tma and sources is None and fits_tma(left, right)
     launched = groups * ceil_div(left_width, tiles.rows) * ceil_div(right_width, tiles.cols)
     outer_kernel[(most_programs(tiles=launched, processors=tiles.programs * num_processors(left.device)),)](

@@ -16,7 +16,8 @@ import triton.language as tl
 from ..launch import ceil_div, power_of_two
 
 TABLE_COLUMNS = 3
-TMA_BYTES = 16
+TMA_BYTES, TMA_FROM = 16, 90
+TOLD_MULTIPLE = 16
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,18 +38,23 @@ class GemmTiles:
     programs: int = 1
 
 
-def choose_tiles(*, rows: int, groups: int, capability: int, element_bytes: int) -> GemmTiles:
+def choose_tiles(
+    *, rows: int, groups: int, capability: int, element_bytes: int, reads_wide: bool = True
+) -> GemmTiles:
     """Tiles by the mean rows of a group in powers of two, never by the rows of one step (PARALLEL section 5).
 
     Below 64 rows the kernel multiplies the transposed way, so that the tensor core's 64 rows are weight columns. From
     sm_90 on, a mean of more than 128 rows takes the large tile, for all that its last tile is half empty, and small
-    tiles run as many programs side by side as a processor holds (README, measured on a GPU).
+    tiles run as many programs side by side as a processor holds (README, measured on a GPU). reads_wide: what
+    `read_wide` says; else an address per element fills the registers of large tiles, which would spill.
     """
     mean = power_of_two(max(1, rows // max(1, groups)))
     block = 16 if mean <= 16 else 32 if mean <= 32 else 64 if mean <= (256 if capability < 90 else 128) else 128
     inner = 32 if element_bytes == 4 else 64
     if element_bytes == 4 or capability < 80:
         return GemmTiles(min(block, 64), 64, inner, warps=4, stages=2)
+    if not reads_wide:
+        return GemmTiles(min(block, 64) if capability < 90 else block, 128, 32, warps=8, stages=2)
     if capability < 90:
         return GemmTiles(block, 128, inner if block < 128 else 32, warps=8 if block == 128 else 4, stages=3)
     if block == 128:  # with 256 columns specialised warps spill on sm_100 (aot_report)
@@ -62,6 +68,14 @@ def fits_tma(*tensors: torch.Tensor) -> bool:
     return all(
         t.data_ptr() % TMA_BYTES == 0 and t.shape[-1] * t.element_size() % TMA_BYTES == 0 and t.numel() for t in tensors
     )
+
+
+def read_wide(*tensors: torch.Tensor, capability: int) -> bool:
+    """Whether 16 bytes can be read at once: by TMA from sm_90 on, before by what the compiler is told of addresses and
+    widths, which is whether 16 divides them."""
+    if capability >= TMA_FROM:
+        return fits_tma(*tensors)
+    return all(t.data_ptr() % TMA_BYTES == 0 and t.shape[-1] % TOLD_MULTIPLE == 0 for t in tensors)
 
 
 def most_tiles(*, rows: int, groups: int, block_rows: int) -> int:

@@ -14,12 +14,19 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from ernie5.errors import KernelError
 
 from ..grouped_gemm.kernel import SHARED_TILES, grouped_gemm_triton, grouped_outer, precision_of, swizzled
-from ..grouped_gemm.tiles import GemmTiles, choose_tiles, fits_tma, most_programs, most_tiles, tile_table
+from ..grouped_gemm.tiles import (
+    TMA_FROM,
+    GemmTiles,
+    choose_tiles,
+    fits_tma,
+    most_programs,
+    most_tiles,
+    read_wide,
+    tile_table,
+)
 from ..launch import capability_of, ceil_div, num_processors
 from ..moe_permute.kernel import unpermute_triton
 from ..swiglu.kernel import swiglu_backward
-
-TMA_FROM = 90
 
 
 @triton.jit
@@ -152,8 +159,10 @@ def multiply_gated(
     if not out.numel():
         return out, first
     if tiles is None:
+        capability = capability_of(x.device)
         tiles = choose_tiles(
-            rows=rows, groups=groups, capability=capability_of(x.device), element_bytes=x.element_size()
+            rows=rows, groups=groups, capability=capability, element_bytes=x.element_size(),
+            reads_wide=read_wide(x, gate_up, capability=capability),
         )
     tma = tiles.uses_tma and fits_tma(x, gate_up)
     block = tiles.cols // 2

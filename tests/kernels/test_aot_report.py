@@ -41,7 +41,7 @@ def test_default_configurations_compile_for_h100_without_spills_and_use_its_tens
 def tool(repository: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[SimpleNamespace]:
     """The tool's modules, forgotten afterwards because they have everyday names."""
     monkeypatch.syspath_prepend(str(repository / "tools" / "aot_report"))
-    names = ("chips", "compiler", "cases", "report", "elementwise_cases")
+    names = ("chips", "compiler", "cases", "report", "elementwise_cases", "matrix_cases")
     yield SimpleNamespace(**{name: importlib.import_module(name) for name in names})
     for name in names:
         del sys.modules[name]
@@ -72,6 +72,16 @@ def test_the_report_fails_where_the_programs_of_a_launch_do_not_fit_a_processor(
     too_many = ("2 programs wanted on a processor that holds 1",)
     assert faults(programs=2, registers=129, shared=113 << 10) == too_many
     assert faults(programs=2, registers=128, shared=114 << 10) == too_many
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_a_product_over_odd_widths_spills_nothing_and_keeps_its_tensor_core(
+    tool: SimpleNamespace, capability: int
+) -> None:
+    """With the tiles of even widths 150, 384 and 787 instructions move registers to memory or back (Triton 3.9)."""
+    case = next(case for case in tool.matrix_cases.cases() if case.variant == "forward, even load, odd widths")
+    found = tool.compiler.compile_for(case.source_for(capability), capability=capability)
+    assert found.spills == 0 and found.tensor_instruction == {80: "mma", 90: "wgmma", 100: "tcgen05"}[capability]
 
 
 @pytest.mark.parametrize("variant", ["bf16 weights, 8-bit moments", "fp32 masters, bf16 copies, 8-bit moments"])

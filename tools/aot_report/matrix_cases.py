@@ -33,6 +33,7 @@ from ernie5_kernels.linear_cross_entropy import kernel as head
 
 SPARSE_ROWS = {16: "mean 16 rows", 32: "mean 32 rows", 128: "mean 128 rows"}
 PRECISION = "tf32"
+ODD = "odd widths"  # an address per element: what the compiler is told is that nothing divides a width
 
 
 def cases() -> Iterator[Case]:
@@ -44,6 +45,11 @@ def cases() -> Iterator[Case]:
     for rows, name in {256: "mean 256 rows", even: "even load"}.items():
         yield _outer(rows, name=name)
     yield _outer(even, name="even load, gathered", gathers=True)
+    for rows, name in {32: "mean 32 rows", even: "even load"}.items():
+        for transposed in (False, True):
+            yield _rows(rows, name=f"{name}, {ODD}", transposed=transposed, odd=True)
+        yield _gated(rows, name=f"{name}, {ODD}", gathers=False, odd=True)
+    yield _outer(even, name=f"even load, {ODD}", odd=True)
     for gathers in (False, True):
         for rows, name in {**SPARSE_ROWS, even: "even load"}.items():
             yield _gated(rows, name=name, gathers=gathers)
@@ -66,9 +72,14 @@ def _work(rows: int, *, cols: int, inner: int, element_bytes: int, tiles: GemmTi
     )
 
 
-def _rows(rows: int, *, name: str, transposed: bool) -> Case:
-    def tiles_of(capability: int) -> GemmTiles:
-        return choose_tiles(rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2)
+def _tiles_at(rows: int, odd: bool, capability: int) -> GemmTiles:
+    return choose_tiles(
+        rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2, reads_wide=not odd
+    )
+
+
+def _rows(rows: int, *, name: str, transposed: bool, odd: bool = False) -> Case:
+    tiles_of = functools.partial(_tiles_at, rows, odd)
 
     def source(capability: int) -> Source:
         t = tiles_of(capability)
@@ -80,24 +91,23 @@ def _rows(rows: int, *, name: str, transposed: bool) -> Case:
         types = {**operands, "out": "*bf16", "sources": "*i64", "table": "*i32", "count": "*i32",
                  "groups": "i32", "inner": "i32", "cols": "i32"}
         constants = {"GATHERS": False, "TRANSPOSED": transposed, "TMA": t.uses_tma, "SPECIALIZES": t.specializes,
-                     "EVEN": True, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
+                     "EVEN": not odd, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
                      "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
-        return Source(grouped.rows_kernel, types, constants, ("inner", "cols"), t.warps, t.stages)
+        divisible = () if odd else ("inner", "cols")
+        return Source(grouped.rows_kernel, types, constants, divisible, t.warps, t.stages)
 
     cols, inner = (WIDTH, 2 * EXPERT_WIDTH) if transposed else (2 * EXPERT_WIDTH, WIDTH)
     return Case(
         "grouped_gemm", f"{'dX' if transposed else 'forward'}, {name}", source,
         lambda capability: _work(rows, cols=cols, inner=inner, element_bytes=2, tiles=tiles_of(capability)),
-        uses_tensor_core=True, quick=rows == 32 and not transposed,
+        uses_tensor_core=True, quick=rows == 32 and not transposed and not odd,
         programs_for=lambda capability: tiles_of(capability).programs,
     )
 
 
-def _gated(rows: int, *, name: str, gathers: bool) -> Case:
+def _gated(rows: int, *, name: str, gathers: bool, odd: bool = False) -> Case:
     """The product with SwiGLU in its epilogue; what is gathered comes from tokens, of which there are TOP_K rows."""
-
-    def tiles_of(capability: int) -> GemmTiles:
-        return choose_tiles(rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2)
+    tiles_of = functools.partial(_tiles_at, rows, odd)
 
     def source(capability: int) -> Source:
         t = tiles_of(capability)
@@ -107,9 +117,10 @@ def _gated(rows: int, *, name: str, gathers: bool) -> Case:
                  "gate_up": block if t.uses_tma else "*bf16", "row_weights": "*fp32", "first": "*bf16", "out": "*bf16",
                  "sources": "*i64", "table": "*i32", "count": "*i32", "groups": "i32", "inner": "i32", "width": "i32"}
         constants = {"GATHERS": gathers, "TMA": t.uses_tma, "SPECIALIZES": t.specializes and not gathers, "KEEPS": True,
-                     "EVEN": True, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": columns,
+                     "EVEN": not odd, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": columns,
                      "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
-        return Source(gated.gated_rows_kernel, types, constants, ("inner", "width"), t.warps, t.stages)
+        divisible = () if odd else ("inner", "width")
+        return Source(gated.gated_rows_kernel, types, constants, divisible, t.warps, t.stages)
 
     def work(capability: int) -> Work:
         count, inner = rows * LOCAL_EXPERTS, WIDTH
@@ -120,21 +131,21 @@ def _gated(rows: int, *, name: str, gathers: bool) -> Case:
 
     return Case(
         "grouped_swiglu", f"{name}, gathered" if gathers else name, source, work, uses_tensor_core=True,
-        quick=rows == 32, programs_for=lambda capability: tiles_of(capability).programs,
+        quick=rows == 32 and not odd, programs_for=lambda capability: tiles_of(capability).programs,
     )
 
 
-def _outer(rows: int, *, name: str, gathers: bool = False) -> Case:
+def _outer(rows: int, *, name: str, gathers: bool = False, odd: bool = False) -> Case:
     """dW of `rows` per expert."""
 
     def tiles_of(capability: int) -> GemmTiles:
         tiles = grouped.outer_tiles(
-            rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2
+            rows=rows * LOCAL_EXPERTS, groups=LOCAL_EXPERTS, capability=capability, element_bytes=2, reads_wide=not odd
         )
         return dataclasses.replace(tiles, uses_tma=False) if gathers else tiles
 
     return Case(
-        "grouped_gemm", f"dW, {name}", lambda capability: _outer_source(tiles_of(capability), gathers=gathers),
+        "grouped_gemm", f"dW, {name}", lambda capability: _outer_source(tiles_of(capability), gathers=gathers, odd=odd),
         lambda capability: _outer_work(
             rows * LOCAL_EXPERTS, tiles=tiles_of(capability), processors=processors_of(capability)
         ),
@@ -142,7 +153,7 @@ def _outer(rows: int, *, name: str, gathers: bool = False) -> Case:
     )
 
 
-def _outer_source(t: GemmTiles, *, gathers: bool) -> Source:
+def _outer_source(t: GemmTiles, *, gathers: bool, odd: bool) -> Source:
     def operand(cols: int) -> str:
         return f"tensordesc<bf16[{t.inner}, {cols}]>" if t.uses_tma else "*bf16"
 
@@ -151,7 +162,8 @@ def _outer_source(t: GemmTiles, *, gathers: bool) -> Source:
              "right_width": "i32"}
     constants = {"GATHERS": gathers, "TMA": t.uses_tma, "PRECISION": PRECISION, "BLOCK_ROWS": t.inner,
                  "BLOCK_LEFT": t.rows, "BLOCK_RIGHT": t.cols, "SHARED": grouped.SHARED_TILES}
-    return Source(grouped.outer_kernel, types, constants, ("left_width", "right_width"), t.warps, t.stages)
+    divisible = () if odd else ("left_width", "right_width")
+    return Source(grouped.outer_kernel, types, constants, divisible, t.warps, t.stages)
 
 
 def _outer_work(rows: int, *, tiles: GemmTiles, processors: int) -> Work:

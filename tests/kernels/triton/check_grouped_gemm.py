@@ -5,10 +5,10 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ernie5_kernels.grouped_gemm import grouped_gemm
+from ernie5_kernels.grouped_gemm import grouped_gemm, kernel
 from ernie5_kernels.grouped_gemm.kernel import grouped_gemm_triton, multiply_outer, multiply_rows
 from ernie5_kernels.grouped_gemm.reference import grouped_gemm_reference
-from ernie5_kernels.grouped_gemm.tiles import GemmTiles, most_tiles, tile_table
+from ernie5_kernels.grouped_gemm.tiles import GemmTiles, choose_tiles, most_tiles, read_wide, tile_table
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, poisoned_memory, random_tensor
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [63, 1, 0, 29])
@@ -38,6 +38,39 @@ def test_bf16_products_match_the_reference() -> None:
         lambda r, w, b: grouped_gemm(r, weight=w, offsets=ends_of([20, 0, 18]), backend=b), inputs=inputs,
         tolerance=1e-2, reason="8 bits of mantissa in operands and results, fp32 between",
     )
+
+
+def test_widths_that_cannot_be_read_wide_take_tiles_that_do_not_spill(monkeypatch: pytest.MonkeyPatch) -> None:
+    """All three products, forward and backward; 260 rows in two groups would take the large tile."""
+    asked = []
+    for name in ("choose_tiles", "outer_tiles"):
+        chooses = getattr(kernel, name)
+        monkeypatch.setattr(
+            kernel, name, lambda *, reads_wide, chooses=chooses, **shape: (
+                asked.append(reads_wide), chooses(reads_wide=reads_wide, **shape))[1]
+        )
+    for inner, cols, wide in ((39, 21, False), (48, 21, False), (48, 32, True)):
+        asked.clear()
+        inputs = tuple(x.bfloat16() for x in (random_tensor(260, inner), random_tensor(2, cols, inner, seed=1)))
+        assert_backends_agree(
+            lambda r, w, b: grouped_gemm(r, weight=w, offsets=ends_of([250, 8]), backend=b), inputs=inputs,
+            tolerance=1e-2, reason="8 bits of mantissa in operands and results, fp32 between",
+        )
+        # forward reads the inner width alone, dX both, dW both
+        assert asked == [inner % 16 == 0, wide, wide], (inner, cols)
+
+
+def test_what_can_be_read_wide() -> None:
+    made = torch.zeros(8, 48, dtype=torch.bfloat16, device=kernel_device())
+    by_eight = made.new_zeros(8, 24)
+    assert read_wide(made, capability=80) and read_wide(made, capability=90)
+    assert not read_wide(made, by_eight, capability=80) and read_wide(made, by_eight, capability=90)  # TMA counts bytes
+    askew = made.flatten()[1:49].view(1, 48)
+    assert not read_wide(askew, capability=80) and not read_wide(askew, capability=100)
+    for capability in (80, 90, 100):
+        for chooses in (choose_tiles, kernel.outer_tiles):
+            tiles = chooses(rows=9999, groups=1, capability=capability, element_bytes=2, reads_wide=False)
+            assert not tiles.uses_tma and tiles.rows * tiles.cols <= 128 * 128 and tiles.warps == 8
 
 
 @pytest.mark.parametrize("tiles", [SMALL, LARGE, BY_TMA])

@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from ..checks import require, require_beside, require_within
+from ..checks import lies_open, require, require_beside, require_within
 from ..dispatch import choose_backend
 from ..native.library import is_narrow, native_library, pointer, runs_native, sizes, threads
 from .reference import gather_rows_reference, sum_places_reference
@@ -24,11 +24,19 @@ class RowPlan:
 
     sources [R] int64: the token of each row. places int64: the rows in order of tokens, [N, K] where each token has K;
     else [R], and starts [N + 1] int64 says where those of each token begin, and where the last one's end.
+
+    checks: raises ValueError on the CPU where both sides disagree, for sums and gradients would be wrong without a
+    word; whoever has made one side of the other need not.
     """
 
     sources: torch.Tensor
     places: torch.Tensor
     starts: torch.Tensor | None = None
+    checks: dataclasses.InitVar[bool] = True
+
+    def __post_init__(self, checks: bool) -> None:
+        if checks and lies_open(self.sources):
+            _require_agreement(self)
 
     @property
     def tensors(self) -> tuple[torch.Tensor, torch.Tensor, torch.Tensor | None]:
@@ -49,7 +57,8 @@ def plan_rows(sources: torch.Tensor, *, tokens: int) -> RowPlan:
     require(sources.ndim == 1, op="plan_rows", name="sources", tensor=sources, rule="it must be [rows]")
     _require_index(sources, limit=tokens, beside=sources, op="plan_rows", name="sources")
     counts = torch.bincount(sources, minlength=tokens)
-    return RowPlan(sources, torch.argsort(sources, stable=True), torch.cat([counts.new_zeros(1), counts.cumsum(0)]))
+    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
+    return RowPlan(sources, torch.argsort(sources, stable=True), starts, checks=False)
 
 
 def require_plan(plan: RowPlan, *, tokens: torch.Tensor, op: str) -> None:
@@ -86,7 +95,7 @@ class _Spread(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return collect_rows(grad, plan=RowPlan(*ctx.saved_tensors), backend=ctx.backend), None, None
+        return collect_rows(grad, plan=RowPlan(*ctx.saved_tensors, checks=False), backend=ctx.backend), None, None
 
 
 class _Collect(torch.autograd.Function):
@@ -98,7 +107,7 @@ class _Collect(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return spread_rows(grad, plan=RowPlan(*ctx.saved_tensors), backend=ctx.backend), None, None
+        return spread_rows(grad, plan=RowPlan(*ctx.saved_tensors, checks=False), backend=ctx.backend), None, None
 
 
 def _gather(x: torch.Tensor, *, plan: RowPlan, backend: str) -> torch.Tensor:
@@ -190,6 +199,33 @@ def sum_places(
         threads(),
     )
     return out
+
+
+def _require_agreement(plan: RowPlan) -> None:
+    """Ask that places and starts say of every row what sources says: 22 us for 128 rows, 63 for 16,384."""
+    op, (sources, places, starts) = "RowPlan", plan.tensors
+    require(sources.ndim == 1, op=op, name="sources", tensor=sources, rule="it must be [rows]")
+    holds = places.ndim == (2 if starts is None else 1) and places.numel() == sources.numel()
+    rule = f"it must hold each of the {sources.numel()} rows once: [tokens, k], or [rows] with starts"
+    require(holds, op=op, name="places", tensor=places, rule=rule)
+    _require_index(places, limit=sources.shape[0], beside=sources, op=op, name="places")
+    if starts is None:
+        lengths = places.shape[1]
+    else:
+        require(starts.ndim == 1 and starts.numel() > 0, op=op, name="starts", tensor=starts, rule="it must be [N + 1]")
+        _require_index(starts, limit=sources.shape[0] + 1, beside=sources, op=op, name="starts")
+        lengths = starts.diff()
+        holds = int(starts[0]) == 0 and int(starts[-1]) == sources.shape[0] and bool((lengths >= 0).all())
+        rule = f"it must rise from 0 to the {sources.shape[0]} rows"
+        require(holds, op=op, name="starts", tensor=starts, rule=rule)
+    _require_index(sources, limit=plan.tokens, beside=sources, op=op, name="sources")
+    owners = torch.arange(plan.tokens).repeat_interleave(lengths)
+    found = torch.full_like(sources, -1).scatter_(0, places.flatten(), owners)
+    if not torch.equal(found, sources):
+        row = int((found != sources).nonzero()[0])
+        said = f"of token {int(found[row])}" if found[row] >= 0 else "nobody's"
+        rule = f"row {row} is {said} by them and of token {int(sources[row])} by sources; `plan_rows` makes both agree"
+        require(False, op=op, name="places", tensor=places, rule=rule)
 
 
 def _require_index(index: torch.Tensor, *, limit: int, beside: torch.Tensor, op: str, name: str) -> None:

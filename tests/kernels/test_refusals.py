@@ -21,7 +21,7 @@ from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.sum_squares import sum_squares
 from ernie5_kernels.swiglu import swiglu
-from ernie5_kernels.token_rows import gather_rows, sum_places
+from ernie5_kernels.token_rows import RowPlan, gather_rows, spread_rows, sum_places
 
 ONE = torch.ones
 WHOLE = ONE(2, 4, dtype=torch.int64)
@@ -179,6 +179,36 @@ def test_a_second_derivative_is_refused_rather_than_wrong(op: str, backend: str)
     leaves = [normal(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
     with pytest.raises(KernelError, match="has no second derivative"):
         torch.autograd.grad(function(backend, *leaves).square().sum(), leaves, create_graph=True)
+
+
+PLANS = {
+    "a wrong place": ("places .*row 1 is of token 1 by them and of token 0 by", ([0, 0, 1, 1], [[0, 2], [1, 3]])),
+    "a row twice": ("places .*row 1 is nobody's by them and of token 0", ([0, 0, 1, 1], [[0, 0], [2, 3]])),
+    "a row beyond": (r"places .*it holds 0 to 4 and may hold 0 to 3", ([0, 0, 1, 1], [[0, 1], [2, 4]])),
+    "a row too few": ("places .*must hold each of the 4 rows once", ([0, 0, 1, 1], [[0], [2]])),
+    "no such token": (r"sources .*it holds -1 to 0 and may hold 0 to 0", ([0, -1], [[0, 0]])),
+    "starts that fall": ("starts .*must rise from 0 to the 3 rows", ([0, 0, 2], [0, 1, 2], [0, 2, 1, 3])),
+    "starts that begin late": ("starts .*must rise from 0 to the 3 rows", ([0, 0, 1], [0, 1, 2], [1, 2, 3])),
+    "starts that end early": ("starts .*must rise from 0 to the 3 rows", ([0, 0, 1], [0, 1, 2], [0, 2, 2])),
+    "starts of others": ("row 1 is of token 1 by them and of token 0 by sources", ([0, 0, 1], [0, 1, 2], [0, 1, 3])),
+}
+
+
+@pytest.mark.parametrize("name", PLANS)
+def test_a_plan_whose_sides_disagree_is_refused_where_it_is_made(name: str) -> None:
+    rule, lists = PLANS[name]
+    with pytest.raises(ValueError, match=rule):
+        RowPlan(*map(torch.tensor, lists))
+
+
+def test_a_plan_made_by_hand_that_agrees_is_taken() -> None:
+    for lists in (([1, 0, 1, 0], [[3, 1], [0, 2]]), ([2, 0, 2], [1, 0, 2], [0, 1, 1, 3])):
+        plan = RowPlan(*map(torch.tensor, lists))
+        x = torch.arange(float(plan.tokens)).unsqueeze(1)
+        assert spread_rows(x, plan=plan).flatten().tolist() == lists[0]
+    empty = torch.zeros(0, dtype=torch.int64)
+    assert RowPlan(empty, empty, torch.zeros(4, dtype=torch.int64)).tokens == 3
+    assert RowPlan(empty, empty.view(0, 2)).tokens == 0
 
 
 def views(shape: tuple[int, ...], *, seed: int) -> dict[str, torch.Tensor]:

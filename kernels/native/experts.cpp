@@ -26,6 +26,21 @@ const T* rows_at(const T* x, const int64_t* sources, int64_t first, int64_t coun
 
 int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
 
+// out[rows, columns] = left weight^T of one expert, weight [columns, summed]. `once`: for these rows alone, so that a
+// panel is packed, used while it lies in the first cache, and forgotten; else all of it lies in `packed` already.
+template <class T>
+void apply(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* weight, bool once, Unit<T>* packed,
+           T* out) {
+  const int64_t stride = units_of<T>(summed) * PANEL;
+  if (!once) return multiply<T, T>(rows, columns, summed, left, packed, stride, out, columns, false);
+  const int64_t step = takes_tiles<T>() ? 2 * PANEL : PANEL;  // few rows by tiles: blocks of two panels
+  for (int64_t j = 0; j < columns; j += step) {
+    const int64_t own = std::min(step, columns - j);
+    pack_columns(weight + j * summed, summed, summed, own, packed);
+    multiply<T, T>(rows, own, summed, left, packed, stride, out + j, columns, false);
+  }
+}
+
 template <class T>
 void forward(const T* x, const int64_t* sources, const float* weights, const int64_t* ends, const T* gate_up,
              const T* down, T* middle, T* out, Sizes s, int threads) {
@@ -38,17 +53,20 @@ void forward(const T* x, const int64_t* sources, const float* weights, const int
     Unit<T>* first = scratch<Unit<T>>(0, packed_size<T>(s.width, twice));
     Unit<T>* second = scratch<Unit<T>>(1, packed_size<T>(s.hidden, s.width));
     T* activated = scratch<T>(2, ROWS * s.hidden);
-    pack_columns(gate_up + e * twice * s.width, s.width, s.width, twice, first);
-    pack_columns(down + e * s.width * s.hidden, s.hidden, s.hidden, s.width, second);
+    const T *up = gate_up + e * twice * s.width, *back = down + e * s.width * s.hidden;
+    const bool once = end - start <= ROWS;
+    if (!once) {
+      pack_columns(up, s.width, s.width, twice, first);
+      pack_columns(back, s.hidden, s.hidden, s.width, second);
+    }
     for (int64_t r = start; r < end; r += ROWS) {
       const int64_t count = std::min(ROWS, end - r);
       const T* rows = rows_at(x, sources, r, count, s.width, 9);
-      multiply<T, T>(count, twice, s.width, left_rows(rows, s.width, s.width, count, 3), first,
-                     units_of<T>(s.width) * PANEL, middle + r * twice, twice, false);
+      apply(count, twice, s.width, left_rows(rows, s.width, s.width, count, 3), up, once, first, middle + r * twice);
       for (int64_t m = 0; m < count; ++m)
         swiglu_row(middle + (r + m) * twice, s.hidden, weights[r + m], activated + m * s.hidden);
-      multiply<T, T>(count, s.width, s.hidden, left_rows(activated, s.hidden, s.hidden, count, 3), second,
-                     units_of<T>(s.hidden) * PANEL, out + r * s.width, s.width, false);
+      apply(count, s.width, s.hidden, left_rows(activated, s.hidden, s.hidden, count, 3), back, once, second,
+            out + r * s.width);
     }
   }
   const int64_t last = ends[s.experts - 1];

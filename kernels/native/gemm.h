@@ -114,7 +114,8 @@ inline void zip_rows(const bf16* first, const bf16* second, int64_t count, Unit<
   for (; n < count; ++n) out[n] = low[n] | uint32_t(high[n]) << 16;
 }
 
-constexpr int64_t AHEAD_ROWS = 8;  // asked for before they are wanted: the weights of many experts come from memory
+constexpr int64_t AHEAD_ROWS = 16;  // asked for before they are wanted: the weights of many experts come from memory
+inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache: more may be under way there
 
 // Right side from a row-major [summed, columns] matrix.
 template <class T>
@@ -126,8 +127,8 @@ void pack_rows(const T* source, int64_t leading, int64_t summed, int64_t columns
     for (int64_t j = 0; j < columns; j += PANEL) {
       Unit<T>* out = packed + (j / PANEL * units + u) * PANEL;
       const int64_t count = std::min<int64_t>(PANEL, columns - j);
-      __builtin_prefetch(first + AHEAD_ROWS * leading + j);
-      __builtin_prefetch(first + (AHEAD_ROWS + 1) * leading + j);
+      ask_for(first + AHEAD_ROWS * leading + j);
+      ask_for(first + (AHEAD_ROWS + 1) * leading + j);
       zip_rows(first + j, second == nullptr ? nullptr : second + j, count, out);
       for (int64_t n = count; n < PANEL; ++n) out[n] = 0;
     }
@@ -221,7 +222,7 @@ void pack_columns(const T* source, int64_t leading, int64_t summed, int64_t colu
     if (even && columns - j >= LANES)
       for (; u < whole; u += LANES) {
         const T* square = source + j * leading + u * depth_of<T>;
-        for (int64_t n = 0; n < LANES; ++n) __builtin_prefetch(square + (LANES + n) * leading);
+        for (int64_t n = 0; n < LANES; ++n) ask_for(square + (AHEAD_ROWS + n) * leading);
         transpose_square(reinterpret_cast<const Unit<T>*>(square), leading / depth_of<T>, out + u * PANEL, PANEL);
       }
     for (; u < units; ++u)

@@ -1,18 +1,22 @@
 """Measure what the layers keep for backward, and the peak, with and without recompute, beside what theory says.
 
-    OMP_NUM_THREADS=1 .venv/bin/python tools/activation_memory.py [TOKENS] [torch | native]
+    OMP_NUM_THREADS=1 .venv/bin/python tools/activation_memory.py 1024 native
 Counts the bytes of live tensors that the pass allocates (fp32, one process, text alone), not the process's memory.
 """
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import sys
-import weakref
+from pathlib import Path
 
 import torch
-from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_leaves
+
+sys.path.append(str(Path(__file__).with_name("bench_peers")))
+
+from arguments import at_least
+from live_bytes import LiveBytes
 
 from ernie5.engine.config import EngineConfig
 from ernie5.engine.recompute import install_recompute
@@ -28,30 +32,6 @@ MODES = {
     "selective: experts, attention": EngineConfig(recompute="selective"),
     "full": EngineConfig(recompute="full"),
 }
-
-
-class LiveBytes(TorchDispatchMode):
-    """Bytes of the storages that were made inside and still live, and their largest sum."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self.live, self.peak, self._known = 0, 0, set()
-
-    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        inputs = {leaf.untyped_storage()._cdata for leaf in tree_leaves(args) if isinstance(leaf, torch.Tensor)}
-        out = func(*args, **(kwargs or {}))
-        for leaf in tree_leaves(out):
-            storage = leaf.untyped_storage() if isinstance(leaf, torch.Tensor) else None
-            if storage is not None and storage._cdata not in inputs | self._known:
-                self._known.add(storage._cdata)
-                self.live += storage.nbytes()
-                self.peak = max(self.peak, self.live)
-                weakref.finalize(storage, self._remove, storage._cdata, storage.nbytes())
-        return out
-
-    def _remove(self, key: int, size: int) -> None:
-        self._known.discard(key)
-        self.live -= size
 
 
 def theory_bytes(engine: EngineConfig, *, tokens: int, native: bool) -> int:
@@ -88,7 +68,12 @@ def measure(engine: EngineConfig, *, tokens: int, native: bool) -> tuple[int, in
     return kept, counter.peak
 
 
-def main(tokens: int, native: bool) -> None:
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("tokens", nargs="?", type=at_least(1), default=1024)
+    parser.add_argument("kernels", nargs="?", choices=("torch", "native"), default="torch")
+    options = parser.parse_args()
+    tokens, native = options.tokens, options.kernels == "native"
     print("| recompute | kept, measured MiB | theory MiB | ratio | peak MiB |\n|---|---|---|---|---|")
     for name, engine in MODES.items():
         kept, peak = (value / 2**20 for value in measure(engine, tokens=tokens, native=native))
@@ -97,4 +82,4 @@ def main(tokens: int, native: bool) -> None:
 
 
 if __name__ == "__main__":
-    main(int(sys.argv[1]) if len(sys.argv) > 1 else 1024, sys.argv[2:] == ["native"])
+    main()

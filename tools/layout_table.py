@@ -18,7 +18,9 @@ from pathlib import Path
 import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "tests" / "distributed"))
+sys.path.append(str(Path(__file__).with_name("bench_peers")))
 
+from arguments import folder
 from layout_compare import SCORE_GAP, compare
 from layout_jobs import Layouts
 from layout_rows import LONG_STEPS, ROWS, STEPS, Row, Tolerances
@@ -31,19 +33,19 @@ LIMIT_SECONDS = 3600.0
 
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for results")
+    parser.add_argument("--out", type=folder, required=True, help="folder for results")
     parser.add_argument("--steps", type=int, nargs="+", default=[STEPS, LONG_STEPS], choices=[STEPS, LONG_STEPS])
     parser.add_argument("--rows", nargs="+", default=list(ROWS), choices=ROWS, metavar="NAME")
     options = parser.parse_args()
     torch.set_num_threads(1)
     rows, found = sorted((ROWS[name] for name in options.rows), key=lambda row: row.ranks), {}
     for steps in options.steps:
-        (folder := options.out / f"steps-{steps}").mkdir(parents=True, exist_ok=True)
-        path = folder.with_suffix(".json")
+        (place := options.out / f"steps-{steps}").mkdir(parents=True, exist_ok=True)
+        path = place.with_suffix(".json")
         done = json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
         # in float64 two steps show that nothing but rounding is left
         missing = [row for row in rows if row.name not in done and (steps == STEPS or row.precision != "fp64")]
-        layouts = Layouts(folder, wanted=missing, steps=steps, limit_seconds=LIMIT_SECONDS)
+        layouts = Layouts(place, wanted=missing, steps=steps, limit_seconds=LIMIT_SECONDS)
         for row in missing:
             done[row.name] = run(row, layouts=layouts)
             print(f"{row.name}, {steps} steps: {'; '.join(done[row.name]['complaints']) or 'equal'}", flush=True)

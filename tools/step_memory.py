@@ -17,11 +17,10 @@ from pathlib import Path
 
 import torch
 
-TOOLS = Path(__file__).resolve().parent
-sys.path[:0] = [str(TOOLS), str(TOOLS / "bench_peers")]
+sys.path.append(str(Path(__file__).with_name("bench_peers")))
 
-from activation_memory import LiveBytes
 from arguments import at_least
+from live_bytes import LiveBytes
 from ours import build_step
 from shapes import HEAD_WIDTH, ROW_TOKENS, SHAPES, VOCABULARY, Shape
 

@@ -277,7 +277,7 @@ def test_a_full_disk_is_the_machines_fault_and_the_next_call_goes_on(
 def test_memory_does_not_grow_with_the_model(tmp_path: Path) -> None:
     """0.6 GB pass through blocks of 16 MiB, a transposed one held twice; the rest of the allowance is the allocator's.
 
-    tools/convert_memory.py measures the same on random weights of any size.
+    tools/convert_memory/main.py measures the same on random weights of any size.
     """
     moe = MoEConfig(num_experts=3, top_k=2, expert_width=1536, score="softmax")
     model = dataclasses.replace(MODEL, width=2560, vocab_size=20000, dense_width=12288, moe=moe)

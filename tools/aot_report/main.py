@@ -15,6 +15,7 @@ sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
 
 import elementwise_cases
 import matrix_cases
+import triton
 from arguments import file
 from cases import Case
 from chips import CHIPS, Chip
@@ -32,6 +33,8 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--op", action="append", metavar="OP", choices=names, help="only these operators")
     parser.add_argument("--quick", action="store_true", help="one default configuration of a few kernels")
     given = parser.parse_args(argv)
+    if triton.knobs.runtime.interpret:
+        parser.error("TRITON_INTERPRET is set in the environment, and what is interpreted is not compiled. Unset it")
     cases = [
         case for case in every if (not given.op or case.op in given.op) and (case.quick or not given.quick)
     ]

@@ -34,7 +34,7 @@ def main(argv: Sequence[str]) -> int:
     parser.add_argument("--tune", action="store_true", help="try tile sizes instead")
     parser.add_argument("--budget", type=float, default=600.0, help="seconds after which no further case starts")
     given = parser.parse_args(argv)
-    if given.budget <= 0:
+    if not given.budget > 0:  # NaN is neither
         parser.error("--budget must be positive seconds")
     if not torch.cuda.is_available():
         parser.error("no CUDA device here: these figures come from a GPU or not at all (tools/aot_report needs none)")

@@ -23,7 +23,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench_peers"))
 
-from arguments import at_least, folder
+from arguments import at_least, folder, num_threads
 from cases import Case, build_cases
 from machine import measure_machine
 from measure import Timing, race
@@ -145,7 +145,7 @@ def main() -> None:
     parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
                         help="instead of the shape's, in rows of 1,024")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
-    parser.add_argument("--threads", type=at_least(1), default=1)
+    parser.add_argument("--threads", type=num_threads, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes and one round")
     parser.add_argument("--out", type=folder, help="folder for bench_kernels.json and bench_kernels.png")
     arguments = parser.parse_args()

@@ -16,7 +16,7 @@ import platform
 from collections.abc import Callable
 
 import torch
-from arguments import at_least, file
+from arguments import at_least, file, num_threads
 from gate import gate_layer
 from measure import HEADER, race
 from ours import build_layer, build_step, layer_inputs
@@ -69,7 +69,7 @@ def main() -> None:
     parser.add_argument("what", choices=("layer", "step"))
     parser.add_argument("shape", nargs="?", default="S", choices=tuple(SHAPES))
     parser.add_argument("--rounds", type=at_least(1), default=3)
-    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--threads", type=num_threads, default=2)
     parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
                         help="instead of the shape's, in rows of 1,024")
     parser.add_argument("--layers", type=at_least(1), default=0, help="instead of the shape's, where memory is short")

@@ -24,7 +24,7 @@ import torch
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "bench_peers"))
 
-from arguments import at_least, folder
+from arguments import at_least, folder, num_threads
 from gate import gate_step
 from machine import Machine, measure_machine
 from measure import HEADER, Timing, race
@@ -88,7 +88,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="S, M, X; all three by default")
     parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
-    parser.add_argument("--threads", type=at_least(1), default=2)
+    parser.add_argument("--threads", type=num_threads, default=2)
     parser.add_argument("--layers", type=at_least(1), default=0,
                         help="instead of the shape's, where memory or time is short")
     parser.add_argument("--kinds", nargs="+", default=("grouped_mm", "eager"), choices=IMPLEMENTATIONS)

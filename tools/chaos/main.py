@@ -21,6 +21,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from arguments import at_least, folder
 from compare import compare
 from ranks import MARK, find_ranks, is_saving, last_step, resumed_steps, saved_step
 
@@ -183,9 +186,9 @@ def main() -> int:
 def parse() -> argparse.Namespace:
     """The command line; `a.b=c` at the end are settings of the run."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--kills", type=int, default=50)
-    parser.add_argument("--processes", type=int, default=4)
-    parser.add_argument("--out", type=Path, required=True, help="folder for all runs and chaos.json")
+    parser.add_argument("--kills", type=at_least(1), default=50)
+    parser.add_argument("--processes", type=at_least(1), default=4)
+    parser.add_argument("--out", type=folder, required=True, help="folder for all runs and chaos.json")
     parser.add_argument("--config", type=Path, default=Path(__file__).with_name("chaos.yaml"))
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--load-seconds", type=float, default=20.0, help="kills while loading fall within this time")

@@ -13,17 +13,27 @@ import sys
 import tempfile
 from pathlib import Path
 
-from rank import run_rank
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from arguments import at_least, ended_in_words, folder
+from rank import model_of, run_rank
+
+from ernie5.parallel.config import ParallelConfig
+
+AXES = ("dp", "cp", "tp", "ep", "etp")
 
 
 def main() -> int:
     """Run the measurement; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for name, default in (("ranks", 2), ("width", 512), ("layers", 3), ("experts", 16)):
-        parser.add_argument(f"--{name}", type=int, default=default)
-    parser.add_argument("--layout", default="ep=2", help="degrees such as tp=2,ep=2")
-    parser.add_argument("--work", help="folder for the checkpoint")
+        parser.add_argument(f"--{name}", type=at_least(1), default=default)
+    parser.add_argument("--layout", type=degrees, default="ep=2", help="degrees such as tp=2,ep=2")
+    parser.add_argument("--work", type=folder, help="folder for the checkpoint")
     options = parser.parse_args()
+    model, parallel = model_of(options), ParallelConfig(**options.layout)
+    parallel.check_model(model)
+    parallel.derive_dims(options.ranks, kv_heads=model.kv_heads)
     pool = multiprocessing.get_context("fork").Pool(options.ranks)
     with tempfile.TemporaryDirectory(dir=options.work) as work, pool:
         found = pool.starmap(run_rank, [(options, rank, Path(work)) for rank in range(options.ranks)], chunksize=1)
@@ -37,5 +47,16 @@ def main() -> int:
     return int(max(one[phase] for one in found for phase in ("save", "save behind", "load")) > 0.2 * largest)
 
 
+def degrees(text: str) -> dict[str, int]:
+    """Degrees by axis, from `tp=2,ep=2`."""
+    found = {}
+    for item in text.split(","):
+        name, _, value = item.partition("=")
+        if name not in AXES or not value.isdecimal():
+            raise argparse.ArgumentTypeError(f"{item!r} is no axis=number; axes are {', '.join(AXES)}")
+        found[name] = int(value)
+    return found
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended_in_words(main))

@@ -26,19 +26,22 @@ from ernie5.parallel.config import ParallelConfig
 ROUNDS = 5
 
 
+def model_of(options: argparse.Namespace) -> ModelConfig:
+    """The model of the command line. Raises ConfigError for sizes that make none."""
+    moe = MoEConfig(num_experts=options.experts, top_k=2, expert_width=options.width)
+    return ModelConfig(layers=options.layers, width=options.width, query_heads=8, kv_heads=4,
+                       head_width=options.width // 8, vocab_size=8192, dense_width=4 * options.width,
+                       modalities=("text",), moe=moe)
+
+
 def run_rank(options: argparse.Namespace, rank: int, work: Path) -> dict[str, float]:
     """One rank: build, save, load; bytes by phase, and seconds."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{work}/store", rank=rank, world_size=options.ranks)
-    width, experts = options.width, options.experts
-    moe = MoEConfig(num_experts=experts, top_k=2, expert_width=width)
-    config = ModelConfig(layers=options.layers, width=width, query_heads=8, kv_heads=4, head_width=width // 8,
-                         vocab_size=8192, dense_width=4 * width, modalities=("text",), moe=moe)
     settings = StepSettings(ObjectivesConfig(), 1.0, 0.01, torch.ones(4, dtype=torch.float64))
-    degrees = {name: int(value) for name, value in (item.split("=") for item in options.layout.split(","))}
-    model = build_model(config, seed=0)
+    model = build_model(model_of(options), seed=0)
     figures = {"whole": 12 * sum(p.numel() for p in model.parameters())}
-    engine = GridEngine(model, engine=EngineConfig(kind="grid"), parallel=ParallelConfig(**degrees),
+    engine = GridEngine(model, engine=EngineConfig(kind="grid"), parallel=ParallelConfig(**options.layout),
                         optim=OptimConfig(), settings=settings, device=torch.device("cpu"))
     for part in engine.slices():
         part.values.add_(1e-9)  # untouched zeros are no memory yet

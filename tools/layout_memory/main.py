@@ -12,6 +12,7 @@ what surrounds the layers, and one layer. Activations and buckets (1 MiB here) c
 
 from __future__ import annotations
 
+import argparse
 import ctypes
 import dataclasses
 import multiprocessing
@@ -111,6 +112,7 @@ def resident(field: str) -> int:
 
 
 def main() -> None:
+    argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter).parse_args()
     torch.set_num_threads(1)
     ctypes.CDLL(None).mallopt(MMAP_THRESHOLD, 1 << 16)  # what is freed goes back to the system
     print("| layout | ranks | engine | start, MiB | peak, MiB | theory, MiB | ratio |\n|---|---|---|---|---|---|---|")

@@ -10,10 +10,15 @@ from __future__ import annotations
 
 import argparse
 import ctypes
+import sys
 import time
 from pathlib import Path
 
 import torch
+
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from arguments import at_least, ended_in_words
 
 from ernie5.config.load import load_config
 from ernie5.model.backbone import UnifiedModel
@@ -34,7 +39,7 @@ def resident(field: str) -> int:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("config", type=Path)
-    parser.add_argument("--rank", type=int, default=0)
+    parser.add_argument("--rank", type=at_least(0), default=0)
     parser.add_argument("overrides", nargs="*", help="parallel.tp=4 and the like")
     options = parser.parse_intermixed_args()
     torch.set_num_threads(1)
@@ -43,6 +48,8 @@ def main() -> None:
     parallel = config.parallel
     parallel.check_model(config.model)
     dims = parallel.derive_dims((parallel.dp or 1) * parallel.model_ranks, kv_heads=config.model.kv_heads)
+    if options.rank >= dims.world_size:
+        parser.error(f"--rank {options.rank}: {dims.describe()} has the ranks 0 to {dims.world_size - 1}")
     stages = plan_stages(config.model, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
     before, start = resident("VmRSS"), time.process_time()
     model = UnifiedModel.outline(config.model, seed=config.train.seed)
@@ -59,4 +66,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    main()
+    sys.exit(ended_in_words(main))

@@ -23,6 +23,9 @@ import sys
 import time
 from pathlib import Path
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from arguments import folder
 from hosts import Cluster, open_cluster
 from runs import (
     Case,
@@ -168,7 +171,7 @@ PARTS = {"equal": equal, "cut": cut, "supervised": supervised, "lost": lost, "pr
 def main() -> int:
     """Build the hosts, run the parts of each case, print and keep the report."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, required=True, help="folder for all runs and multinode.json")
+    parser.add_argument("--out", type=folder, required=True, help="folder for all runs and multinode.json")
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),

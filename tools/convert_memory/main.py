@@ -1,7 +1,7 @@
 """Peak memory of `ernie5 convert` on a model in the shape of ERNIE 4.5 21B-A3B with random bf16 weights.
 
-    python tools/convert_memory.py --layers 28            # all of it: 44 GB, and as much for each conversion
-    python tools/convert_memory.py --layers 28 --holes    # of zeros, which are dug out of the files as they grow
+    python tools/convert_memory/main.py --layers 28            # all of it: 44 GB, and as much for each conversion
+    python tools/convert_memory/main.py --layers 28 --holes    # of zeros, which are dug out of the files as they grow
 
 Prints the resident peak of hub -> ernie5 -> hub and hub -> Paddle (transposed) -> hub, each in its own process, beside
 that of importing the same code. Exit code 1 where a peak exceeds the limit.
@@ -21,6 +21,10 @@ from pathlib import Path
 
 import torch
 
+sys.path.append(str(Path(__file__).resolve().parents[1] / "bench_peers"))
+
+from arguments import at_least, ended_in_words
+
 from ernie5.checkpoint.convert.copying import plan_files
 from ernie5.checkpoint.convert.ernie45_config import SpecialIds, config_values
 from ernie5.checkpoint.convert.layouts import hub_layout
@@ -29,7 +33,7 @@ from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
 from ernie5.model.config import ModelConfig
 
-CONFIG = Path(__file__).resolve().parents[1] / "configs/pretrain/ernie45_21b.yaml"
+CONFIG = Path(__file__).resolve().parents[2] / "configs/pretrain/ernie45_21b.yaml"
 STEPS = {"own": ("hub", "ernie5"), "own-hub": ("own", "ernie45-hf"),
          "paddle": ("hub", "ernie45-paddle"), "paddle-hub": ("paddle", "ernie45-hf")}
 DIG = ("-name", "*.safetensors", "-exec", "fallocate", "--dig-holes", "{}", ";")
@@ -39,11 +43,15 @@ def main() -> int:
     """Run the measurement; returns the exit code."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     for option, default in (("layers", 4), ("experts", 64), ("vocab", 103424), ("limit-mib", 4096)):
-        parser.add_argument(f"--{option}", type=int, default=default)
+        parser.add_argument(f"--{option}", type=at_least(1), default=default)
     parser.add_argument("--holes", action="store_true", help="models of zeros that fill no disk (Linux)")
     parser.add_argument("--steps", nargs="+", choices=STEPS, default=[*STEPS])
+    options = parser.parse_args()
+    for step in options.steps:
+        if STEPS[step][0] not in ("hub", *options.steps[: options.steps.index(step)]):
+            parser.error(f"--steps: {step} goes on from {STEPS[step][0]}, which must stand before it")
     with tempfile.TemporaryDirectory(prefix="convert-memory-") as work:  # in $TMPDIR
-        return measure(parser.parse_args(), work=Path(work))
+        return measure(options, work=Path(work))
 
 
 def measure(options: argparse.Namespace, *, work: Path) -> int:
@@ -97,4 +105,4 @@ def run_convert(*arguments: object, zeros_in: Path | str = "") -> tuple[float, f
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(ended_in_words(main))

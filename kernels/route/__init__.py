@@ -13,6 +13,7 @@ from ..dispatch import choose_backend
 from ..linear import linear
 from ..native.library import runs_native
 from ..router_topk import router_topk, weigh
+from .logits import router_logits
 from .native import route_native
 
 OFFERED = ("native", "triton", "torch", "reference")
@@ -59,8 +60,11 @@ def route(
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, native=native)
     if chosen == "native":
         return Route(*route_native(hidden, weight, bias, active, choices, top_k, uses_sigmoid, scale), None, None)
-    wide = torch.promote_types(hidden.dtype, torch.float32)
-    logits = linear(hidden.to(wide), weight=weight.to(wide), backend="reference" if chosen == "reference" else "auto")
+    if chosen == "reference":
+        wide = torch.promote_types(hidden.dtype, torch.float32)
+        logits = linear(hidden.to(wide), weight=weight.to(wide), backend="reference")
+    else:
+        logits = router_logits(hidden, weight=weight)
     if active is not None:
         logits = logits.masked_fill(~active, float("-inf"))
     if choices is not None:

@@ -57,8 +57,8 @@ class EmulatedTiles {
       float even[TILE_CELLS] = {}, odd[TILE_CELLS] = {};
       for (int k = 0; k < right.rows; ++k)
         for (int n = 0; n < columns; ++n) {
-          even[n] = flushed(std::fma(low(left.cells[m][k]), low(right.cells[k][n]), even[n]));
-          odd[n] = flushed(std::fma(high(left.cells[m][k]), high(right.cells[k][n]), odd[n]));
+          even[n] = fused(low(left.cells[m][k]), low(right.cells[k][n]), even[n]);
+          odd[n] = fused(high(left.cells[m][k]), high(right.cells[k][n]), odd[n]);
         }
       for (int n = 0; n < columns; ++n) {
         const float sum = flushed(even[n] + odd[n]) + flushed(as_float(sums.cells[m][n]));
@@ -78,7 +78,14 @@ class EmulatedTiles {
     std::memcpy(&x, &bits, sizeof x);
     return x;
   }
-  static float flushed(float x) { return std::fabs(x) < 1.17549435e-38f ? std::copysign(0.0f, x) : x; }
+  static constexpr float LEAST = 0x1p-126f;  // normal
+  static float flushed(float x) { return std::fabs(x) < LEAST ? std::copysign(0.0f, x) : x; }
+  // x * y + sum, rounded once. It is flushed where 24 bits of any exponent would stay below LEAST, not where a denormal
+  // rounded up to LEAST: one limit in fp64, which holds a sum that small exactly (16 bits of a product, 24 of a sum).
+  static float fused(float x, float y, float sum) {
+    const double exact = double(x) * y + sum;
+    return std::fabs(exact) < LEAST * (1 - 0x1p-25) ? std::copysign(0.0f, float(exact)) : std::fma(x, y, sum);
+  }
   static float low(uint32_t pair) { return flushed(as_float(pair << 16)); }
   static float high(uint32_t pair) { return flushed(as_float(pair & 0xffff0000u)); }
   static void require(bool held, const char* rule) {

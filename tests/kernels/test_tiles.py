@@ -29,25 +29,32 @@ CPU_FLAGS = Path("/proc/cpuinfo").read_text(encoding="utf-8") if Path("/proc/cpu
 HAS_TILES = "amx_bf16" in CPU_FLAGS
 needs_avx512 = pytest.mark.skipif("avx512_bf16" not in CPU_FLAGS, reason="this processor has no AVX-512 with bf16")
 TRAPPED = """
-import ctypes, sys, numpy
+import ctypes, itertools, sys, numpy
 real, emulated = (ctypes.CDLL(path) for path in sys.argv[1:3])
 assert real.ernie5_start_tiles(1) == emulated.ernie5_start_tiles(1) == 1
 numbers = numpy.random.default_rng(0)
-def bf16(*shape):
-    return (numbers.standard_normal(shape, dtype=numpy.float32).view(numpy.uint32) >> 16).astype(numpy.uint16)
+def bf16(*shape, kind):
+    if kind == "normal":
+        return (numbers.standard_normal(shape, dtype=numpy.float32).view(numpy.uint32) >> 16).astype(numpy.uint16)
+    bits = numbers.integers(0, 1 << 16, shape, dtype=numpy.uint16)  # NaN, infinities and denormals among them
+    # the rest keep sign and fraction: products about the least normal number, so that sums cross it and are flushed
+    return bits if kind == "any" else bits & 0x807f | numbers.integers(51, 68, shape, dtype=numpy.uint16) << 7
 def run(library, operation, *arrays, out, sizes):
     pointers = (ctypes.c_void_p(a.ctypes.data) for a in (*arrays, out))
     getattr(library, operation)(1, *pointers, *map(ctypes.c_int64, sizes), *([1, 2] if "product" in operation else [2]))
-    return out
-for rows, summed, columns in ((1, 2, 1), (16, 32, 32), (17, 33, 65), (31, 30, 40), (97, 64, 96), (300, 7, 100)):
-    x, weight, upstream = bf16(rows, summed), bf16(columns, summed), bf16(rows, columns)
+    return numpy.where((out & 0x7fff) > 0x7f80, 0x7fc0, out)  # the manual does not say which NaN
+for kind, (rows, summed, columns) in itertools.product(
+    ("normal", "any", "least"),
+    ((1, 2, 1), (16, 32, 32), (17, 33, 65), (31, 30, 40), (97, 64, 96), (300, 7, 100), (530, 3, 33)),
+):
+    x, weight, upstream = (bf16(*shape, kind=kind) for shape in ((rows, summed), (columns, summed), (rows, columns)))
     for operation, arrays, shape, sizes in (
         ("ernie5_product", (x, weight), (rows, columns), (rows, summed, columns)),
         ("ernie5_outer", (upstream, x), (columns, summed), (columns, summed, rows)),
     ):
         one, other = (run(library, operation, *arrays, out=numpy.full(shape, 0x7fc0, numpy.uint16), sizes=sizes)
                       for library in (real, emulated))
-        assert (one == other).all(), (operation, rows, summed, columns)
+        assert (one == other).all(), (operation, kind, rows, summed, columns)
 trapped = getattr(ctypes.CDLL(None), "trapped_tile_instructions")
 trapped.restype = ctypes.c_long
 print(trapped())
@@ -162,6 +169,18 @@ def test_without_permission_the_same_code_runs_by_avx512(products: Path) -> None
 def test_emulated_tiles_run_and_can_be_switched_off(emulated: ctypes.CDLL) -> None:
     assert emulated.ernie5_start_tiles(0) == 0
     assert emulated.ernie5_start_tiles(1) == 1
+
+
+@needs_avx512
+@pytest.mark.parametrize("by_tiles", (True, False), ids=("tiles", "avx512"))
+def test_a_denormal_sum_is_flushed_though_it_would_round_up_to_a_normal_number(
+    emulated: ctypes.CDLL, by_tiles: bool
+) -> None:
+    """2^-126 - 2^-150 is as far from 2^-126 as from the next denormal, but has 24 bits: tiny. VDPBF16PS agrees."""
+    assert emulated.ernie5_start_tiles(by_tiles) == by_tiles
+    x = torch.tensor([[2.0**-63, 0, 2.0**-75, 0]]).bfloat16()
+    weight = torch.tensor([[2.0**-63, 0, -(2.0**-75), 0], [2.0**-63, 0, -(2.0**-76), 0]]).bfloat16()
+    assert linear(x, weight=weight, backend="native").tolist() == [[0, 2.0**-126]]
 
 
 def test_an_unknown_mode_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:

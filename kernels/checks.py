@@ -51,9 +51,21 @@ def require_beside(tensor: torch.Tensor, *, first: torch.Tensor, op: str, name: 
         require(False, op=op, name=name, tensor=tensor, rule=rule)
 
 
+def has_own_memory(tensor: torch.Tensor) -> bool:
+    """Whether an address says where its values lie: not of a FakeTensor, a DTensor or another subclass that dispatches
+    by itself, nor under `transforms`, which wrap tensors."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__ and not transforms()
+
+
+def transforms() -> bool:
+    """Whether a function of torch.func (grad, vjp, jvp, vmap and the like) is calling, which knows no backward pass by
+    hand: only references run there."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
 def lies_open(tensor: torch.Tensor) -> bool:
-    """Whether the host may look at values: on the CPU, outside a program that is being compiled."""
-    return tensor.device.type == "cpu" and not torch.compiler.is_compiling()
+    """Whether the host may look at values: on the CPU, outside a program that is being compiled or only traced."""
+    return tensor.device.type == "cpu" and not torch.compiler.is_compiling() and has_own_memory(tensor)
 
 
 def require_part(

@@ -16,7 +16,7 @@ import torch
 
 from ernie5.errors import KernelError
 
-from .checks import TRITON_DTYPES
+from .checks import TRITON_DTYPES, transforms
 from .native.library import COMPILER, WRITABLE, native_library
 
 BACKENDS = ("auto", "native", "torch", "sdpa", "flex", "reference", "triton", "megablocks", "deepgemm", "flash_attn")
@@ -45,17 +45,25 @@ def choose_backend(
 
     requested: one of BACKENDS; offered: what the op has, fastest first; dtype: of the op's first tensor, because auto
     leaves what Triton would compute in fp32 only to the next in line; native: whether the C++ library is there and
-    takes the op's tensors (`runs_native`). Raises KernelError for an unknown name, for a backend that the op does not
-    have, and for triton and native where they cannot run.
+    takes the op's tensors (`runs_native`). Inside torch.func's transforms the reference alone can run. Raises
+    KernelError for an unknown name, for a backend that the op does not have, and for one that cannot run there.
     """
     if requested not in BACKENDS:
         raise KernelError(f"kernel {op}: unknown backend {requested!r}. Known: {', '.join(BACKENDS)}")
+    transformed = transforms() and "reference" in offered
     if requested == "auto":
+        if transformed:
+            return "reference"
         able = {"native": native, "triton": triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)}
         able |= dict.fromkeys(PACKAGES, False)
         return next(name for name in offered if able.get(name, True))
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
+    if transformed and requested != "reference":
+        raise KernelError(
+            f"kernel {op}: {requested} has a backward pass by hand, which torch.func cannot transform; use auto or "
+            "reference there"
+        )
     if requested == "native" and not native:
         raise KernelError(f"kernel {op}: {_without_native()}; use auto or torch")
     if requested == "triton" and not triton_runs_on(device):

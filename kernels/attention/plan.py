@@ -118,8 +118,10 @@ def plan_attention(
 ) -> AttentionPlan:
     """Plan attention of the last `query_tokens` of `key_tokens` positions.
 
-    intervals [B, S, 4] integer over all S = key_tokens columns, rows and columns counted from the first key (records
-    .Batch); None lets every query see every key, which is right for one token or one visual block after a cache.
+    intervals [B, S, 4] integer over all S = key_tokens columns, rows and columns counted from the first key: row i sees
+    key j where visible_from <= i < visible_until and not hidden_from <= i < hidden_until, the four of j being
+    (visible_from, hidden_from, hidden_until, visible_until). Causal documents: (j, 0, 0, end of j's document). None
+    lets every query see every key, which is right for one token or one visual block after a cache.
     """
     query_start = key_tokens - query_tokens
 
@@ -186,7 +188,7 @@ def _cuts(visible_until: torch.Tensor, *, first: int, last: int, chunk_rows: int
 def _chunk(columns: torch.Tensor, *, row: int, start: int, end: int, query_start: int, keep: bool) -> Chunk:
     needed = ((columns[:, 0] < end) & (columns[:, 3] > start)).nonzero().flatten()
     key_from, key_until = (int(needed[0]), int(needed[-1]) + 1) if needed.numel() else (0, 1)
-    hidden = hidden_mask(columns[key_from:key_until], rows=torch.arange(start, end))
+    hidden = hidden_mask(columns[key_from:key_until], rows=torch.arange(start, end, device=columns.device))
     is_full = not bool(hidden.any())
     kept = hidden if keep and not is_full else None
     return Chunk(row, start - query_start, end - query_start, key_from, key_until, start, is_full, kept)

@@ -26,6 +26,8 @@ import torch
 
 from ernie5.errors import KernelError
 
+from ..checks import has_own_memory
+
 SOURCES = (
     "gemm.cpp", "tiles.cpp", "attention.cpp", "experts.cpp", "linear.cpp", "cross_entropy.cpp", "elementwise.cpp",
     "optimizer.cpp", "compact.cpp", "router.cpp",
@@ -93,13 +95,15 @@ def _without(reason: str, *, way_out: str = COMPILER) -> None:
 
 
 def runs_native(*tensors: torch.Tensor) -> bool:
-    """Whether the library can take these tensors: on the CPU, all fp32 or all bf16, and the library is there."""
+    """Whether the library can take these tensors: on the CPU, all fp32 or all bf16, with memory of their own, and the
+    library is there."""
     first = tensors[0]
     return (
         first.device.type == "cpu"
         and first.dtype in NATIVE_TYPES
         and all(tensor.dtype == first.dtype and tensor.device == first.device for tensor in tensors)
         and not torch.compiler.is_compiling()
+        and all(map(has_own_memory, tensors))
         and not any(tensor.is_neg() for tensor in tensors)  # a view whose memory holds the opposite numbers
         and native_library() is not None
     )
@@ -126,8 +130,21 @@ def sizes(*counts: int) -> list[ctypes.c_int64]:
 
 
 def pointer(tensor: torch.Tensor | None) -> ctypes.c_void_p:
-    """Address of a contiguous tensor (null for None), which the caller must keep alive in a variable."""
-    return ctypes.c_void_p(None if tensor is None else tensor.data_ptr())
+    """Address of a contiguous tensor (null for None), which the caller must keep alive in a variable.
+
+    Raises KernelError for a tensor without memory, at whose address C++ would end the process.
+    """
+    return ctypes.c_void_p(None if tensor is None else _address(tensor))
+
+
+def _address(tensor: torch.Tensor) -> int:
+    address = tensor.data_ptr()
+    if not address and tensor.numel():
+        raise KernelError(
+            f"a C++ kernel was given a tensor of shape {tuple(tensor.shape)} that has no memory: it is traced only "
+            "(FakeTensorMode) or wrapped (torch.func, DTensor), on the device meta, or its storage was freed"
+        )
+    return address
 
 
 def int64s(numbers: Iterable[int]) -> ctypes.Array:
@@ -138,7 +155,7 @@ def int64s(numbers: Iterable[int]) -> ctypes.Array:
 
 def addresses(tensors: Iterable[torch.Tensor | None]) -> ctypes.Array:
     """Addresses of contiguous tensors (null for None), which the caller must keep alive."""
-    found = [None if tensor is None else tensor.data_ptr() for tensor in tensors]
+    found = [None if tensor is None else _address(tensor) for tensor in tensors]
     return (ctypes.c_void_p * len(found))(*found)
 
 

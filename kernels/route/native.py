@@ -29,8 +29,8 @@ class NativeRoute(torch.autograd.Function):
         hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
         active = None if active is None else active.contiguous()
         slots = hidden.shape[0], top_k
-        choices = torch.empty(slots, dtype=torch.int64) if given is None else given.clone().contiguous()
-        scores, weights = torch.empty(slots), torch.empty(slots)
+        choices = hidden.new_empty(slots, dtype=torch.int64) if given is None else given.clone().contiguous()
+        scores, weights = bias.new_empty(slots), bias.new_empty(slots)  # fp32, whatever the program's default is
         ctx.rule = (ctypes.c_float(scale), ctypes.c_int(uses_sigmoid))
         native_library().ernie5_route(
             is_narrow(hidden), *map(pointer, (hidden, weight, bias, active, choices, scores, weights)),

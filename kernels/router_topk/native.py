@@ -15,6 +15,6 @@ def chooses_native(preference: torch.Tensor) -> bool:
 def choose_native(preference: torch.Tensor, *, top_k: int) -> torch.Tensor:
     """Places [N, K] int64 of the greatest of preference [N, E] fp32, greatest first; NaN counts as infinite."""
     values = preference.detach().contiguous()
-    choices = torch.empty(values.shape[0], top_k, dtype=torch.int64)
+    choices = values.new_empty(values.shape[0], top_k, dtype=torch.int64)
     native_library().ernie5_choose(pointer(values), pointer(choices), *sizes(*values.shape, top_k), threads())
     return choices

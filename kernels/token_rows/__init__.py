@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from ..checks import lies_open, require, require_beside, require_within
+from ..checks import lies_open, require, require_beside, require_within, transforms
 from ..dispatch import choose_backend
 from ..native.library import is_narrow, native_library, pointer, runs_native, sizes, threads
 from .reference import gather_rows_reference, sum_places_reference
@@ -78,11 +78,15 @@ def require_places(places: torch.Tensor, *, tokens: torch.Tensor, sources: torch
 
 def spread_rows(x: torch.Tensor, *, plan: RowPlan, backend: str = "auto") -> torch.Tensor:
     """x [N, D] -> rows [R, D], rows[r] = x[plan.sources[r]]; raises what `gather_rows` raises."""
+    if transforms():
+        return gather_rows_reference(x, sources=plan.sources)
     return _Spread.apply(x, plan, backend)
 
 
 def collect_rows(rows: torch.Tensor, *, plan: RowPlan, backend: str = "auto") -> torch.Tensor:
     """rows [R, D] -> [N, D], the sum of each token's rows, zero where it has none; raises what `sum_places` raises."""
+    if transforms():
+        return sum_places_reference(rows, places=plan.places, starts=plan.starts)
     return _Collect.apply(rows, plan, backend)
 
 
@@ -219,7 +223,7 @@ def _require_agreement(plan: RowPlan) -> None:
         rule = f"it must rise from 0 to the {sources.shape[0]} rows"
         require(holds, op=op, name="starts", tensor=starts, rule=rule)
     _require_index(sources, limit=plan.tokens, beside=sources, op=op, name="sources")
-    owners = torch.arange(plan.tokens).repeat_interleave(lengths)
+    owners = torch.arange(plan.tokens, device=sources.device).repeat_interleave(lengths)
     found = torch.full_like(sources, -1).scatter_(0, places.flatten(), owners)
     if not torch.equal(found, sources):
         row = int((found != sources).nonzero()[0])

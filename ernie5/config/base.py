@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import math
 import types
 import typing
 from typing import ClassVar, NoReturn
@@ -190,6 +191,8 @@ def _problem(value: object, hint: object, info: FieldInfo) -> str | None:
         if info.choices and item not in info.choices:
             return f"must be one of {', '.join(map(show, info.choices))}. {info.doc}."
         rule = info.check(item) if info.check else None
+        if rule is None and isinstance(item, float) and not math.isfinite(item):  # .inf, or 1e999
+            rule = "must be finite"
         if rule:
             return f"{rule}{f' [{info.unit}]' if info.unit else ''}. {info.doc}."
     return None

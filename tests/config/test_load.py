@@ -74,6 +74,7 @@ def test_whole_floats_count_as_whole_numbers_and_words_of_old_yaml_stay_texts(wr
         ("steps: null\n", 1, ["steps = null", "a whole number"]),
         ("steps: 1\nstages:\n- name: a\n- rate: 2\n", 4, ["stages[1].name is missing", "a text"]),
         ("steps: 1\nstages:\n- name: a\n  rate: 0\n", 4, ["stages[0].rate = 0.0", "must be positive"]),
+        ("steps: 1\nstages:\n- name: a\n  rate: 1.0e+999\n", 4, ["stages[0].rate = inf", "must be finite"]),
         ("steps: 3\nsteps: 4\n", 2, ["steps: written twice", ":1"]),
         ("steps: 1\nexperts:\n  count: 4\n  top_k: 5\n", 4, ["experts.top_k = 5", "exceeds count = 4"]),
         ("steps: 1\n1: 2\n", 2, ["1: unknown key"]),

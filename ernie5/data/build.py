@@ -19,7 +19,8 @@ from ernie5.data.lengths import SampleRuler
 from ernie5.data.samples import Sample, split_of
 from ernie5.data.shards import ShardWriter
 from ernie5.data.sources import Scan, SourceFile, load_source, scan_folder
-from ernie5.errors import DataError
+from ernie5.errors import DataError, EnvironmentFault
+from ernie5.observe.faults import refusal_of
 from ernie5.observe.progress import Progress
 from ernie5.tokenizers.bundle import load_tokenizers
 
@@ -62,18 +63,21 @@ def build_corpus(options: BuildOptions) -> BuildReport:
     """Read `options.source`, check every file, and write shards and a manifest to `options.out`.
 
     The output folder appears only when everything is written. Raises DataError when it exists already (unless
-    `force`), and one DataError that names all files which cannot be used (unless `skip_bad`).
+    `force`), one DataError that names all files which cannot be used (unless `skip_bad`), EnvironmentFault where the
+    disk refuses.
     """
     if options.out.exists() and not options.force:
         raise DataError(f"the output folder {options.out} exists. Choose another one, or add --force to replace it.")
     scan = scan_folder(options.source)
     partial = options.out.with_name(f"{options.out.name}.partial-{os.getpid()}")
-    partial.mkdir(parents=True)
     try:
+        partial.mkdir(parents=True)
         report = _write_shards(scan, options=options, folder=partial)
         if options.out.exists():
             _remove(options.out)
         partial.rename(options.out)
+    except OSError as error:
+        raise EnvironmentFault(f"Cannot write {options.out}: {refusal_of(error, place='another --out')}.") from error
     finally:
         shutil.rmtree(partial, ignore_errors=True)
     return report

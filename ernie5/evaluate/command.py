@@ -71,8 +71,8 @@ def main(argv: Sequence[str]) -> int:
     subject = Subject(generation, loaded.config.data, config, corpus)
     found = evaluate(subject, checkpoint=str(options.checkpoint), step=loaded.step, announce=_announce)
     path = options.out or _default_place(directory)
+    print(found.to_json() if options.json else describe(found), flush=True)  # a disk may refuse what took an hour
     write_file(path, content=found.to_json().encode("utf-8"))
-    print(found.to_json() if options.json else describe(found))
     return EXIT_DONE
 
 

@@ -14,7 +14,7 @@ from ernie5.data.build import BuildOptions, build_corpus
 from ernie5.data.command import main
 from ernie5.data.config import BuildSections
 from ernie5.data.shards import Corpus, list_shards, open_corpus
-from ernie5.errors import ConfigError, DataError
+from ernie5.errors import ConfigError, DataError, EnvironmentFault
 
 
 def build(source: Path, out: Path, **changes: object) -> Corpus:
@@ -207,3 +207,9 @@ def test_a_bad_row_or_config_is_one_line(
     Path("other.yaml").write_text("tokenizer: {kind: text}\n", "utf-8")
     with pytest.raises(ConfigError, match=complaint):
         main(["build", str(user_folder), "--out", "out", "--quiet", *option])
+
+
+def test_a_place_that_cannot_be_written_names_out_and_not_a_training_setting(user_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("x")
+    with pytest.raises(EnvironmentFault, match=r"Cannot write .*out: a file stands .* another --out"):
+        build_corpus(BuildOptions(user_folder, tmp_path / "file" / "out", progress=False))

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import math
+
 import torch
 
 from ernie5.errors import KernelError
@@ -39,6 +41,8 @@ def attention(
     """
     _require(query, key=key, value=value, plan=plan)
     scale = query.shape[-1] ** -0.5 if scale is None else scale
+    if not math.isfinite(scale):
+        raise ValueError(f"attention: scale is {scale}; it must be a finite number")
     native = runs_native(query, key, value) and query.shape[-1] % 2 == 0
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=query.device, dtype=query.dtype, native=native)
     if chosen in ("triton", "native") and scale <= 0:  # they take the largest score before they scale

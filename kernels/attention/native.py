@@ -8,7 +8,7 @@ import torch
 
 from ..checks import first_order
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
-from .plan import AttentionPlan
+from .plan import AttentionPlan, narrow_intervals
 
 
 class NativeAttention(torch.autograd.Function):
@@ -19,7 +19,7 @@ class NativeAttention(torch.autograd.Function):
         ctx, query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, plan: AttentionPlan, scale: float
     ) -> torch.Tensor:
         query, key, value = query.contiguous(), key.contiguous(), value.contiguous()
-        intervals = None if plan.intervals is None else plan.intervals.to(torch.int32).contiguous()
+        intervals = None if plan.intervals is None else narrow_intervals(plan.intervals)
         out, lse = torch.empty_like(query), query.new_empty(query.shape[:3], dtype=torch.float32)
         native_library().ernie5_attention_forward(
             is_narrow(query),

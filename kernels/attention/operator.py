@@ -17,6 +17,7 @@ from .kernel import (
     key_gradient_kernel,
     query_gradient_kernel,
 )
+from .plan import narrow_intervals
 
 SMALLEST_WIDTH = 16
 DELTA_ROWS = 16
@@ -142,4 +143,4 @@ def attention_triton(
     """
     if intervals is None:
         intervals = everything_visible(batch=query.shape[0], keys=key.shape[1], device=query.device)
-    return attention_op(query, key, value, intervals.to(torch.int32).contiguous(), query_start, scale)[0]
+    return attention_op(query, key, value, narrow_intervals(intervals), query_start, scale)[0]

@@ -108,6 +108,13 @@ def hidden_mask(intervals: torch.Tensor, *, rows: torch.Tensor) -> torch.Tensor:
     return (rows < visible_from) | (rows >= visible_until) | ((hidden_from <= rows) & (rows < hidden_until))
 
 
+def narrow_intervals(intervals: torch.Tensor) -> torch.Tensor:
+    """[B, S, 4] int32 without gaps; a row beyond int32, such as the largest int64 for ever, stays beyond all rows."""
+    if intervals.dtype == torch.int64:
+        intervals = intervals.clamp(torch.iinfo(torch.int32).min, torch.iinfo(torch.int32).max)
+    return intervals.to(torch.int32).contiguous()
+
+
 def plan_attention(
     intervals: torch.Tensor | None,
     *,
@@ -121,9 +128,15 @@ def plan_attention(
     intervals [B, S, 4] integer over all S = key_tokens columns, rows and columns counted from the first key: row i sees
     key j where visible_from <= i < visible_until and not hidden_from <= i < hidden_until, the four of j being
     (visible_from, hidden_from, hidden_until, visible_until). Causal documents: (j, 0, 0, end of j's document). None
-    lets every query see every key, which is right for one token or one visual block after a cache.
+    lets every query see every key, which is right for one token or one visual block after a cache. Raises ValueError
+    for more queries than keys.
     """
     query_start = key_tokens - query_tokens
+    if query_start < 0:
+        raise ValueError(
+            f"plan_attention: {query_tokens} queries cannot be the last of {key_tokens} positions. key_tokens "
+            "counts the queries' own positions beside those before them"
+        )
 
     def everything() -> list[Chunk]:
         return [

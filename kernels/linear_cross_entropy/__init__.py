@@ -32,6 +32,8 @@ def linear_cross_entropy(
     """
     require_head(hidden, weight=weight, targets=targets, op=OP)
     require_within(targets, limit=weight.shape[0], op=OP, name="targets")
+    if chunk_rows is not None and chunk_rows < 1:
+        raise ValueError(f"{OP}: chunk_rows is {chunk_rows}; it must be at least 1")
     native = runs_native(hidden, weight)
     chosen = choose_backend(
         backend, op=OP, offered=OFFERED, device=hidden.device, dtype=hidden.dtype, native=native

@@ -284,3 +284,32 @@ def test_operators_compile_whole_with_their_gradients(op: str) -> None:
         (out := f("auto", *leaves), *torch.autograd.grad(out.square().sum(), leaves)) for f in (compiled, function)
     ), strict=True):
         torch.testing.assert_close(one, other, rtol=1e-5, atol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [float("nan"), float("inf")])
+def test_attention_refuses_a_scale_that_is_no_number(scale: float) -> None:
+    """C++ made zeros of it, as of rows that see nothing."""
+    with pytest.raises(ValueError, match=f"scale is {scale}; it must be a finite number"):
+        attend(scale=scale)
+
+
+@pytest.mark.parametrize("backend", BY_TORCH)
+def test_rows_beyond_int32_stay_beyond_all_rows(backend: str) -> None:
+    """The largest int64, meant as for ever, became row -1, from which nothing is visible."""
+    ever, before = torch.iinfo(torch.int64).max, torch.iinfo(torch.int64).min
+    intervals = torch.tensor([[[before, ever, ever, ever]] * 5] * 2)
+    query, key = normal(2, 5, 4, 8), normal(2, 5, 2, 8, seed=1)
+    out = attend(query, key, intervals, backend=backend)
+    torch.testing.assert_close(out, attend(query, key, intervals, backend="reference"), rtol=0, atol=2e-6)
+
+
+def test_more_queries_than_positions_are_refused() -> None:
+    with pytest.raises(ValueError, match="5 queries cannot be the last of 4 positions"):
+        plan_attention(None, batch_rows=1, query_tokens=5, key_tokens=4)
+
+
+@pytest.mark.parametrize("rows", [0, -3])
+def test_chunks_of_no_rows_are_refused(rows: int) -> None:
+    """The path of PyTorch took -3 for nothing to do: a loss of zero."""
+    with pytest.raises(ValueError, match=f"chunk_rows is {rows}; it must be at least 1"):
+        linear_cross_entropy(ONE(2, 4), weight=ONE(3, 4), targets=torch.tensor([0, 1]), chunk_rows=rows)

@@ -149,13 +149,16 @@ class RootConfig(Config):
                 f"differs from model.audio.levels = {self.model.audio.levels}. The model predicts exactly the levels "
                 "that the tokenizer gives it. Set both to the same number",
             )
-        for task, modality in MODALITY_OF_TASK:
-            if vars(self.data.mixture)[task] and modality not in self.model.modalities:
-                self.fail(
-                    f"data.mixture.{task}",
-                    f"needs {modality}, and model.modalities = {', '.join(self.model.modalities)}. The model would see "
-                    f"empty placeholders. Set data.mixture.{task}: 0 or add {modality} to model.modalities",
-                )
+        unfit = {task: modality for task, modality in MODALITY_OF_TASK
+                 if vars(self.data.mixture)[task] and modality not in self.model.modalities}
+        if unfit:
+            task, modality = next(iter(unfit.items()))
+            self.fail(
+                f"data.mixture.{task}",
+                f"needs {modality}, and model.modalities = {', '.join(self.model.modalities)}. The model would see "
+                f"empty placeholders. Set under data.mixture: {', '.join(f'{name}: 0' for name in unfit)}; or add "
+                f"{' and '.join(dict.fromkeys(unfit.values()))} to model.modalities",
+            )
         self.check_layout(self.parallel.dp or 1)
         self._refuse_unavailable()
         if self.checkpoint.format == "deepspeed":

@@ -29,4 +29,4 @@ class NativeLinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        return *(None if kept is None else kept * grad.to(kept.dtype) for kept in ctx.saved_tensors), None
+        return *(None if kept is None else kept * grad for kept in ctx.saved_tensors), None  # grad: see chunked.py

@@ -6,7 +6,7 @@ Nothing here waits for a GPU. A rule's text is made where it fails alone: a step
 from __future__ import annotations
 
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
@@ -107,6 +107,12 @@ def require_offsets(offsets: torch.Tensor, *, rows: int, op: str) -> None:
             rule = f"it holds {end} after {start} and must rise from 0 to at most the {rows} rows"
             require(False, op=op, name="offsets", tensor=offsets, rule=rule)
         start = end
+
+
+def note_writes(tensors: Iterable[torch.Tensor | None]) -> None:
+    """Tell autograd that a kernel wrote there: a backward pass that saved one of them before is then refused, as after
+    PyTorch's own operations in place, instead of taking the new values for the old."""
+    torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
 
 
 def first_order(

@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import torch
 
-from ..checks import require, require_beside, require_part
+from ..checks import note_writes, require, require_beside, require_part
 from ..dispatch import choose_backend
 from ..native.library import native_library
 from .native import adamw_native
@@ -52,6 +52,8 @@ def adamw(
         adamw_native(tensors, step=step, gradient_scale=gradient_scale)
     else:
         adamw_reference(tensors, step=step, gradient_scale=gradient_scale)
+        return
+    note_writes(part for one in tensors for part in (one.parameter, one.first_moment, one.second_moment, one.copy))
 
 
 def _require(one: AdamWTensors, *, first: torch.Tensor) -> None:

@@ -22,13 +22,17 @@ class AdamWTensors:
 
 @dataclasses.dataclass(frozen=True)
 class AdamWStep:
-    """One update: `number` counts from 1."""
+    """One update: `number` counts from 1, or raises ValueError: at 0 the moments' correction divides by zero."""
 
     learning_rate: float
     beta1: float
     beta2: float
     epsilon: float
     number: int
+
+    def __post_init__(self) -> None:
+        if self.number < 1:
+            raise ValueError(f"AdamWStep: number is {self.number}; it counts updates from 1")
 
 
 @torch.no_grad()

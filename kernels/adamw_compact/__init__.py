@@ -7,7 +7,7 @@ from collections.abc import Sequence
 import torch
 
 from ..adamw.reference import AdamWStep
-from ..checks import require, require_beside, require_part
+from ..checks import note_writes, require, require_beside, require_part
 from ..dispatch import choose_backend
 from ..native.library import native_library
 from .native import adamw_compact_native
@@ -49,10 +49,11 @@ def adamw_compact(
         from .kernel import adamw_compact_triton
 
         adamw_compact_triton(tensors, step=step, gradient_scale=gradient_scale)
-        return
-    run = adamw_compact_native if chosen == "native" else adamw_compact_reference
-    for one in tensors:
-        run(one, step=step, gradient_scale=gradient_scale)
+    else:
+        run = adamw_compact_native if chosen == "native" else adamw_compact_reference
+        for one in tensors:
+            run(one, step=step, gradient_scale=gradient_scale)
+    note_writes(part for one in tensors for part in (one.parameter, one.first.values, one.second.values, one.copy))
 
 
 def _require(one: CompactTensors, *, first: torch.Tensor) -> None:

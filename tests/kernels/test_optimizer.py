@@ -80,3 +80,20 @@ def test_what_is_not_finite_shows() -> None:
     values[19_999] = torch.inf
     assert sum_squares([values], backend="native").isinf()
     assert sum_squares([]) == 0.0
+
+
+@pytest.mark.parametrize("backend", ["native", "reference"])
+def test_a_backward_pass_over_weights_stepped_since_is_refused(backend: str) -> None:
+    """C++ writes behind autograd's back: the gradient of the old product came out with the new weights."""
+    weight = torch.ones(4, requires_grad=True)
+    product = (weight * weight).sum()
+    moments = torch.zeros(4), torch.zeros(4)
+    one = AdamWTensors(weight, torch.ones(4), *moments, weight_decay=0.0)
+    adamw([one], step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1), backend=backend)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        product.backward()
+
+
+def test_updates_count_from_one() -> None:
+    with pytest.raises(ValueError, match="number is 0; it counts updates from 1"):
+        AdamWStep(1e-2, 0.9, 0.95, 1e-8, 0)

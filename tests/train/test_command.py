@@ -93,7 +93,7 @@ def test_validate_already_refuses_what_this_version_cannot_do(override: str, wor
         ("model.visual.image_merge=16", ConfigError, "model.visual.image_merge.*need 4"),
         ("model.visual.video_merge=4", ConfigError, "model.visual.video_merge.*need 16"),
         ("model.audio.speaker_features=8", ConfigError, "model.audio.speaker_features.*need 160"),
-        ("model.modalities=[text,image,audio]", ConfigError, "needs video.*video_to_text: 0, text_to_video: 0; or add video"),
+        ("model.modalities=[text,image,audio]", ConfigError, "needs video.*: 0, text_to_video: 0; or add video"),
         ("data.image_pixels=40", ConfigError, "data.image_pixels.*multiple of 16.*works: 32"),
         ("data.sequence_tokens=32", ConfigError, "data.sequence_tokens = 32.*text_to_image takes 50.*works: 50"),
         ("tokenizers.text=/nowhere", TokenizerError, "nowhere"),

@@ -282,7 +282,9 @@ def _note_changes(config: RootConfig, *, run_dir: Path) -> None:
         return
     for key, value in _flatten(config).items():
         if key in before and before[key] != value:
-            get_log().info("changed since the last start: %s was %s, is %s", key, before[key], value)
+            weighs = key.startswith("model.") and not key.endswith("_backend")  # the same weights mean something else
+            say = get_log().warning if weighs else get_log().info
+            say("changed since the last start: %s was %s, is %s", key, before[key], value)
 
 
 def _flatten(config: Config) -> dict[str, object]:

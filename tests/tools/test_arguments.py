@@ -19,6 +19,7 @@ WRONG = (
     ("bench_kernels/main", ("--quick", "--threads", "0"), "--threads: it is 0 and must be at least 1"),
     ("bench_kernels/main", ("--quick", "--threads", "100000"), "it is 100000 and must be at least 1 and at most"),
     ("bench_peers/main", ("layer", "S", "--tokens", "100"), "--tokens: it is 100 and must be a multiple of 1024"),
+    ("bench_peers/main", ("step", "S", "--packages", "deepspeed"), "--packages have a layer, no step"),
     ("bench_peers/main", ("layer", "S", "--out", "{folder}"), "is a folder, and a file is written"),
     ("bench_gpu/main", ("--budget", "nan", "--out", "{folder}"), "--budget must be positive seconds"),
     ("aot_report/main", ("--op", "nothing", "--out", "{folder}/report"), "--op: invalid choice"),

@@ -46,6 +46,18 @@ def test_a_quick_race_of_the_kernels_writes_a_row_for_each(repository: Path, tmp
     assert (tmp_path / "bench_kernels.png").stat().st_size > 1000
 
 
+@pytest.mark.slow
+def test_layers_of_other_packages_run_beside_ours(repository: Path, tmp_path: Path) -> None:
+    out = tmp_path / "layer.json"
+    done = run(repository, "tools/bench_peers/main.py", "layer", "S", "--tokens", "1024", "--rounds", "1", "--threads",
+               "1", "--kinds", "grouped_mm", "--family", "Mixtral", "--packages", "deepspeed", "autoep",
+               "--out", str(out))
+    assert done.returncode == 0, done.stdout + done.stderr
+    names = [timing["name"] for timing in json.loads(out.read_text())]
+    beside = ("ours", "Mixtral grouped_mm", "deepspeed", "autoep")
+    assert names == [f"{name} {dtype}" for dtype in ("bfloat16", "float32") for name in beside]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [(("tools/bench_step/main.py", "Q"), "unknown shape Q; known: S, M, X"),

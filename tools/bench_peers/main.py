@@ -20,12 +20,15 @@ from arguments import at_least, file, num_threads
 from gate import gate_layer
 from measure import HEADER, race
 from ours import build_layer, build_step, layer_inputs
+from packages import PACKAGES, build_package_layer
 from peers import FAMILIES, IMPLEMENTATIONS, build_peer_layer, build_peer_step, possible
 from shapes import ROW_TOKENS, SHAPES, VOCABULARY, Shape
 
 
-def layer_contestants(shape: Shape, *, kinds: tuple[str, ...], only: str) -> dict[str, Callable[[], object]]:
-    """Forward and backward of one layer, ours first; `only` limits families to one."""
+def layer_contestants(
+    shape: Shape, *, kinds: tuple[str, ...], only: str, packages: tuple[str, ...]
+) -> dict[str, Callable[[], object]]:
+    """Forward and backward of one layer, ours first; `only` limits families to one, `packages` are raced too."""
     found: dict[str, Callable[[], object]] = {}
     inputs = layer_inputs(shape)
     for dtype in (torch.bfloat16, torch.float32):
@@ -37,6 +40,8 @@ def layer_contestants(shape: Shape, *, kinds: tuple[str, ...], only: str) -> dic
                 layers[f"{family} {kind} {suffix}"] = build_peer_layer(
                     family, shape=shape, implementation=kind, dtype=dtype
                 )
+        for package in packages:
+            layers[f"{package} {suffix}"] = build_package_layer(package, shape=shape, dtype=dtype)
         for name, layer in layers.items():
             is_ours = name.startswith("ours")
 
@@ -75,18 +80,27 @@ def main() -> None:
     parser.add_argument("--layers", type=at_least(1), default=0, help="instead of the shape's, where memory is short")
     parser.add_argument("--kinds", nargs="+", default=IMPLEMENTATIONS, choices=IMPLEMENTATIONS)
     parser.add_argument("--family", default="", choices=tuple(FAMILIES), help="one family of peers alone")
+    parser.add_argument("--packages", nargs="+", default=(), choices=tuple(PACKAGES),
+                        help="expert layers of other packages, beside `layer`'s transformers, without a gate")
     parser.add_argument("--out", type=file, help="FILE.json")
     arguments = parser.parse_args()
+    for package in (PACKAGES[name] for name in arguments.packages):
+        if arguments.what == "step":
+            parser.error("--packages have a layer, no step")
+        if not package.is_here:
+            parser.error(f"{package.module} is not installed here: {package.install}")
     torch.set_num_threads(arguments.threads)
     shape = SHAPES[arguments.shape]
     shape = dataclasses.replace(
         shape, tokens=arguments.tokens or shape.tokens, layers=arguments.layers or shape.layers
     )
     gate_layer(shape)
-    build, flops = (
-        (layer_contestants, shape.layer_flops) if arguments.what == "layer" else (step_contestants, shape.step_flops)
-    )
-    contestants = build(shape, kinds=tuple(arguments.kinds), only=arguments.family)
+    kinds = tuple(arguments.kinds)
+    if arguments.what == "layer":
+        contestants = layer_contestants(shape, kinds=kinds, only=arguments.family, packages=tuple(arguments.packages))
+    else:
+        contestants = step_contestants(shape, kinds=kinds, only=arguments.family)
+    flops = shape.layer_flops if arguments.what == "layer" else shape.step_flops
     timings = race(contestants, flops=flops, rounds=arguments.rounds)
     print(f"{arguments.what} {shape}, {arguments.threads} threads, {platform.processor() or platform.machine()}")
     print(HEADER, *(t.row(ours=timings[0]) for t in timings), sep="\n")

@@ -58,11 +58,12 @@ def modality_weights(config: ObjectivesConfig) -> tuple[float, float, float, flo
     return (config.text_weight, config.image_weight, config.video_weight, config.audio_weight)
 
 
-def weighted_loss(means: LossTerms, *, config: ObjectivesConfig) -> torch.Tensor:
-    """`loss` of the metrics: sum of user weight x raw mean over the modalities present, 0-d fp64."""
+def weighted_loss(means: LossTerms, *, counts: TargetCounts, config: ObjectivesConfig) -> torch.Tensor:
+    """`loss` of the metrics: sum of user weight x raw mean where there are targets, 0-d fp64; a NaN there stays one."""
     raw = torch.stack([getattr(means, m.name.lower()) for m in Modality])
+    present = torch.stack([getattr(counts, m.name.lower()) > 0 for m in Modality]).to(raw.device)
     weights = torch.tensor(modality_weights(config), dtype=raw.dtype, device=raw.device)
-    return torch.where(raw.isnan(), torch.zeros_like(raw), raw * weights).sum()
+    return torch.where(present, raw * weights, torch.zeros_like(raw)).sum()
 
 
 def uniform_magnitudes(*, vocab_size: int, audio_codes: int, device: torch.device | str = "cpu") -> torch.Tensor:

@@ -184,7 +184,7 @@ class BeatHook(Hook):
 def add_losses(figures: Figures, *, sums: StepSums, objectives: ObjectivesConfig, prefix: str) -> None:
     """Add `loss` (user weight x raw, summed) and `loss/<modality>` in nats per target; absent ones are NaN."""
     means = mean_losses(sums.terms, counts=sums.counts)
-    figures.add(f"{prefix}loss", weighted_loss(means, config=objectives))
+    figures.add(f"{prefix}loss", weighted_loss(means, counts=sums.counts, config=objectives))
     for field in dataclasses.fields(LossTerms):
         figures.add(f"{prefix}loss/{field.name}", getattr(means, field.name))
 

@@ -72,7 +72,8 @@ class AlarmHook(Hook):
     def _loss_of(self, sums: StepSums) -> float:
         if not bool(torch.isfinite(sums.objective)):
             return float("nan")
-        return float(weighted_loss(mean_losses(sums.terms, counts=sums.counts), config=self._objectives))
+        means = mean_losses(sums.terms, counts=sums.counts)
+        return float(weighted_loss(means, counts=sums.counts, config=self._objectives))
 
 
 class Rollback:

@@ -21,13 +21,21 @@ def make_counts(*values: float) -> TargetCounts:
 
 
 def test_an_absent_modality_neither_moves_its_magnitude_nor_counts_in_the_loss() -> None:
-    means = mean_losses(make_terms(20.0, 0.0, 0.0, 6.0, 9.0), counts=make_counts(10, 0, 0, 3, 3, 50))
+    counts = make_counts(10, 0, 0, 3, 3, 50)
+    means = mean_losses(make_terms(20.0, 0.0, 0.0, 6.0, 9.0), counts=counts)
     before = torch.tensor([4.0, 0.7, 0.6, 3.0], dtype=torch.float64)
     after = update_magnitudes(before, means=means, decay=0.75, floor=torch.zeros(4))
     assert after.tolist() == pytest.approx([0.75 * 4 + 0.25 * 2, 0.7, 0.6, 0.75 * 3 + 0.25 * 2])
     config = ObjectivesConfig(audio_weight=0.5)
-    assert float(weighted_loss(means, config=config)) == pytest.approx(2.0 + 0.5 * 2.0)
+    assert float(weighted_loss(means, counts=counts, config=config)) == pytest.approx(2.0 + 0.5 * 2.0)
     assert math.isnan(float(means.image))
+
+
+def test_a_loss_that_is_nan_is_not_taken_for_an_absent_one() -> None:
+    """The log said "loss 0.0000" of a step whose losses were NaN, and less than before where one of them was."""
+    counts = make_counts(10, 4, 0, 3, 3, 50)
+    means = mean_losses(make_terms(20.0, math.nan, 0.0, 6.0, 9.0), counts=counts)
+    assert math.isnan(float(weighted_loss(means, counts=counts, config=ObjectivesConfig())))
 
 
 def test_a_magnitude_ignores_a_loss_that_is_not_finite() -> None:

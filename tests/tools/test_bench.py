@@ -46,6 +46,15 @@ def test_a_quick_race_of_the_kernels_writes_a_row_for_each(repository: Path, tmp
     assert (tmp_path / "bench_kernels.png").stat().st_size > 1000
 
 
+def test_the_gate_of_layers_is_not_closed_by_two_experts_that_tie(repository: Path) -> None:
+    """In this drawing two logits lie 4e-7 apart, and one order of the sum chooses otherwise than the other."""
+    done = run(
+        repository, "-c", "import sys; sys.path.insert(0, 'tools/bench_peers'); import torch; torch.manual_seed(472);"
+        "from gate import gate_layer; from shapes import SHAPES; gate_layer(SHAPES['S'])",
+    )
+    assert done.returncode == 0, done.stdout + done.stderr
+
+
 @pytest.mark.slow
 def test_layers_of_other_packages_run_beside_ours(repository: Path, tmp_path: Path) -> None:
     out = tmp_path / "layer.json"

@@ -53,12 +53,12 @@ void tile_rows(int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_
     tile<T, O, ROWS>(units, left, panel, out, leading, columns, add);
 }
 
-#define TILES(T, O)                                                                                    \
+#define INSTANTIATE(T, O)                                                                              \
   template void tile_rows<T, O, TALL>(int64_t, Left<T>, const Unit<T>*, O*, int64_t, int64_t, bool);   \
   template void tile_rows<T, O, 4>(int64_t, Left<T>, const Unit<T>*, O*, int64_t, int64_t, bool);      \
   template void tile_rows<T, O, 2>(int64_t, Left<T>, const Unit<T>*, O*, int64_t, int64_t, bool);      \
   template void tile_rows<T, O, 1>(int64_t, Left<T>, const Unit<T>*, O*, int64_t, int64_t, bool);
 
-TILES(float, float)
-TILES(bf16, bf16)
-TILES(bf16, float)
+INSTANTIATE(float, float)
+INSTANTIATE(bf16, bf16)
+INSTANTIATE(bf16, float)

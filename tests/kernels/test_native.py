@@ -65,7 +65,7 @@ def normal(*shape: int, seed: int = 0, dtype: torch.dtype = torch.float32) -> to
     return torch.randn(shape, generator=torch.Generator().manual_seed(seed)).to(dtype)
 
 
-def compare(function: Callable, *inputs: torch.Tensor, tolerance: float, reason: str) -> None:
+def assert_matches_reference(function: Callable, *inputs: torch.Tensor, tolerance: float, reason: str) -> None:
     """Outputs and gradients of function(*inputs, backend): native, and reference in fp64 on the same numbers."""
     with poisoned_memory():
         actual = outputs_and_gradients(lambda *x: function(*x, "native"), inputs=inputs)
@@ -109,7 +109,7 @@ def test_attention_matches_the_reference(
     intervals = documents(2, tokens)
     for seen in (intervals, None):
         plan = plan_attention(seen, batch_rows=2, query_tokens=queries, key_tokens=tokens)
-        compare(
+        assert_matches_reference(
             lambda q, k, v, b, plan=plan: attention(q, key=k, value=v, plan=plan, backend=b),
             normal(2, queries, heads, width, dtype=dtype),
             normal(2, tokens, groups, width, seed=1, dtype=dtype),
@@ -131,7 +131,7 @@ def test_attention_passes_on_a_nan() -> None:
 @pytest.mark.parametrize("rows", (0, *ODD_SIZES, 1030))
 def test_linear_matches_the_reference(rows: int, dtype: torch.dtype, tolerance: float, reason: str) -> None:
     for inner, outer in ((7, 33), (64, 96)):
-        compare(
+        assert_matches_reference(
             lambda x, w, b: linear(x, weight=w, backend=b),
             normal(rows, inner, dtype=dtype), normal(outer, inner, seed=1, dtype=dtype),
             tolerance=tolerance, reason=reason,
@@ -147,7 +147,7 @@ def test_experts_match_the_reference(
 ) -> None:
     offsets, rows = torch.tensor(counts).cumsum(0), sum(counts) + 3
     for width, hidden in ((10, 7), (64, 40)):
-        compare(
+        assert_matches_reference(
             lambda x, p, u, d, b: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend=b),
             normal(rows, width, dtype=dtype),
             normal(rows, seed=1).abs(),
@@ -174,7 +174,7 @@ def test_experts_of_tokens_match_the_reference(
         plan = plan_rows(owners, tokens=tokens)
     ends = torch.randint(0, owners.numel() + 1, (number,), generator=generator).sort().values
     for width, hidden in ((10, 7), (64, 32)):
-        compare(
+        assert_matches_reference(
             lambda x, p, u, d, b: experts(
                 x, row_weights=p, gate_up=u, down=d, offsets=ends, plan=plan, backend=b
             ),
@@ -207,7 +207,7 @@ def test_cross_entropy_matches_the_reference(
     rows: int, width: int, classes: int, dtype: torch.dtype, tolerance: float, reason: str
 ) -> None:
     targets = torch.randint(0, classes, (rows,), generator=torch.Generator().manual_seed(3))
-    compare(
+    assert_matches_reference(
         lambda h, w, b: linear_cross_entropy(h, weight=w, targets=targets, backend=b),
         normal(rows, width, dtype=dtype), normal(classes, width, seed=1, dtype=dtype),
         tolerance=tolerance, reason=reason,
@@ -219,17 +219,19 @@ def test_cross_entropy_matches_the_reference(
 def test_passes_over_rows_match_their_references(
     rows: int, dtype: torch.dtype, tolerance: float, reason: str
 ) -> None:
-    compare(
+    assert_matches_reference(
         lambda x, w, b: rms_norm(x, weight=w, eps=1e-5, backend=b),
         normal(2, rows, 23, dtype=dtype), normal(23, seed=1, dtype=dtype), tolerance=tolerance, reason=reason,
     )
-    compare(
+    assert_matches_reference(
         lambda x, p, b: swiglu(x, row_weights=p, backend=b), normal(rows, 38, dtype=dtype), normal(rows, seed=1),
         tolerance=tolerance, reason=reason,
     )
-    compare(lambda x, b: swiglu(x, backend=b), normal(rows, 38, dtype=dtype), tolerance=tolerance, reason=reason)
+    assert_matches_reference(
+        lambda x, b: swiglu(x, backend=b), normal(rows, 38, dtype=dtype), tolerance=tolerance, reason=reason
+    )
     rotation = rotation_of(normal(2, rows, 11, seed=1))
-    compare(
+    assert_matches_reference(
         lambda x, b: rope3d(x, rotation=rotation, backend=b), normal(2, rows, 3, 22, dtype=dtype),
         tolerance=tolerance, reason=reason,
     )
@@ -280,7 +282,7 @@ def test_a_route_matches_the_reference(
     assert_close(made.weights, expected=truth.weights, tolerance=1e-6, reason="products of bf16 are exact in fp32 too")
     shuffled = made.choices.flip(1)
     for choices in (None, shuffled):
-        compare(
+        assert_matches_reference(
             lambda x, w, b, choices=choices: route(x, weight=w, **rule, choices=choices, backend=b).weights,
             hidden, weight, tolerance=tolerance, reason=reason,
         )
@@ -315,7 +317,7 @@ def test_experts_left_out_weigh_nothing_where_they_are_given_or_there_are_no_oth
         rule = {"bias": torch.zeros(9), "top_k": 2, "uses_sigmoid": uses_sigmoid, "active": active, "choices": choices}
         found = route(hidden, weight=weight, **rule, backend="native")
         assert torch.equal(found.weights == 0, ~active[found.choices])
-        compare(
+        assert_matches_reference(
             lambda x, w, b, rule=rule: route(x, weight=w, **rule, backend=b).weights,
             hidden, weight, tolerance=1e-5, reason="order of fp32 sums",
         )

@@ -161,8 +161,11 @@ def test_experts_do_not_wait_for_the_gpu() -> None:
     torch.cuda.set_sync_debug_mode("error")
     try:
         fused_layer(*ours).sum().backward()
+        with pytest.raises(RuntimeError, match="synchroniz"):
+            ours[0].sum().item()
     finally:
         torch.cuda.set_sync_debug_mode("default")
+    assert all(leaf.grad is not None and leaf.grad.isfinite().all() for leaf in ours)
 
 
 def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -38,11 +38,16 @@ def power_of_two(number: int, *, least: int = 1) -> int:
 
 def chunk_table(sizes: Sequence[int], *, chunk: int) -> tuple[torch.Tensor, torch.Tensor]:
     """What each program of a launch over tensors of so many elements owns: its tensor, int32, and its chunk's first
-    element, int64, on the host."""
-    counts = torch.tensor([ceil_div(size, chunk) for size in sizes])
-    owners = torch.repeat_interleave(torch.arange(len(sizes)), counts)
-    starts = (torch.arange(len(owners)) - (counts.cumsum(0) - counts)[owners]) * chunk
+    element, int64, on the host, whatever the program's default device."""
+    counts = torch.tensor([ceil_div(size, chunk) for size in sizes], device="cpu")
+    owners = torch.repeat_interleave(torch.arange(len(sizes), device="cpu"), counts)
+    starts = (torch.arange(len(owners), device="cpu") - (counts.cumsum(0) - counts)[owners]) * chunk
     return owners.int(), starts
+
+
+def host_table(rows: Sequence[object], *, device: torch.device, dtype: torch.dtype = torch.int64) -> torch.Tensor:
+    """A table on `device` of numbers that the host knows."""
+    return to_device(torch.tensor(rows, dtype=dtype, device="cpu"), device=device)
 
 
 def to_device(x: torch.Tensor, *, device: torch.device) -> torch.Tensor:

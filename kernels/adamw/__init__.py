@@ -47,6 +47,8 @@ def adamw(
     if chosen == "triton":
         from .kernel import adamw_triton
 
+        rule = "triton's addresses are of float32; use backend reference"
+        require(first.dtype == torch.float32, op="adamw", name="parameter", tensor=first, rule=rule)
         adamw_triton(tensors, step=step, gradient_scale=gradient_scale)
     elif chosen == "native":
         adamw_native(tensors, step=step, gradient_scale=gradient_scale)

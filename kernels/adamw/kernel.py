@@ -11,7 +11,7 @@ import torch
 import triton
 import triton.language as tl
 
-from ..launch import chunk_table, to_device
+from ..launch import chunk_table, host_table, to_device
 from .reference import AdamWStep, AdamWTensors
 
 CHUNK = 2048
@@ -101,10 +101,9 @@ def _launch(tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale:
     dtype, copies, aligned = _kind(tensors[0])
     rows = [(one.parameter.numel(), *_addresses(one)) for one in tensors]
     owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
-    table = to_device(torch.tensor(rows), device=device)
-    decays = to_device(torch.tensor([one.weight_decay for one in tensors], dtype=torch.float32), device=device)
+    decays = host_table([one.weight_decay for one in tensors], device=device, dtype=torch.float32)
     adamw_kernel[(len(owners),)](
-        table, decays, to_device(owners, device=device), to_device(starts, device=device),
+        host_table(rows, device=device), decays, to_device(owners, device=device), to_device(starts, device=device),
         decays if gradient_scale is None else gradient_scale,
         step.learning_rate, step.beta1, step.beta2, step.epsilon,
         1 - step.beta1**step.number, 1 - step.beta2**step.number,

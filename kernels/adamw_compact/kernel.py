@@ -16,7 +16,7 @@ import triton.language as tl
 
 from ..adamw.kernel import VECTOR_BYTES, addressed
 from ..adamw.reference import AdamWStep
-from ..launch import chunk_table, to_device
+from ..launch import chunk_table, host_table, to_device
 from . import reference
 from .reference import CompactTensors
 
@@ -199,11 +199,11 @@ def _launch(tensors: Sequence[CompactTensors], *, step: AdamWStep, gradient_scal
     first, device = tensors[0], tensors[0].parameter.device
     rows = [table_row(one, number=step.number) for one in tensors]
     owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
-    keeps = torch.tensor([1 - step.learning_rate * one.weight_decay for one in tensors], dtype=torch.float32)
-    keeps = to_device(keeps, device=device)
+    keeps = [1 - step.learning_rate * one.weight_decay for one in tensors]
+    keeps = host_table(keeps, device=device, dtype=torch.float32)
     kinds = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     adamw_compact_kernel[(len(owners),)](
-        to_device(torch.tensor(rows), device=device), keeps, to_device(owners, device=device),
+        host_table(rows, device=device), keeps, to_device(owners, device=device),
         to_device(starts, device=device), keeps if gradient_scale is None else gradient_scale,
         step.learning_rate / (1 - step.beta1**step.number), 1 - step.beta1, step.beta2, 1 - step.beta2, step.epsilon,
         1 / math.sqrt(1 - step.beta2**step.number),

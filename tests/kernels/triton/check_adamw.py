@@ -85,6 +85,26 @@ def test_the_reference_is_pytorchs_adamw() -> None:
         assert_close(one.parameter, expected=p.detach(), tolerance=1e-6, reason="fp32, another order")
 
 
+def test_fp64_is_refused_before_its_bits_are_taken_for_fp32() -> None:
+    made = tensors_of(gradient=torch.float32, copies=False)[2]
+    parts = made.parameter, made.gradient, made.first_moment, made.second_moment
+    wide = AdamWTensors(*(part.double() for part in parts), weight_decay=0.1)
+    before = wide.parameter.clone()
+    with pytest.raises(ValueError, match="adamw: parameter .* dtype torch.float64.*backend reference"):
+        adamw([wide], step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1), backend="triton")
+    assert torch.equal(wide.parameter, before)
+
+
+def test_the_default_device_of_the_program_changes_nothing() -> None:
+    """Tables are made on the host, wherever else the program wants its tensors."""
+    ours, truth = (tensors_of(gradient=torch.float32, copies=False) for _ in range(2))
+    step = AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1)
+    with torch.device("meta"):
+        adamw(ours, step=step, backend="triton")
+    adamw(truth, step=step, backend="triton")
+    assert all(torch.equal(one.parameter, other.parameter) for one, other in zip(ours, truth, strict=True))
+
+
 def test_wrong_tensors_are_refused_by_name() -> None:
     good = tensors_of(gradient=torch.float32, copies=False)[2]
     step = AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1)

@@ -199,6 +199,17 @@ def test_the_optimizer_steps_all_its_tensors_in_one_launch(monkeypatch: pytest.M
         assert torch.equal(optimizer.state[weight]["exp_avg_sq_codes"], one.second.values)
 
 
+def test_the_default_device_of_the_program_changes_nothing() -> None:
+    ours, truth = (tensors_of(KINDS[0], sizes=((300,),)) for _ in range(2))
+    for one in (*ours, *truth):
+        one.gradient.copy_(random_tensor(300, seed=5))
+    step = AdamWStep(1e-2, 0.9, 0.95, 1e-12, 1)
+    with torch.device("meta"):
+        adamw_compact(ours, step=step, backend="triton")
+    adamw_compact(truth, step=step, backend="triton")
+    assert_same(ours, truth)
+
+
 def launch_one(row: list[int], *, start: int) -> None:
     """The chunk at `start` of the tensor of a row, all of it bf16 with codes."""
     device = kernel_device()

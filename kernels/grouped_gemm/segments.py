@@ -72,13 +72,14 @@ def _slots(rows: torch.Tensor, *, ends: list[int]) -> PaddedSlots | None:
     """Where padding pays: narrow types on CPU, unless one group is so large that the grid would be mostly empty."""
     if rows.device.type != "cpu" or rows.dtype not in (torch.bfloat16, torch.float16) or ends[-1] == 0:
         return None
-    counts = torch.tensor(ends).diff(prepend=torch.zeros(1, dtype=torch.int64))
+    places = torch.tensor(ends, device="cpu")
+    counts = places.diff(prepend=places.new_zeros(1))
     height = -(-int(counts.max()) // ROUND_ROWS) * ROUND_ROWS
     if len(ends) * height > LARGEST_WASTE * ends[-1] + len(ends) * ROUND_ROWS:
         return None
-    groups = torch.arange(len(ends))
-    shift = groups * height - (torch.tensor(ends) - counts)
-    index = torch.arange(ends[-1]) + shift.repeat_interleave(counts)
+    groups = torch.arange(len(ends), device="cpu")
+    shift = groups * height - (places - counts)
+    index = torch.arange(ends[-1], device="cpu") + shift.repeat_interleave(counts)
     return PaddedSlots(index, len(ends), height, rows.shape[0])
 
 

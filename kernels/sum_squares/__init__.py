@@ -39,4 +39,4 @@ def sum_squares(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> to
         ctypes.c_int64(len(kept)), int64s(t.numel() for t in kept),
         (ctypes.c_int * len(kept))(*(t.dtype == torch.bfloat16 for t in kept)), addresses(kept), threads(),
     )
-    return torch.tensor(total, dtype=torch.float32)
+    return torch.tensor(total, dtype=torch.float32, device=device)

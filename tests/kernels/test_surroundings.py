@@ -15,6 +15,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from ernie5.errors import KernelError
 from ernie5_kernels.attention import attention, plan_attention
 from ernie5_kernels.experts import experts
+from ernie5_kernels.grouped_gemm import grouped_gemm
 from ernie5_kernels.linear import linear
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
 from ernie5_kernels.native.library import native_library
@@ -22,6 +23,7 @@ from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.route import route
 from ernie5_kernels.router_topk import router_topk
+from ernie5_kernels.sum_squares import sum_squares
 from ernie5_kernels.swiglu import swiglu
 from ernie5_kernels.testing import assert_close, outputs_and_gradients
 from ernie5_kernels.token_rows import collect_rows, plan_rows, spread_rows
@@ -95,6 +97,15 @@ def test_the_default_device_changes_nothing(name: str) -> None:
     with torch.device("meta"):
         out = OPERATORS[name][0](*_inputs(name))
     assert torch.equal(out, OPERATORS[name][0](*_inputs(name)))
+
+
+def test_the_default_device_changes_nothing_for_bf16_groups_and_squares() -> None:
+    x, weight = _inputs("linear")
+    call = {"weight": weight.bfloat16().repeat(EXPERTS, 1, 1), "offsets": OFFSETS, "backend": "torch"}
+    rows = x.bfloat16().repeat(2, 1)[:8]
+    with torch.device("meta"):
+        out, squares = grouped_gemm(rows, **call), sum_squares([x])
+    assert torch.equal(out, grouped_gemm(rows, **call)) and torch.equal(squares, sum_squares([x]))
 
 
 @EACH

@@ -64,9 +64,11 @@ def choose_tiles(
 
 
 def fits_tma(*tensors: torch.Tensor) -> bool:
-    """Whether TMA can read the tensors: aligned to 16 bytes, row strides too."""
+    """Whether TMA can read the tensors: aligned to 16 bytes, strides too, which a single row's width does not tell."""
     return all(
-        t.data_ptr() % TMA_BYTES == 0 and t.shape[-1] * t.element_size() % TMA_BYTES == 0 and t.numel() for t in tensors
+        t.data_ptr() % TMA_BYTES == 0 and t.numel()
+        and all(stride * t.element_size() % TMA_BYTES == 0 for stride in t.stride()[:-1])
+        for t in tensors
     )
 
 

@@ -12,6 +12,7 @@ from ernie5_kernels.grouped_gemm.tiles import GemmTiles, choose_tiles, most_tile
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, poisoned_memory, random_tensor
 
 COUNTS = ([3, 0, 5, 1], [0, 0, 9, 0], [0, 0, 0, 0], [63, 1, 0, 29])
+MANY_TILES = [1100, 0, 2100]  # more than 64 of 16 rows in a group, which one step of the table's kernel writes
 SMALL, LARGE = GemmTiles(16, 16, 16, warps=4, stages=2), GemmTiles(64, 16, 32, warps=4, stages=2)
 BY_TMA = GemmTiles(64, 16, 16, warps=4, stages=2, uses_tma=True)
 ORDER = "fp32, another order of sums"
@@ -67,6 +68,8 @@ def test_what_can_be_read_wide() -> None:
     assert not read_wide(made, by_eight, capability=80) and read_wide(made, by_eight, capability=90)  # TMA counts bytes
     askew = made.flatten()[1:49].view(1, 48)
     assert not read_wide(askew, capability=80) and not read_wide(askew, capability=100)
+    one_row = made.flatten()[:51].view(1, 51)[:, :48]  # counts as contiguous, but TMA is told of its stride
+    assert one_row.is_contiguous() and not read_wide(one_row, capability=90)
     for capability in (80, 90, 100):
         for chooses in (choose_tiles, kernel.outer_tiles):
             tiles = chooses(rows=9999, groups=1, capability=capability, element_bytes=2, reads_wide=False)
@@ -85,6 +88,16 @@ def test_every_way_of_tiling_matches_and_never_uses_rows_past_the_end(tiles: Gem
     with poisoned_memory():
         out = multiply_rows(x, weight=weight, offsets=offsets, transposed=transposed, tiles=tiles)
     assert_close(out, expected=expected, tolerance=1e-5, reason=ORDER)
+
+
+def test_one_row_of_a_wider_tensor_is_multiplied_where_tma_cannot_read_it() -> None:
+    x, weight, offsets = random_tensor(1, 43)[:, :40], random_tensor(1, 24, 40, seed=1), ends_of([1])
+    assert x.is_contiguous()
+    out = multiply_rows(x, weight=weight, offsets=offsets, transposed=False, tiles=BY_TMA)
+    assert_close(out, expected=x @ weight[0].T, tolerance=1e-5, reason=ORDER)
+    left = random_tensor(1, 24, seed=2)
+    outer = multiply_outer(left, right=x, offsets=offsets, tiles=BY_TMA)
+    assert_close(outer[0], expected=left.T @ x, tolerance=1e-5, reason=ORDER)
 
 
 @pytest.mark.parametrize("tiles", [SMALL, BY_TMA])
@@ -111,7 +124,7 @@ def test_gathered_rows_equal_a_copy_in_both_kernels() -> None:
                  reason="the same sums")
 
 
-@pytest.mark.parametrize("counts", [*COUNTS, [16, 32, 1]])
+@pytest.mark.parametrize("counts", [*COUNTS, [16, 32, 1], MANY_TILES])
 def test_the_table_covers_every_row_once_within_the_bound(counts: list[int]) -> None:
     rows = sum(counts) + 5
     with poisoned_memory():

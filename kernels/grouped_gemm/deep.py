@@ -70,9 +70,11 @@ class DeepGroupedGemm(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous()
-        turned = quant_cast(weight, block_rows=SIDE, transposed=True)
-        return _multiply(grad, weight=turned, offsets=offsets), grouped_outer(grad, rows, offsets), None
+        grad, grad_rows = grad.contiguous(), None
+        if ctx.needs_input_grad[0]:
+            turned = quant_cast(weight, block_rows=SIDE, transposed=True)
+            grad_rows = _multiply(grad, weight=turned, offsets=offsets)
+        return grad_rows, grouped_outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None, None
 
 
 def _multiply(rows: torch.Tensor, *, weight: ScaledTensor, offsets: torch.Tensor) -> torch.Tensor:

@@ -102,8 +102,9 @@ class ScaledGroupedGemm(torch.autograd.Function):
     @first_order
     def backward(ctx, grad: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         rows, weight, offsets = ctx.saved_tensors
-        grad = grad.contiguous()
-        narrow_grad = quant_cast(grad, block_rows=1, backend="triton")
-        turned = quant_cast(weight, block_rows=SIDE, transposed=True, backend="triton")
-        grad_rows = multiply_scaled(narrow_grad, weight=turned, offsets=offsets, dtype=rows.dtype)
-        return grad_rows, grouped_outer(grad, rows, offsets), None
+        grad, grad_rows = grad.contiguous(), None
+        if ctx.needs_input_grad[0]:
+            narrow_grad = quant_cast(grad, block_rows=1, backend="triton")
+            turned = quant_cast(weight, block_rows=SIDE, transposed=True, backend="triton")
+            grad_rows = multiply_scaled(narrow_grad, weight=turned, offsets=offsets, dtype=rows.dtype)
+        return grad_rows, grouped_outer(grad, rows, offsets) if ctx.needs_input_grad[1] else None, None

@@ -123,6 +123,20 @@ def test_products_and_gradients_are_those_of_our_fp8_kernels(counts: list[int], 
         assert_close(one, expected=other, tolerance=1e-2, reason="the same e4m3 numbers, results of 8 bits")
 
 
+def test_gradients_that_nobody_wants_are_not_made(deepgemm: StandIn, monkeypatch: pytest.MonkeyPatch) -> None:
+    outer = []
+    monkeypatch.setattr(deep, "grouped_outer", lambda *given, real=deep.grouped_outer: (
+        outer.append(1), real(*given))[1])
+    for frozen, calls in (("weight", (2, 0)), ("rows", (1, 1))):
+        deepgemm.calls = 0
+        outer.clear()
+        rows = random_tensor(6, 128, dtype=torch.bfloat16).requires_grad_(frozen != "rows")
+        weight = random_tensor(2, 16, 128, seed=1, dtype=torch.bfloat16).requires_grad_(frozen != "weight")
+        out = grouped_gemm(rows, weight=weight, offsets=torch.tensor([4, 6]), backend="deepgemm", fp8=True)
+        out.sum().backward()
+        assert (deepgemm.calls, len(outer)) == calls, frozen
+
+
 def test_experts_over_tokens_multiply_by_it(deepgemm: StandIn) -> None:
     places = torch.arange(10).view(5, 2)
     plan, offsets = RowPlan(places.flatten() // 2, places), torch.tensor([4, 4, 10])

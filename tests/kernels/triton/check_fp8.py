@@ -5,7 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from ernie5_kernels.grouped_gemm import grouped_gemm
+from ernie5_kernels.grouped_gemm import grouped_gemm, scaled
 from ernie5_kernels.grouped_gemm.reference import grouped_gemm_reference
 from ernie5_kernels.quant_cast import quant_cast
 from ernie5_kernels.quant_cast.kernel import quant_cast_triton
@@ -43,12 +43,13 @@ def test_fp8_products_and_gradients_match_products_of_the_widened_numbers(counts
     rows, offsets = sum(counts) + 2, torch.tensor(counts, device=kernel_device()).cumsum(0)
     x, weight = random_tensor(rows, 140), random_tensor(len(counts), 24, 140, seed=1)
     grad = random_tensor(rows, 24, seed=2)
-    leaves = x.clone().requires_grad_(), weight.clone().requires_grad_()
-    x[-2:] = float("nan")  # rows past the end, which the kernels may not use
+    bad, bad_grad = x.clone(), grad.clone()
+    bad[-2:], bad_grad[-2:] = float("nan"), float("nan")  # rows past the end, which the kernels may not use
+    leaves = bad.requires_grad_(), weight.clone().requires_grad_()
     with poisoned_memory():
         out = grouped_gemm(leaves[0], weight=leaves[1], offsets=offsets, fp8=True)
-        got = torch.autograd.grad(out, leaves, grad)
-    narrow = {"x": quant_cast(leaves[0], block_rows=1), "w": quant_cast(weight, block_rows=128)}
+        got = torch.autograd.grad(out, leaves, bad_grad)
+    narrow = {"x": quant_cast(x, block_rows=1), "w": quant_cast(weight, block_rows=128)}
     wide_w = narrow["w"].widened()
     expected = grouped_gemm_reference(narrow["x"].widened(), weight=wide_w, offsets=offsets)
     assert_close(out, expected=expected, tolerance=SUMS, reason=REASON)
@@ -56,8 +57,23 @@ def test_fp8_products_and_gradients_match_products_of_the_widened_numbers(counts
     assert_close(got[0], expected=back, tolerance=max(1e-4, SUMS),
                  reason=f"{REASON}; weights cast from the other side share their scales")
     exact = leaves[1].detach().clone().requires_grad_()
-    grouped_gemm_reference(leaves[0].detach(), weight=exact, offsets=offsets).backward(grad)
+    grouped_gemm_reference(x, weight=exact, offsets=offsets).backward(grad)
     assert_close(got[1], expected=exact.grad, tolerance=1e-5, reason="not in fp8")
+
+
+def test_gradients_that_nobody_wants_are_not_made(monkeypatch: pytest.MonkeyPatch) -> None:
+    made = []
+    for name in ("multiply_scaled", "grouped_outer"):
+        monkeypatch.setattr(scaled, name, lambda *given, name=name, real=getattr(scaled, name), **named: (
+            made.append(name), real(*given, **named))[1])
+    offsets = torch.tensor([4, 6], device=kernel_device())
+    for frozen, expected in (("weight", ["multiply_scaled"]), ("rows", ["grouped_outer"])):
+        rows = random_tensor(6, 128).requires_grad_(frozen != "rows")
+        weight = random_tensor(2, 16, 128, seed=1).requires_grad_(frozen != "weight")
+        out = grouped_gemm(rows, weight=weight, offsets=offsets, fp8=True)
+        made.clear()
+        out.sum().backward()
+        assert made == expected, frozen
 
 
 def test_fp8_products_stay_near_the_exact_ones() -> None:

@@ -211,10 +211,13 @@ def _fake(
 def _save(ctx, inputs: tuple, output: tuple[torch.Tensor, torch.Tensor]) -> None:
     ctx.save_for_backward(*inputs[:6], output[1])
     ctx.mark_non_differentiable(output[1])
+    ctx.set_materialize_grads(False)  # else zeros as large as the product come in as its gradient
     ctx.keeps = inputs[6]
 
 
-def _gradients(ctx, grad: torch.Tensor, _: torch.Tensor | None) -> tuple[torch.Tensor | None, ...]:
+def _gradients(ctx, grad: torch.Tensor | None, _: None) -> tuple[torch.Tensor | None, ...]:
+    if grad is None:
+        return (None,) * 7
     if not ctx.keeps:
         raise KernelError("grouped_swiglu: backward of a product that was not kept. Call the operator with keeps=True")
     x, gate_up, row_weights, offsets, sources, places, first = ctx.saved_tensors

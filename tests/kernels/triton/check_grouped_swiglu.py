@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ernie5.errors import KernelError
 from ernie5_kernels import checks
@@ -182,6 +183,36 @@ def test_nothing_is_kept_where_no_gradient_is_wanted(monkeypatch: pytest.MonkeyP
     with torch.no_grad():
         other = grouped_swiglu(inputs[0], **call)
     assert kept == [True, False] and torch.equal(one, other)
+
+
+class MadeZeros(TorchDispatchMode):
+    """Shapes of the tensors of zeros that are made inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: list[tuple[int, ...]] = []
+
+    def __torch_dispatch__(
+        self, function: object, _: object, arguments: tuple = (), named: dict | None = None
+    ) -> object:
+        out = function(*arguments, **(named or {}))
+        if "zero" in str(function):
+            self.shapes.append(tuple(out.shape))
+        return out
+
+
+def test_no_zeros_are_made_for_a_gradient_of_the_product_that_is_kept() -> None:
+    """They would be as large as the product itself: nearly a gigabyte per layer of the flagship."""
+    leaves = [random_tensor(*shape).requires_grad_() for shape in ((4, 8), (2, 6, 8), (4,))]
+    out = grouped_swiglu(
+        leaves[0], gate_up=leaves[1], row_weights=leaves[2], offsets=ends_of([2, 2]), backend="triton"
+    )
+    with MadeZeros() as made:
+        out.sum().backward()
+    assert (4, 6) not in made.shapes and all(leaf.grad.abs().sum() > 0 for leaf in leaves)
+    with MadeZeros() as made:
+        torch.zeros(4, 6)
+    assert made.shapes == [(4, 6)]
 
 
 def test_the_gradient_of_what_was_not_kept_is_refused() -> None:

@@ -57,7 +57,8 @@ def route(
     if keeps_scores and backend == "native":
         raise KernelError("route: native keeps no scores of all experts, which keeps_scores asks for. Use backend auto")
     native = runs_native(hidden, weight) and bias.dtype == torch.float32 and not keeps_scores
-    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, native=native)
+    dtype = torch.promote_types(hidden.dtype, weight.dtype)
+    chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, dtype=dtype, native=native)
     if chosen == "native":
         return Route(*route_native(hidden, weight, bias, active, choices, top_k, uses_sigmoid, scale), None, None)
     if chosen == "reference":

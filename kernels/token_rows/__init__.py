@@ -10,7 +10,7 @@ import dataclasses
 
 import torch
 
-from ..checks import lies_open, require, require_beside, require_within, transforms
+from ..checks import lies_open, require, require_beside, require_float, require_within, transforms
 from ..dispatch import choose_backend
 from ..native.library import is_narrow, native_library, pointer, runs_native, sizes, threads
 from .reference import gather_rows_reference, sum_places_reference
@@ -56,9 +56,9 @@ def plan_rows(sources: torch.Tensor, *, tokens: int) -> RowPlan:
     """
     require(sources.ndim == 1, op="plan_rows", name="sources", tensor=sources, rule="it must be [rows]")
     _require_index(sources, limit=tokens, beside=sources, op="plan_rows", name="sources")
-    counts = torch.bincount(sources, minlength=tokens)
-    starts = torch.cat([counts.new_zeros(1), counts.cumsum(0)])
-    return RowPlan(sources, torch.argsort(sources, stable=True), starts, checks=False)
+    counts = sources.new_zeros(tokens + 1)
+    counts[1:].scatter_add_(0, sources, torch.ones_like(sources))  # bincount would wait for a GPU
+    return RowPlan(sources, torch.argsort(sources, stable=True), counts.cumsum(0), checks=False)
 
 
 def require_plan(plan: RowPlan, *, tokens: torch.Tensor, op: str) -> None:
@@ -187,6 +187,7 @@ def sum_places(
     if chosen == "triton":
         from ..moe_permute.kernel import unpermute_triton
 
+        require_float(rows, op=op, name="rows")
         return unpermute_triton(rows.contiguous(), places, None)
     if chosen == "reference":
         return sum_places_reference(rows, places=places, starts=starts)

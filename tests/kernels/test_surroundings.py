@@ -142,6 +142,14 @@ def test_fake_tensors_have_shapes_alone(name: str) -> None:
     assert out.shape == OPERATORS[name][0](*_inputs(name)).shape
 
 
+def test_a_plan_is_made_without_a_value_on_the_host() -> None:
+    """FakeTensors have none; of a GPU's it would mean to wait."""
+    with FakeTensorMode(allow_non_fake_inputs=True) as mode:
+        plan = plan_rows(mode.from_tensor(SOURCES), tokens=TOKENS)
+    assert [tuple(part.shape) for part in plan.tensors] == [tuple(part.shape) for part in PLAN.tensors]
+    assert PLAN.starts.tolist() == [0, 2, 3, 4, 6, 6, 8] and PLAN.places.tolist() == [1, 5, 4, 6, 2, 3, 0, 7]
+
+
 @pytest.mark.skipif(native_library() is None, reason="no C++ compiler on this machine")
 def test_a_tensor_whose_storage_was_freed_is_refused() -> None:
     x, weight = _inputs("rms_norm")

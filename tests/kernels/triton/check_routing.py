@@ -7,9 +7,11 @@ import torch
 
 from ernie5_kernels.moe_permute import Permutation, permute, permute_cast, plan_permutation, unpermute
 from ernie5_kernels.moe_permute.kernel import permute_triton, plan_triton, unpermute_triton
+from ernie5_kernels.route import route
 from ernie5_kernels.router_topk import router_topk
 from ernie5_kernels.router_topk.kernel import router_topk_triton
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, poisoned_memory, random_tensor
+from ernie5_kernels.token_rows import sum_places
 
 FP32 = {"tolerance": 3e-6, "reason": "fp32, another order of sums"}
 ODD = (1, 7, 129)
@@ -86,6 +88,17 @@ def test_routing_refuses_by_name() -> None:
         router_topk(logits.bfloat16(), bias=bias, top_k=2, backend="triton")
     with pytest.raises(ValueError, match="active has shape .* of bool"):
         router_topk(logits, bias=bias, top_k=2, active=bias)
+
+
+def test_fp64_is_routed_by_pytorch_and_not_summed_in_fp32() -> None:
+    """auto leaves it to PyTorch, as the other operators do; by name Triton says no."""
+    hidden, weight = (random_tensor(*shape, seed=n, dtype=torch.float64) for n, shape in enumerate(((5, 8), (7, 8))))
+    made = route(hidden, weight=weight, bias=torch.zeros(7, device=hidden.device), top_k=2)
+    assert made.weights.dtype == torch.float64
+    places = torch.arange(4, device=hidden.device).view(2, 2)
+    with pytest.raises(ValueError, match="sum_places: rows .* dtype torch.float64.*takes float32"):
+        sum_places(hidden[:4], places=places, backend="triton")
+    assert sum_places(hidden[:4], places=places).dtype == torch.float64
 
 
 def choices_of(tokens: int, experts: int, top_k: int) -> torch.Tensor:

@@ -40,6 +40,14 @@ def choose_blocks(*, capability: int, width: int, element_bytes: int, part: str)
 
 
 @triton.jit
+def row_and_head(heads):
+    """(row of the batch, head) of this program: one number taken apart, as two dK and dV would need 4 registers more,
+    and have 255 then (sm_90). CUDA allows no launch of rows times heads beyond 65,535 in one size of its grid."""
+    pair = tl.program_id(2) * heads + tl.program_id(1)
+    return (pair // heads).to(tl.int64), pair % heads
+
+
+@triton.jit
 def visible_pairs(intervals, row, key, keys):
     """[rows, keys]: whether the row sees the key."""
     inside = key < keys
@@ -91,7 +99,7 @@ def attention_forward_kernel(
 ):
     """One block of queries of one head; out [B, T, H, C], lse [B, H, T] to base 2, +inf where a row sees nothing."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)  # under causal masks the last blocks have most to do
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = row_and_head(heads)
     group = head // (heads // groups)
     position = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     row = query_start + position
@@ -166,7 +174,7 @@ def key_gradient_kernel(
 ):
     """dK and dV of one block of keys of one key head, summed over the query heads that share it."""
     block = tl.program_id(0)
-    batch, group = (tl.program_id(1) // groups).to(tl.int64), tl.program_id(1) % groups
+    batch, group = row_and_head(groups)
     column = block * BLOCK_KEYS + tl.arange(0, BLOCK_KEYS)
     k = rows_of(key + batch * key_batch + group * key_head, column, keys, key_row, width, BLOCK_WIDTH)
     v = rows_of(value + batch * value_batch + group * value_head, column, keys, value_row, width, BLOCK_WIDTH)
@@ -226,7 +234,7 @@ def query_gradient_kernel(
 ):
     """dQ of one block of queries of one head."""
     block = tl.num_programs(0) - 1 - tl.program_id(0)
-    batch, head = (tl.program_id(1) // heads).to(tl.int64), tl.program_id(1) % heads
+    batch, head = row_and_head(heads)
     group = head // (heads // groups)
     position = block * BLOCK_QUERIES + tl.arange(0, BLOCK_QUERIES)
     row = query_start + position

@@ -35,7 +35,7 @@ def attention_op(
         return out, lse
     blocks = _blocks(query, part="forward")
     by_query, _ = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
-    attention_forward_kernel[(by_query.others.shape[1], batch * heads)](
+    attention_forward_kernel[(by_query.others.shape[1], heads, batch)](
         query, key, value, out, lse, intervals, by_query.others, by_query.counts, queries, key.shape[1], query_start,
         heads, key.shape[2], width, scale * math.log2(math.e), *query.stride()[:3], *key.stride()[:3],
         *value.stride()[:3], by_query.others.shape[2], precision_of(query.dtype), blocks.queries, blocks.keys,
@@ -67,7 +67,7 @@ def attention_backward(
     precision = precision_of(query.dtype)
     blocks = _blocks(query, part="keys")
     lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
-    key_gradient_kernel[(lists[1].others.shape[1], batch * key.shape[2])](
+    key_gradient_kernel[(lists[1].others.shape[1], key.shape[2], batch)](
         query, key, value, grad, lse, delta, grads[1], grads[2], intervals, lists[1].others, lists[1].counts, *sizes,
         lists[1].others.shape[2], precision, blocks.queries, blocks.keys, padded,
         num_warps=blocks.warps, num_stages=blocks.stages,
@@ -75,7 +75,7 @@ def attention_backward(
     if _blocks(query, part="queries") != blocks:
         blocks = _blocks(query, part="queries")
         lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
-    query_gradient_kernel[(lists[0].others.shape[1], batch * heads)](
+    query_gradient_kernel[(lists[0].others.shape[1], heads, batch)](
         query, key, value, grad, lse, delta, grads[0], intervals, lists[0].others, lists[0].counts, *sizes,
         lists[0].others.shape[2], precision, blocks.queries, blocks.keys, padded,
         num_warps=blocks.warps, num_stages=blocks.stages,

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import math
+
 import pytest
 import torch
 
 from ernie5_kernels.attention import attention, dense_mask, operator, plan_attention
-from ernie5_kernels.attention.blocks import block_lists
+from ernie5_kernels.attention.blocks import BlockLists, block_lists
 from ernie5_kernels.attention.kernel import AttentionBlocks
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, poisoned_memory, random_tensor
 
@@ -97,6 +99,28 @@ def test_lists_hold_every_visible_block_once_and_call_whole_only_what_is(interva
                     assert tiles[at][real[at].any(1)].all()
     causal = block_lists(packed([[96]]), queries=96, query_start=0, block_queries=16, block_keys=32)[0].counts[0]
     assert causal.tolist() == [[1, 1], [1, 1], [1, 2], [1, 2], [1, 3], [1, 3]]
+
+
+def test_many_rows_with_many_heads_stay_within_the_second_and_third_size_of_a_grid(
+    monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """CUDA allows 65,535 there; rows times heads would pass it."""
+    grids = []
+
+    class Recorded:
+        def __getitem__(self, grid: tuple[int, ...]) -> object:
+            return lambda *_, **__: grids.append(grid)
+
+    for name in ("attention_forward_kernel", "delta_kernel", "key_gradient_kernel", "query_gradient_kernel"):
+        monkeypatch.setattr(operator, name, Recorded())
+    empty = torch.zeros(0, dtype=torch.int32)
+    lists = BlockLists(empty.view(0, 1, 1), empty)
+    monkeypatch.setattr(operator, "block_lists", lambda *_, **__: (lists, lists))
+    q, k, v = (torch.zeros(5000, 1, 16, 2, device=kernel_device()).requires_grad_() for _ in range(3))
+    plan = plan_attention(None, batch_rows=5000, query_tokens=1, key_tokens=1)
+    attention(q, key=k, value=v, plan=plan, backend="triton").sum().backward()
+    assert len(grids) == 4 and all(max(grid[1:], default=1) <= 65_535 for grid in grids)
+    assert [math.prod(grid) for grid in grids if len(grid) > 1] == [80_000] * 3
 
 
 def test_bf16_slices_of_a_fused_projection_stay_near_the_reference() -> None:

@@ -56,7 +56,10 @@ def choose_backend(
             return "reference"
         able = {"native": native, "triton": triton_runs_on(device) and dtype in (None, *TRITON_DTYPES)}
         able |= dict.fromkeys(PACKAGES, False)
-        return next(name for name in offered if able.get(name, True))
+        chosen = next(name for name in offered if able.get(name, True))
+        if chosen == "triton":
+            _require_current_device(device, op=op)
+        return chosen
     if requested not in offered:
         raise KernelError(f"kernel {op}: no {requested} implementation. It offers {', '.join(offered)}, or use auto")
     if transformed and requested != "reference":
@@ -72,6 +75,8 @@ def choose_backend(
             f"kernel {op}: triton cannot run on {device.type}. It needs an NVIDIA GPU and {package} (or "
             "TRITON_INTERPRET=1 for tests); use auto or torch"
         )
+    if requested == "triton":
+        _require_current_device(device, op=op)
     if requested in PACKAGES:
         _require_package(requested, op=op, device=device)
     return requested
@@ -85,6 +90,18 @@ def _without_native() -> str:
     if native_library() is None:
         return f"native has no C++ library here, as a warning said. {COMPILER}. Or: {WRITABLE}"
     return "native cannot take these tensors. It needs all in fp32 or all in bf16, on the CPU"
+
+
+def _require_current_device(device: torch.device, *, op: str) -> None:
+    """Triton launches on the current device and its stream, wherever the tensors are: at best unordered with them."""
+    if device.type != "cuda" or device.index is None or not torch.cuda.is_initialized():
+        return
+    current = torch.cuda.current_device()
+    if device.index != current:
+        raise KernelError(
+            f"kernel {op}: triton launches on the current device, cuda:{current}, and the tensors are on {device}. "
+            f"Call torch.cuda.set_device({device.index}) before; or use torch"
+        )
 
 
 def _require_package(requested: str, *, op: str, device: torch.device) -> None:

@@ -10,6 +10,7 @@ from ernie5.model.config import ModelConfig, MoEConfig
 from ernie5.model.interfaces import ArrangedRows
 from ernie5.model.moe.layer import MoELayer
 from ernie5.model.moe.router import Router
+from ernie5_kernels import dispatch
 from ernie5_kernels.attention import attention, plan_attention
 from ernie5_kernels.dispatch import BACKENDS, choose_backend
 from ernie5_kernels.experts import experts
@@ -38,6 +39,19 @@ def test_auto_never_takes_them() -> None:
     for name in ("megablocks", "deepgemm", "flash_attn"):
         chosen = choose_backend("auto", op="any", offered=(name, "torch"), device=torch.device("cpu"))
         assert chosen == "torch" and name in BACKENDS
+
+
+def test_triton_is_refused_where_its_launch_would_go_to_another_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """It goes to the current one and its stream, which waits for nothing that another GPU computes."""
+    monkeypatch.setattr(dispatch, "TRITON_INSTALLED", True)
+    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    call = {"op": "any", "offered": ("triton", "torch")}
+    for name in ("auto", "triton"):
+        assert choose_backend(name, device=torch.device("cuda:0"), **call) == "triton"
+        with pytest.raises(KernelError, match=r"current device, cuda:0, .* on cuda:1.*set_device\(1\)"):
+            choose_backend(name, device=torch.device("cuda:1"), **call)
+    assert choose_backend("torch", device=torch.device("cuda:1"), **call) == "torch"
 
 
 def test_fp8_says_that_triton_is_missing() -> None:

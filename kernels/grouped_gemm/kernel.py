@@ -29,15 +29,15 @@ def swizzled(tile, row_tiles, col_tiles, SHARED: tl.constexpr):
 
 @triton.jit
 def rows_kernel(
-    x, weight, out, sources, table, count, groups, inner, cols,
-    GATHERS: tl.constexpr, TRANSPOSED: tl.constexpr, TMA: tl.constexpr, SPECIALIZES: tl.constexpr, EVEN: tl.constexpr,
+    x, weight, out, table, count, groups, inner, cols,
+    TRANSPOSED: tl.constexpr, TMA: tl.constexpr, SPECIALIZES: tl.constexpr, EVEN: tl.constexpr,
     PRECISION: tl.constexpr, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr, BLOCK_INNER: tl.constexpr,
     SHARED: tl.constexpr,
 ):
     """out[r] = weight[g(r)] x[r], weight being [E, cols, inner], or [E, inner, cols] where TRANSPOSED.
 
-    GATHERS: row r of x is sources[r]. TMA: x and weight are descriptors. A tile of rows past the end (group E) runs no
-    step of the inner loop, hence stores zeros.
+    TMA: x and weight are descriptors. A tile of rows past the end (group E) runs no step of the inner loop, hence
+    stores zeros.
     """
     SWAPPED: tl.constexpr = BLOCK_ROWS < 64
     col_tiles = tl.cdiv(cols, BLOCK_COLS)
@@ -55,7 +55,7 @@ def rows_kernel(
         col = col_tile * BLOCK_COLS + tl.arange(0, BLOCK_COLS)
         step = tl.arange(0, BLOCK_INNER)
         if not TMA:
-            source = tl.load(sources + row, mask=row < end, other=0).to(tl.int64) if GATHERS else row.to(tl.int64)
+            line = x + row.to(tl.int64)[:, None] * inner
             base = weight + group.to(tl.int64) * cols * inner
         if SWAPPED:
             total = tl.zeros((BLOCK_COLS, BLOCK_ROWS), tl.float32)
@@ -71,8 +71,7 @@ def rows_kernel(
             else:
                 inside = step < (BLOCK_INNER if EVEN else inner - start)
                 left = tl.load(
-                    x + source[:, None] * inner + (start + step)[None, :],
-                    mask=(row < end)[:, None] & inside[None, :], other=0.0,
+                    line + (start + step)[None, :], mask=(row < end)[:, None] & inside[None, :], other=0.0
                 )
                 if TRANSPOSED:
                     place = (start + step).to(tl.int64)[:, None] * cols + col[None, :]
@@ -147,12 +146,11 @@ def multiply_rows(
     weight: torch.Tensor,
     offsets: torch.Tensor,
     transposed: bool,
-    sources: torch.Tensor | None = None,
     tiles: GemmTiles | None = None,
 ) -> torch.Tensor:
-    """Launch rows_kernel; sources [R] gathers rows of x. tiles: by default those of `choose_tiles`."""
+    """Launch rows_kernel; tiles: by default those of `choose_tiles`."""
     groups, inner, cols = weight.shape if transposed else (weight.shape[0], weight.shape[2], weight.shape[1])
-    rows = x.shape[0] if sources is None else sources.shape[0]
+    rows = x.shape[0]
     out = x.new_empty(rows, cols)
     if not out.numel():
         return out
@@ -162,15 +160,14 @@ def multiply_rows(
             rows=rows, groups=groups, capability=capability, element_bytes=x.element_size(),
             reads_wide=read_wide(x, weight, capability=capability),
         )
-    tma = tiles.uses_tma and sources is None and fits_tma(x, weight)
+    tma = tiles.uses_tma and fits_tma(x, weight)
     table, count = tile_table(offsets, rows=rows, block_rows=tiles.rows)
     launched = most_tiles(rows=rows, groups=groups, block_rows=tiles.rows) * column_tiles(cols, tiles=tiles)
     block = [1, tiles.inner, tiles.cols] if transposed else [1, tiles.cols, tiles.inner]
     rows_kernel[(most_programs(tiles=launched, processors=tiles.programs * num_processors(x.device)),)](
         TensorDescriptor.from_tensor(x, [tiles.rows, tiles.inner]) if tma else x,
         TensorDescriptor.from_tensor(weight, block) if tma else weight,
-        out, table if sources is None else sources, table, count, groups, inner, cols,
-        sources is not None, transposed, tma, tma and tiles.specializes, inner % tiles.inner == 0,
+        out, table, count, groups, inner, cols, transposed, tma, tma and tiles.specializes, inner % tiles.inner == 0,
         precision_of(x.dtype), tiles.rows, tiles.cols, tiles.inner, SHARED_TILES,
         num_warps=tiles.warps, num_stages=tiles.stages,
     )

@@ -88,11 +88,11 @@ def _rows(rows: int, *, name: str, transposed: bool, odd: bool = False) -> Case:
             {"x": f"tensordesc<bf16[{t.rows}, {t.inner}]>", "weight": f"tensordesc<bf16[1, {block[0]}, {block[1]}]>"}
             if t.uses_tma else {"x": "*bf16", "weight": "*bf16"}
         )
-        types = {**operands, "out": "*bf16", "sources": "*i64", "table": "*i32", "count": "*i32",
+        types = {**operands, "out": "*bf16", "table": "*i32", "count": "*i32",
                  "groups": "i32", "inner": "i32", "cols": "i32"}
-        constants = {"GATHERS": False, "TRANSPOSED": transposed, "TMA": t.uses_tma, "SPECIALIZES": t.specializes,
-                     "EVEN": not odd, "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols,
-                     "BLOCK_INNER": t.inner, "SHARED": grouped.SHARED_TILES}
+        constants = {"TRANSPOSED": transposed, "TMA": t.uses_tma, "SPECIALIZES": t.specializes, "EVEN": not odd,
+                     "PRECISION": PRECISION, "BLOCK_ROWS": t.rows, "BLOCK_COLS": t.cols, "BLOCK_INNER": t.inner,
+                     "SHARED": grouped.SHARED_TILES}
         divisible = () if odd else ("inner", "cols")
         return Source(grouped.rows_kernel, types, constants, divisible, t.warps, t.stages)
 

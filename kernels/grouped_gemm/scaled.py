@@ -67,19 +67,35 @@ def multiply_scaled(
 
     Zeros past the last offset.
     """
-    device = rows.values.device
-    (groups, cols, inner), num_rows = weight.values.shape, rows.values.shape[0]
-    out = torch.empty((num_rows, cols), dtype=dtype, device=device)
+    return scaled_gemm_triton(rows.values, rows.scales, weight.values, weight.scales, offsets, dtype)
+
+
+@torch.library.custom_op("ernie5::scaled_gemm", mutates_args=())
+def scaled_gemm_triton(
+    rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
+    offsets: torch.Tensor, dtype: torch.dtype,
+) -> torch.Tensor:
+    """`multiply_scaled` of what its two tensors hold."""
+    (groups, cols, inner), num_rows = weight.shape, rows.shape[0]
+    out = rows.new_empty((num_rows, cols), dtype=dtype)
     if not out.numel():
         return out
     block = scaled_block_rows(rows=num_rows, groups=groups)
     table, count = tile_table(offsets, rows=num_rows, block_rows=block)
     launched = most_tiles(rows=num_rows, groups=groups, block_rows=block) * ceil_div(cols, SIDE)
-    scaled_rows_kernel[(most_programs(tiles=launched, processors=num_processors(device)),)](
-        rows.values, weight.values, rows.scales, weight.scales, out, table, count, groups, inner, cols,
+    scaled_rows_kernel[(most_programs(tiles=launched, processors=num_processors(rows.device)),)](
+        rows, weight, row_scales, weight_scales, out, table, count, groups, inner, cols,
         block, SIDE, SIDE, SHARED_TILES, num_warps=8 if block == 128 else 4, num_stages=3,
     )
     return out
+
+
+@scaled_gemm_triton.register_fake
+def _fake(
+    rows: torch.Tensor, row_scales: torch.Tensor, weight: torch.Tensor, weight_scales: torch.Tensor,
+    offsets: torch.Tensor, dtype: torch.dtype,
+) -> torch.Tensor:
+    return rows.new_empty((rows.shape[0], weight.shape[1]), dtype=dtype)
 
 
 def scaled_block_rows(*, rows: int, groups: int) -> int:

@@ -84,6 +84,19 @@ def test_fp8_products_stay_near_the_exact_ones() -> None:
     assert 1e-3 < error < 6e-2, "e4m3 keeps 4 bits: a relative error of some 3 per cent, and not none"
 
 
+def test_fp8_products_compile_into_one_graph() -> None:
+    offsets = torch.tensor([3, 3, 9], device=kernel_device())
+    ours, plain = ((random_tensor(9, 128).requires_grad_(), random_tensor(3, 16, 128).requires_grad_()) for _ in "ab")
+
+    def product(rows: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
+        return grouped_gemm(rows, weight=weight, offsets=offsets, fp8=True)
+
+    out, expected = torch.compile(product, fullgraph=True, backend="aot_eager")(*ours), product(*plain)
+    assert torch.equal(out, expected)
+    for one, other in zip(*(torch.autograd.grad(y.sum(), x) for y, x in ((out, ours), (expected, plain))), strict=True):
+        assert torch.equal(one, other)
+
+
 def test_the_cast_refuses_what_it_cannot_do_and_passes_opcheck() -> None:
     with pytest.raises(ValueError, match="block_rows is 7"):
         quant_cast(random_tensor(2, 8), block_rows=7)
@@ -93,3 +106,7 @@ def test_the_cast_refuses_what_it_cannot_do_and_passes_opcheck() -> None:
         quant_cast(random_tensor(2, 8), block_rows=1, transposed=True)
     without_gradients = ("test_schema", "test_faketensor")
     torch.library.opcheck(quant_cast_triton, (random_tensor(1, 3, 5), 128, True), test_utils=without_gradients)
+    rows, weight = quant_cast(random_tensor(5, 130), block_rows=1), quant_cast(random_tensor(2, 4, 130), block_rows=128)
+    operands = (rows.values, rows.scales, weight.values, weight.scales, torch.tensor([2, 3], device=kernel_device()))
+    without_clones = ("test_faketensor",)  # PyTorch's check of the schema multiplies, which e4m3 cannot
+    torch.library.opcheck(scaled.scaled_gemm_triton, (*operands, torch.bfloat16), test_utils=without_clones)

@@ -36,7 +36,7 @@ def plan_permutation(choices: torch.Tensor, *, num_experts: int, backend: str = 
     """Order the slots of choices [N, K] (int64 in 0..E-1) by expert; within an expert the order of tokens stays.
 
     Raises KernelError for a backend that cannot run, ValueError for choices that do not fit. On a GPU their range is
-    not looked at, which would wait for it: what is outside makes rows that nothing writes.
+    not looked at, which would wait for it: a choice outside leaves its place as memory was, and `permute` follows it.
     """
     holds = choices.ndim == 2 and choices.dtype == torch.int64
     require(holds, op=OP, name="choices", tensor=choices, rule="it must be [tokens, k] of int64")

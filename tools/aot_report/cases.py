@@ -1,4 +1,4 @@
-"""Every kernel in the configurations that its launch chooses, with the work of one flagship step on one device.
+"""Kernels in the configurations that their launches choose, with the work of one flagship step on one device.
 
 Flagship (configs): width 8,192, expert width 3,584, 384 experts of which 8 are chosen, 64 query and 8 key heads of 128,
 vocabulary 200,000; a device holds 8,192 tokens in rows of 8,192 and, with 64-fold expert parallelism, 6 experts that

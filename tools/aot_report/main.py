@@ -1,5 +1,6 @@
-"""What the compiler says of every Triton kernel on three chips: `python tools/aot_report/main.py --out REPORT`.
+"""What the compiler says of the Triton kernels on three chips: `python tools/aot_report/main.py --out REPORT`.
 
+All but those that make tables of tiles and blocks, and attention's sum over rows of dO * O.
 Writes REPORT.md and REPORT.json. Needs no GPU; compiled kernels stay in Triton's cache, so a second run is quick.
 Exits with 1 where a kernel spills, exceeds the chip's shared memory, or misses the tensor core that it is meant for.
 """

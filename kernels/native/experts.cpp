@@ -26,26 +26,35 @@ const T* rows_at(const T* x, const int64_t* sources, int64_t first, int64_t coun
 
 int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
 
-// out[rows, columns] = left weight^T of one expert, weight [columns, summed]. `once`: for these rows alone, so that a
-// panel is packed, used while it lies in the first cache, and forgotten; else all of it lies in `packed` already.
+// out[rows, columns] = left weight^T of one expert, weight [columns, summed], for these rows alone: a panel is packed, used
+// while it lies in the first cache, and forgotten. Meanwhile the weight at `next`, the next expert's, is asked for.
 template <class T>
-void apply(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* weight, bool once, Unit<T>* packed,
-           T* out) {
+void apply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* weight, const T* next,
+                Unit<T>* packed, T* out) {
   const int64_t stride = units_of<T>(summed) * PANEL;
-  if (!once) return multiply<T, T>(rows, columns, summed, left, packed, stride, out, columns, false);
   const int64_t step = takes_tiles<T>() ? 2 * PANEL : PANEL;  // few rows by tiles: blocks of two panels
   for (int64_t j = 0; j < columns; j += step) {
     const int64_t own = std::min(step, columns - j);
     pack_columns(weight + j * summed, summed, summed, own, packed);
-    multiply<T, T>(rows, own, summed, left, packed, stride, out + j, columns, false);
+    if (takes_tiles<T>())
+      multiply<T, T>(rows, own, summed, left, packed, stride, out + j, columns, false);
+    else
+      strip_asking<T>(rows, summed, left, packed, out + j, columns, own, next + j * summed);
   }
+}
+
+// Experts that a thread takes at a time, one after the other, so that it knows which comes next.
+int64_t chunk_of(int64_t experts, int threads) { return std::clamp<int64_t>(experts / (16 * threads), 1, 16); }
+int64_t next_of(int64_t expert, int64_t chunk, int64_t experts) {
+  return (expert + 1) % chunk == 0 || expert + 1 == experts ? expert : expert + 1;
 }
 
 template <class T>
 void forward(const T* x, const int64_t* sources, const float* weights, const int64_t* ends, const T* gate_up,
              const T* down, T* middle, T* out, Sizes s, int threads) {
   const int64_t twice = 2 * s.hidden;
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
+  const int64_t chunk = chunk_of(s.experts, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
   for (int64_t e = 0; e < s.experts; ++e) {
     const TileScope tiles;
     const int64_t start = first_of(ends, e), end = ends[e];
@@ -53,7 +62,8 @@ void forward(const T* x, const int64_t* sources, const float* weights, const int
     Unit<T>* first = scratch<Unit<T>>(0, packed_size<T>(s.width, twice));
     Unit<T>* second = scratch<Unit<T>>(1, packed_size<T>(s.hidden, s.width));
     T* activated = scratch<T>(2, ROWS * s.hidden);
-    const T *up = gate_up + e * twice * s.width, *back = down + e * s.width * s.hidden;
+    const int64_t next = next_of(e, chunk, s.experts), cells = s.width * s.hidden;
+    const T *up = gate_up + e * 2 * cells, *back = down + e * cells;
     const bool once = end - start <= ROWS;
     if (!once) {
       pack_columns(up, s.width, s.width, twice, first);
@@ -62,11 +72,20 @@ void forward(const T* x, const int64_t* sources, const float* weights, const int
     for (int64_t r = start; r < end; r += ROWS) {
       const int64_t count = std::min(ROWS, end - r);
       const T* rows = rows_at(x, sources, r, count, s.width, 9);
-      apply(count, twice, s.width, left_rows(rows, s.width, s.width, count, 3), up, once, first, middle + r * twice);
+      const Left<T> left = left_rows(rows, s.width, s.width, count, 3);
+      if (once)
+        apply_once(count, twice, s.width, left, up, gate_up + next * 2 * cells, first, middle + r * twice);
+      else
+        multiply<T, T>(count, twice, s.width, left, first, units_of<T>(s.width) * PANEL, middle + r * twice, twice,
+                       false);
       for (int64_t m = 0; m < count; ++m)
         swiglu_row(middle + (r + m) * twice, s.hidden, weights[r + m], activated + m * s.hidden);
-      apply(count, s.width, s.hidden, left_rows(activated, s.hidden, s.hidden, count, 3), back, once, second,
-            out + r * s.width);
+      const Left<T> side = left_rows(activated, s.hidden, s.hidden, count, 3);
+      if (once)
+        apply_once(count, s.width, s.hidden, side, back, down + next * cells, second, out + r * s.width);
+      else
+        multiply<T, T>(count, s.width, s.hidden, side, second, units_of<T>(s.hidden) * PANEL, out + r * s.width,
+                       s.width, false);
     }
   }
   const int64_t last = ends[s.experts - 1];
@@ -82,7 +101,7 @@ void add_outer(const T* left, int64_t rows, const T* right, int64_t columns, int
   const Left<T> side = pack_left(left, rows, summed, rows, turned);
   const int64_t stride = units_of<T>(summed) * PANEL;
   if (only)
-    multiply<T, T>(rows, columns, summed, side, packed, stride, out, columns, false);
+    multiply_outward<T>(rows, columns, summed, side, packed, out);
   else
     multiply<T, float>(rows, columns, summed, side, packed, stride, sum, columns, add);
 }
@@ -105,7 +124,7 @@ void narrow_copy(const float* from, int64_t count, T* to) {
 }
 
 template <class T>
-void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
+void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e, int64_t next) {
   const TileScope tiles;
   const int64_t start = first_of(b.ends, e), end = b.ends[e], twice = 2 * s.hidden, cells = s.width * s.hidden;
   T *grad_up = b.grad_gate_up + e * 2 * cells, *grad_down = b.grad_down + e * cells;
@@ -114,10 +133,15 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
     std::memset(static_cast<void*>(grad_down), 0, cells * sizeof(T));
     return;
   }
-  Unit<T>* up = scratch<Unit<T>>(0, packed_size<T>(twice, s.width));
-  Unit<T>* down = scratch<Unit<T>>(1, packed_size<T>(s.width, s.hidden));
-  pack_rows(b.gate_up + e * 2 * cells, s.width, twice, s.width, up);
-  pack_rows(b.down + e * cells, s.hidden, s.width, s.hidden, down);
+  const T *gate_up = b.gate_up + e * 2 * cells, *down = b.down + e * cells;
+  const bool once = end - start <= ROWS;
+  Unit<T>*up_rows = nullptr, *down_rows = nullptr;
+  if (!once) {
+    up_rows = scratch<Unit<T>>(0, packed_size<T>(twice, s.width));
+    down_rows = scratch<Unit<T>>(1, packed_size<T>(s.width, s.hidden));
+    pack_rows(gate_up, s.width, twice, s.width, up_rows);
+    pack_rows(down, s.hidden, s.width, s.hidden, down_rows);
+  }
   const bool only = end - start <= BLOCK;
   float* sums = only ? nullptr : scratch<float>(4, 3 * cells);
   T *change = scratch<T>(2, BLOCK * twice), *activated = scratch<T>(5, BLOCK * s.hidden);
@@ -127,14 +151,22 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
     const T* upstream = rows_at(b.upstream, b.sources, r, count, s.width, 9);
     for (int64_t m = 0; m < count; m += ROWS) {
       const int64_t part = std::min(ROWS, count - m), at = r + m;
-      multiply<T, float>(part, s.hidden, s.width, left_rows(upstream + m * s.width, s.width, s.width, part, 3),
-                         down, units_of<T>(s.width) * PANEL, grad, s.hidden, false);
+      const Left<T> above = left_rows(upstream + m * s.width, s.width, s.width, part, 3);
+      if (once)
+        multiply_once<T, float>(part, s.hidden, s.width, above, down, b.down + next * cells, grad, 1);
+      else
+        multiply<T, float>(part, s.hidden, s.width, above, down_rows, units_of<T>(s.width) * PANEL, grad, s.hidden,
+                           false);
       for (int64_t i = 0; i < part; ++i)
         b.grad_weights[at + i] = swiglu_row_backward(b.middle + (at + i) * twice, grad + i * s.hidden, s.hidden,
                                                      b.weights[at + i], change + (m + i) * twice,
                                                      activated + (m + i) * s.hidden);
-      multiply<T, T>(part, s.width, twice, rows_of(change + m * twice, twice), up, units_of<T>(twice) * PANEL,
-                     b.grad_x + at * s.width, s.width, false);
+      const Left<T> changed = rows_of(change + m * twice, twice);
+      T* grad_x = b.grad_x + at * s.width;
+      if (once)
+        multiply_once<T, T>(part, s.width, twice, changed, gate_up, b.gate_up + next * 2 * cells, grad_x, 0);
+      else
+        multiply<T, T>(part, s.width, twice, changed, up_rows, units_of<T>(twice) * PANEL, grad_x, s.width, false);
     }
     const bool add = r > start;
     add_outer(upstream, s.width, activated, s.hidden, count, only, add, sums, grad_down);
@@ -146,8 +178,9 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e) {
 
 template <class T>
 void backward(const Backward<T>& b, const Sizes& s, int threads) {
-#pragma omp parallel for num_threads(threads) schedule(dynamic)
-  for (int64_t e = 0; e < s.experts; ++e) backward_expert(b, s, e);
+  const int64_t chunk = chunk_of(s.experts, threads);
+#pragma omp parallel for num_threads(threads) schedule(dynamic, chunk)
+  for (int64_t e = 0; e < s.experts; ++e) backward_expert(b, s, e, next_of(e, chunk, s.experts));
   const int64_t last = b.ends[s.experts - 1];
   std::memset(static_cast<void*>(b.grad_x + last * s.width), 0, (s.rows - last) * s.width * sizeof(T));
   std::memset(b.grad_weights + last, 0, (s.rows - last) * sizeof(float));

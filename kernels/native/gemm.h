@@ -40,6 +40,9 @@ inline size_t packed_size(int64_t summed, int64_t columns) {
   return units_of<T>(summed) * panels_of(columns) * PANEL;
 }
 
+constexpr int64_t LINE = 64;  // bytes that memory hands out together
+inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache: more may be under way there
+
 // Left side: unit k of row m lies at data[m * row + k * step].
 template <class T>
 struct Left {
@@ -51,24 +54,21 @@ inline Left<T> rows_of(const T* data, int64_t leading) {  // row-major with an e
   return {reinterpret_cast<const Unit<T>*>(data), leading / depth_of<T>, 1};
 }
 
-// out[ROWS, columns] (+)= left * panel for at most PANEL columns; compiled once, in gemm.cpp.
-template <class T, class O, int ROWS>
-void tile_rows(int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading, int64_t columns, bool add);
-
+// out[rows, columns] (+)= left * panel for at most PANEL columns; compiled once, in gemm.cpp.
 template <class T, class O>
-inline void strip(int64_t rows, int64_t units, Left<T> left, const Unit<T>* panel, O* out, int64_t leading,
-                  int64_t columns, bool add) {
-  int64_t m = 0;
-  auto advance = [&](auto count) {
-    tile_rows<T, O, decltype(count)::value>(units, {left.data + m * left.row, left.row, left.step}, panel,
-                                            out + m * leading, leading, columns, add);
-    m += decltype(count)::value;
-  };
-  while (rows - m >= TALL) advance(std::integral_constant<int, TALL>{});
-  while (rows - m >= 4) advance(std::integral_constant<int, 4>{});
-  if (rows - m >= 2) advance(std::integral_constant<int, 2>{});
-  if (rows - m >= 1) advance(std::integral_constant<int, 1>{});
-}
+void strip(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, O* out, int64_t leading, int64_t columns,
+           bool add);
+// The same; meanwhile as many bytes as the panel has are asked for at `next`, one after the other.
+template <class T>
+void strip_asking(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading,
+                  int64_t columns, const void* next);
+// The same past the caches: `out` and its rows begin with whole lines, and the panel has PANEL columns.
+template <class T>
+void strip_streaming(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading);
+// out[rows, PANEL] = left * PANEL columns of a row-major right side, read where they lie; asks as strip_asking does.
+template <class T, class O>
+void strip_in_place(int64_t rows, int64_t summed, Left<T> left, const T* right, int64_t right_leading, O* out,
+                    int64_t leading, const void* next);
 
 // Whether products of T take the matrix tiles: their left side must then be row-major (step 1).
 template <class T>
@@ -90,7 +90,7 @@ void multiply(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const
     if (tiles_run)
       return multiply_tiles<O>(rows, columns, units_of<T>(summed), left, packed, stride, out, leading, add);
   for (int64_t j = 0; j < columns; j += PANEL)
-    strip<T, O>(rows, units_of<T>(summed), left, packed + j / PANEL * stride, out + j, leading, columns - j, add);
+    strip<T, O>(rows, summed, left, packed + j / PANEL * stride, out + j, leading, columns - j, add);
 }
 
 // Units of two neighbouring rows (bf16) or of one (fp32), `count` columns.
@@ -115,7 +115,6 @@ inline void zip_rows(const bf16* first, const bf16* second, int64_t count, Unit<
 }
 
 constexpr int64_t AHEAD_ROWS = 16;  // asked for before they are wanted: the weights of many experts come from memory
-inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache: more may be under way there
 
 // Right side from a row-major [summed, columns] matrix.
 template <class T>
@@ -133,6 +132,36 @@ void pack_rows(const T* source, int64_t leading, int64_t summed, int64_t columns
       for (int64_t n = count; n < PANEL; ++n) out[n] = 0;
     }
   }
+}
+
+// out[rows, columns] = left[rows, summed] * right, row-major [summed, columns], for these few rows alone: nothing is packed
+// but the last columns, which fill no panel. Meanwhile a matrix as large at `next` is asked for.
+template <class T, class O>
+void multiply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* right, const T* next, O* out,
+                   int slot) {
+  const int64_t whole = takes_tiles<T>() ? 0 : columns / PANEL * PANEL, rest = columns - whole;
+  for (int64_t j = 0; j < whole; j += PANEL)
+    strip_in_place<T, O>(rows, summed, left, right + j, columns, out + j, columns, next + j * summed);
+  if (rest == 0) return;
+  Unit<T>* packed = scratch<Unit<T>>(slot, packed_size<T>(summed, rest));
+  pack_rows(right + whole, columns, summed, rest, packed);
+  multiply<T, O>(rows, rest, summed, left, packed, units_of<T>(summed) * PANEL, out + whole, columns, false);
+}
+
+// multiply() where `out` is much more than the sides: whole rows of it, one after the other, past the caches.
+template <class T>
+void multiply_outward(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const Unit<T>* packed, T* out) {
+  const int64_t stride = units_of<T>(summed) * PANEL;
+  const bool whole_lines = (uintptr_t(out) | columns * sizeof(T)) % LINE == 0 && columns % PANEL == 0;
+  if (takes_tiles<T>() || !whole_lines)
+    return multiply<T, T>(rows, columns, summed, left, packed, stride, out, columns, false);
+  for (int64_t m = 0; m < rows; m += TALL)
+    for (int64_t j = 0; j < columns; j += PANEL)
+      strip_streaming<T>(std::min<int64_t>(TALL, rows - m), summed, {left.data + m * left.row, left.row, left.step},
+                         packed + j / PANEL * stride, out + m * columns + j, columns);
+#if defined(__x86_64__)
+  _mm_sfence();  // what went past the caches is there before anything that this thread writes next
+#endif
 }
 
 // Sixteen rows of sixteen units, transposed in four rounds of exchanges between rows.

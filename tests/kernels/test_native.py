@@ -140,13 +140,15 @@ def test_linear_matches_the_reference(rows: int, dtype: torch.dtype, tolerance: 
 
 @PRODUCTS
 @pytest.mark.parametrize(
-    "counts", ((0, 5, 0, 130, 1, 0), (0, 0, 0), (700,), (1, 64, 96, 97)), ids=("uneven", "none", "one", "few")
+    "counts",
+    ((0, 5, 0, 130, 1, 0), (0, 0, 0), (700,), (1, 64, 96, 97), tuple(range(1, 26))),
+    ids=("uneven", "none", "one", "few", "every height of a tile"),
 )
 def test_experts_match_the_reference(
     counts: tuple[int, ...], dtype: torch.dtype, tolerance: float, reason: str
 ) -> None:
     offsets, rows = torch.tensor(counts).cumsum(0), sum(counts) + 3
-    for width, hidden in ((10, 7), (64, 40)):
+    for width, hidden in ((10, 7), (64, 40), (33, 32)):
         assert_matches_reference(
             lambda x, p, u, d, b: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend=b),
             normal(rows, width, dtype=dtype),
@@ -156,6 +158,26 @@ def test_experts_match_the_reference(
             tolerance=tolerance,
             reason=reason,
         )
+
+
+@PRODUCTS
+def test_a_row_has_the_bits_that_it_has_among_many(dtype: torch.dtype, tolerance: float, reason: str) -> None:
+    """Experts of few rows read their weights in place and forget them; what they give each row is what many get."""
+    del tolerance, reason  # none: the bits are equal
+    x, p, upstream = normal(130, 64, dtype=dtype), normal(130, seed=1), normal(130, 64, seed=4, dtype=dtype)
+    weights = {
+        "gate_up": normal(1, 80, 64, seed=2, dtype=dtype) / 8, "down": normal(1, 64, 40, seed=3, dtype=dtype) / 6,
+        "backend": "native",
+    }
+
+    def rows_of(count: int) -> list[torch.Tensor]:
+        own, scale = x[:count].clone().requires_grad_(), p[:count].clone().requires_grad_()
+        out = experts(own, row_weights=scale, offsets=torch.tensor([count]), **weights)
+        return [out.detach(), *torch.autograd.grad(out, (own, scale), upstream[:count])]
+
+    many = rows_of(130)
+    for count in (*range(1, 15), 25, 96):
+        assert all(torch.equal(few, all_rows[:count]) for few, all_rows in zip(rows_of(count), many, strict=True))
 
 
 @PRODUCTS
@@ -352,7 +374,7 @@ def test_a_gradient_that_is_not_contiguous_is_read_right() -> None:
 def test_two_threads_give_the_bits_of_one(dtype: torch.dtype, tolerance: float, reason: str) -> None:
     del tolerance, reason  # none: the bits are equal
     values = functools.partial(normal, dtype=dtype)
-    offsets = torch.tensor([100, 100, 700])
+    offsets, few = torch.tensor([100, 100, 700]), torch.arange(1, 91) * 7  # `few`: a thread takes several
     targets = torch.arange(703) % 301
     plan = plan_attention(documents(2, 300), batch_rows=2, query_tokens=300, key_tokens=300)
     calls = (
@@ -362,6 +384,8 @@ def test_two_threads_give_the_bits_of_one(dtype: torch.dtype, tolerance: float, 
         (lambda x, w: rms_norm(x, weight=w, eps=1e-5, backend="native"), (values(703, 64), values(64))),
         (lambda x, p, u, d: experts(x, row_weights=p, gate_up=u, down=d, offsets=offsets, backend="native"),
          (values(703, 64), normal(703), values(3, 64, 64), values(3, 64, 32))),
+        (lambda x, p, u, d: experts(x, row_weights=p, gate_up=u, down=d, offsets=few, backend="native"),
+         (values(703, 64), normal(703), values(90, 64, 64), values(90, 64, 32))),
         (lambda x, w: route(x, weight=w, bias=torch.zeros(33), top_k=3, backend="native").weights,
          (values(703, 150), values(33, 150))),
         (lambda q, k: attention(q, key=k, value=k, plan=plan, backend="native"),

@@ -43,7 +43,7 @@ class AlarmHook(Hook):
         alarm = self._loss.check(self._loss_of(sums), grad_norm=float(context.report.grad_norm), step=context.step)
         self._progression.recent_losses = self._loss.state()
         if alarm is not None:
-            self._act(alarm)
+            self._act(alarm, is_last=context.is_last)
         if sums.routing.loads.shape[0] and self._config.load_ratio:
             ratios = summarise_loads(sums.routing.loads).max_ratio.tolist()
             load = self._load.check(ratios, step=context.step)
@@ -54,7 +54,7 @@ class AlarmHook(Hook):
         """The window is again what it was at `step`."""
         self._loss.load_state(self._progression.recent_losses)
 
-    def _act(self, alarm: Alarm) -> None:
+    def _act(self, alarm: Alarm, *, is_last: bool) -> None:
         in_row = self._progression.skipped_in_row
         if alarm.action == "stop":
             raise NumericsError(f"{alarm.message}. {ADVICE}")
@@ -63,6 +63,12 @@ class AlarmHook(Hook):
         if alarm.action == "skip" and in_row > self._retries:
             raise NumericsError(
                 f"{alarm.message}; {in_row} steps in a row were skipped, train.spike_retries = {self._retries}. "
+                f"{ADVICE}"
+            )
+        if alarm.kind == "nan" and is_last:  # before the last checkpoint is saved, which would hide how the run ended
+            raise NumericsError(
+                f"{alarm.message}, and it is the last step ({in_row} in a row were skipped): a run that ends so is not "
+                "done. Set observe.alarms.on_nan: rollback, which leaves out the data since the newest checkpoint. "
                 f"{ADVICE}"
             )
         if self._is_main:

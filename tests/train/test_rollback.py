@@ -74,23 +74,56 @@ def test_a_corrupted_batch_can_be_dropped_without_a_trace_in_the_weights(
     assert "the update is dropped (1 in a row)" in (tmp_path / "run" / "log.txt").read_text("utf-8")
 
 
+@pytest.fixture
+def spoil(monkeypatch: pytest.MonkeyPatch) -> Callable[..., list[int]]:
+    """spoil(calls) makes the gradients of these steps NaN, counted as they are run; returns one entry per step run."""
+
+    def install(spoilt: set[int]) -> list[int]:
+        whole, calls = LocalEngine.accumulate, []
+
+        def accumulate(engine: LocalEngine, micro_batches: list) -> object:
+            calls.append(1)
+            sums = whole(engine, micro_batches)
+            if len(calls) in spoilt:
+                next(engine.model.parameters()).grad.fill_(torch.nan)
+            return sums
+
+        monkeypatch.setattr(LocalEngine, "accumulate", accumulate)
+        return calls
+
+    return install
+
+
 def test_a_gradient_that_is_not_finite_is_rolled_back(
-    arguments: list[str], tmp_path: Path, read_rows: Callable, monkeypatch: pytest.MonkeyPatch
+    arguments: list[str], tmp_path: Path, read_rows: Callable, spoil: Callable
 ) -> None:
-    whole, calls = LocalEngine.accumulate, []
-
-    def accumulate(engine: LocalEngine, micro_batches: list) -> object:
-        calls.append(1)
-        sums = whole(engine, micro_batches)
-        if len(calls) == 4:
-            next(engine.model.parameters()).grad.fill_(torch.nan)
-        return sums
-
-    monkeypatch.setattr(LocalEngine, "accumulate", accumulate)
+    calls = spoil({4})
     assert main([*arguments, "observe.alarms.on_nan=rollback", "train.steps=6"]) == 0
     rows = read_rows(tmp_path / "run")
     assert [(row["step"], row["skipped"]) for row in rows] == [(step, 0) for step in range(1, 7)]
     assert len(calls) == 6 + 2  # steps 3 and 4 once more
+
+
+@pytest.mark.parametrize("spoilt", [{6}, {5, 6}])
+def test_a_run_whose_last_steps_are_not_finite_is_not_done(
+    spoilt: set[int], arguments: list[str], tmp_path: Path, spoil: Callable
+) -> None:
+    spoil(spoilt)
+    words = rf"step 6: loss .*nan: not finite.*last step \({len(spoilt)} in a row.*on_nan: rollback.*--resume"
+    with pytest.raises(NumericsError, match=words):
+        main([*arguments, "train.steps=6"])
+    record = json.loads((tmp_path / "run" / "exit.json").read_text("utf-8"))
+    assert (record["exit_code"], record["step"]) == (4, 6) and record["checkpoint"].endswith("step-00000004")
+    assert not (tmp_path / "run" / "checkpoints" / "step-00000006").exists()
+    assert main([*arguments, "train.steps=6", "observe.alarms.on_nan=rollback"]) == 0  # goes on from step 4
+
+
+def test_a_skipped_step_before_a_good_last_one_is_no_error(
+    arguments: list[str], tmp_path: Path, read_rows: Callable, spoil: Callable
+) -> None:
+    spoil({5})
+    assert main([*arguments, "train.steps=6"]) == 0
+    assert [row["skipped"] for row in read_rows(tmp_path / "run")] == [0, 0, 0, 0, 1, 0]
 
 
 def test_returns_are_bounded_and_go_ever_farther_back(

@@ -119,10 +119,13 @@ def _train(
         peers = meet_peers(run.engine)
         if peers is not None:
             watchdog.look_after(peers)
-        if run.engine.is_main:  # only now: a start that is refused must not describe a run that it never was
+        if run.progression.step >= config.train.steps:  # config.yaml stays: these settings have trained nothing
+            get_log().info(
+                "nothing to do: %s has %d of %d steps, and no setting of this start is used. Go on with more "
+                "train.steps, or start over with --fresh", source, run.progression.step, config.train.steps,
+            )
+        elif run.engine.is_main:  # only now: a start that is refused must not describe a run that it never was
             (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
-        if run.progression.step >= config.train.steps:
-            get_log().info("nothing to do: %s has %d of %d steps", source, run.progression.step, config.train.steps)
         run_steps(
             run.engine,
             data=run.loader,

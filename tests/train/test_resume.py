@@ -178,3 +178,17 @@ def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
     assert state["run"]["recent_losses"] == [row["loss"] for row in rows]  # the alarm's window goes on as well
     main([*arguments, "train.steps=1", "--fresh"])
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1]
+
+
+def test_a_start_of_a_finished_run_leaves_its_record_of_settings_and_figures(world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    arguments = [str(world / "run.yaml"), f"train.run_dir={run_dir}"]
+    main([*arguments, "train.steps=2"])
+    kept = {name: (run_dir / name).read_bytes() for name in ("config.yaml", "metrics.jsonl", "routing.jsonl")}
+    assert main([*arguments, "train.steps=1", "optim.learning_rate=0.5"]) == 0
+    assert {name: (run_dir / name).read_bytes() for name in kept} == kept
+    log = (run_dir / "log.txt").read_text("utf-8")
+    assert "has 2 of 1 steps, and no setting of this start is used. Go on with more train.steps, or" in log
+    assert json.loads((run_dir / "exit.json").read_text("utf-8"))["step"] == 2
+    main([*arguments, "train.steps=3"])
+    assert "optim.learning_rate was 0.5" not in (run_dir / "log.txt").read_text("utf-8")

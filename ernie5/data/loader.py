@@ -64,7 +64,7 @@ def build_loader(
     check_streams(config, shape=shape, dp_size=dp_size)
     corpus = open_corpus(list_shards(config.shards), split=split)
     maker = ExampleMaker(config, tokenizers=tokenizers, seed=seed, training=split == "train")
-    source = SampleSource(corpus, config=config, maker=maker, seed=seed)
+    source = SampleSource(corpus, config=config, maker=maker, seed=seed, split=split)
     share = config.streams // dp_size
     streams = [
         Stream(number, source=source, config=config, seed=seed)

@@ -118,7 +118,7 @@ def open_corpus(shards: tuple[Path, ...], *, split: str | None = None) -> Corpus
     if not shards:
         raise DataError("the list of shards is empty; there is nothing to open.")
     owners: dict[str, int] = {}
-    refs = []
+    refs, elsewhere = [], set()
     for index, path in enumerate(shards):
         for ref in _index_shard(path, index=index):
             if ref.key in owners:
@@ -127,17 +127,25 @@ def open_corpus(shards: tuple[Path, ...], *, split: str | None = None) -> Corpus
             owners[ref.key] = index
             if split is None or ref.split == split:
                 refs.append(ref)
+            else:
+                elsewhere.add(ref.task)
     if not refs:
         raise DataError(f"no {split or ''} sample in {len(shards)} shard(s), first {shards[0]}. Add shards or samples.")
-    return Corpus(shards, refs=tuple(sorted(refs, key=lambda ref: ref.key)))
+    return Corpus(shards, refs=tuple(sorted(refs, key=lambda ref: ref.key)), elsewhere=frozenset(elsewhere))
 
 
 class Corpus:
-    """Random access to the samples of some shards. Pickles as paths and addresses; files open on first use."""
+    """Random access to the samples of some shards. Pickles as paths and addresses; files open on first use.
 
-    def __init__(self, shards: tuple[Path, ...], *, refs: tuple[SampleRef, ...]) -> None:
+    elsewhere: the tasks of the samples that are in these shards and not in `refs`, being of the other split.
+    """
+
+    def __init__(
+        self, shards: tuple[Path, ...], *, refs: tuple[SampleRef, ...], elsewhere: frozenset[str] = frozenset()
+    ) -> None:
         self.shards = shards
         self.refs = refs
+        self.elsewhere = elsewhere
         self._by_task = {task: tuple(ref for ref in refs if ref.task == task) for task in TASKS}
         self._opened: dict[int, BinaryIO] = {}
         self._owner = os.getpid()
@@ -146,10 +154,10 @@ class Corpus:
         return len(self.refs)
 
     def __getstate__(self) -> dict[str, object]:
-        return {"shards": self.shards, "refs": self.refs}
+        return {"shards": self.shards, "refs": self.refs, "elsewhere": self.elsewhere}
 
     def __setstate__(self, state: dict) -> None:
-        self.__init__(state["shards"], refs=state["refs"])
+        self.__init__(state["shards"], refs=state["refs"], elsewhere=state["elsewhere"])
 
     def tasks(self) -> tuple[str, ...]:
         """The tasks that have at least one sample."""

@@ -18,9 +18,12 @@ LOG = logging.getLogger(__name__)
 
 
 class SampleSource:
-    """Documents of a corpus by ticket, for all streams of a process. Safe for threads; counts what it skips."""
+    """Documents of a corpus by ticket, for all streams of a process. Safe for threads; counts what it skips.
 
-    def __init__(self, corpus: Corpus, *, config: DataConfig, maker: ExampleMaker, seed: int) -> None:
+    split: the one that the corpus holds. What no shard has, the source of `train` says for both.
+    """
+
+    def __init__(self, corpus: Corpus, *, config: DataConfig, maker: ExampleMaker, seed: int, split: str) -> None:
         shares = vars(config.mixture)
         self.shares = {task: shares[task] for task, pool in POOLS.items() if shares[task] and corpus.samples(pool)}
         if not self.shares:
@@ -29,7 +32,11 @@ class SampleSource:
                 "share for one of them, or add shards."
             )
         for task in sorted(task for task, pool in POOLS.items() if shares[task] and task not in self.shares):
-            LOG.info("data.mixture.%s = %g is left out: these shards hold no %s", task, shares[task], POOLS[task])
+            share, pool = shares[task], POOLS[task]
+            if pool in corpus.elsewhere:
+                LOG.info("data.mixture.%s = %g is left out of %s: none of its samples is %s", task, share, split, pool)
+            elif split == "train":
+                LOG.info("data.mixture.%s = %g is left out: these shards hold no %s", task, share, pool)
         self.maker = maker
         self._corpus = corpus
         counts = {task: len(corpus.samples(POOLS[task])) for task in self.shares}

@@ -169,9 +169,16 @@ def test_a_share_that_no_sample_can_serve_is_said_once(
 ) -> None:
     with ShardWriter(tmp_path, prefix="text", max_bytes=1 << 20) as writer:
         writer.write(Sample("text-0", SampleMeta(task="text", text="the cat barks", split="train")))
+        writer.write(Sample("text-1", SampleMeta(task="text", text="the dog purrs", split="validation")))
+        writer.write(Sample("image-0", SampleMeta(task="image", text="two cats", split="train")))
+    config = dataclasses.replace(tiny_data, shards=(str(tmp_path / "*.tar"),))
     with caplog.at_level(logging.INFO):
-        _open(tiny_data, tiny_tokenizers, shards=(str(tmp_path / "*.tar"),))
-    assert sum("data.mixture.text_to_image = 2 is left out" in record.message for record in caplog.records) == 1
+        for split in ("train", "validation"):  # both are opened at a start
+            build_loader(config, tokenizers=tiny_tokenizers, shape=StepShape(4, 1), seed=3, split=split)
+    said = [record.message for record in caplog.records]
+    assert sum("data.mixture.text_to_video" in line and "hold no video" in line for line in said) == 1, said
+    assert [line for line in said if "text_to_image" in line] == [
+        "data.mixture.text_to_image = 2 is left out of validation: none of its samples is image"], said
 
 
 def test_every_epoch_uses_every_text_once(tiny_data, tiny_tokenizers) -> None:

@@ -19,6 +19,7 @@ from ernie5.config.base import Config
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
 from ernie5.engine.interface import BUFFER, PARAMETER, Engine
+from ernie5.model.config import ModelConfig
 from ernie5.observe.log import get_log
 from ernie5.parallel.boxes import Box
 
@@ -77,13 +78,16 @@ def start_from(origin: Origin, *, config: Config, engine: Engine) -> None:
     engine.load_weights(SavedWeights(tensors, buffers=buffers))
     if engine.is_main:
         get_log().info("weights of %s (step %d), new optimizer", origin.directory, origin.manifest.step)
-        _say_differences(origin.directory, config=config)
+        _say_differences(origin.directory, config=config, model=engine.model.config)
 
 
-def _say_differences(directory: Path, *, config: Config) -> None:
+def _say_differences(directory: Path, *, config: Config, model: ModelConfig) -> None:
+    """Settings of a modality that the model lacks describe no weights, and an import from a text model made them up."""
     then = flatten(load_config(directory / CONFIG_FILE, schema=resolve("root", name="train")))
+    parts = (("model.visual.", model.has_visual), ("model.audio.", model.has_audio))
+    absent = tuple(prefix for prefix, is_there in parts if not is_there)
     for key, value in flatten(config).items():
-        if key.startswith("model.") and then.get(key) != value:
+        if key.startswith("model.") and not key.startswith(absent) and then.get(key) != value:
             get_log().warning(
                 "%s was %s when these weights were trained, is %s", key, json.dumps(then.get(key)), json.dumps(value)
             )

@@ -71,6 +71,16 @@ def test_what_does_not_fit_is_refused_by_name(world: Path, first: Path, tmp_path
         start(world, tmp_path / "run", origin=checkpoint, steps=1)
 
 
+def test_settings_of_the_other_weights_are_said_only_where_the_model_has_that_part(world: Path, tmp_path: Path) -> None:
+    tasks = [task for name in ("image", "video", "audio") for task in (f"{name}_to_text", f"text_to_{name}")]
+    settings = ("model.modalities=[text]", "data.mixture.page=0", *(f"data.mixture.{task}=0" for task in tasks))
+    main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'first'}", "train.steps=1", *settings])
+    start(world, tmp_path / "run", origin=tmp_path / "first", steps=1, settings=(
+        *settings, "model.visual.vit_heads=4", "model.audio.codes=8", "model.rope_base=10"))
+    said = [line for line in (tmp_path / "run" / "log.txt").read_text("utf-8").splitlines() if " was " in line]
+    assert len(said) == 1 and "model.rope_base was 1000000.0 when these weights were trained, is 10.0" in said[0], said
+
+
 def test_weights_without_an_optimizer_are_enough(world: Path, first: Path, tmp_path: Path) -> None:
     checkpoint = Path(shutil.copytree(load_run(first).directory, tmp_path / "weights"))
     values = json.loads((checkpoint / "manifest.json").read_text("utf-8"))

@@ -16,9 +16,12 @@ DEBUG = "configs/pretrain/debug.yaml"
 WRONG = (
     ("bench_step/main", ("--quick", "--out", "{file}"), "--out: cannot write to the folder"),
     ("bench_step/main", ("--quick", "--out", ""), "--out: it is empty; name a folder"),
+    ("bench_step/main", ("S", "--quick"), "--quick has a shape of its own. Leave out S, or --quick"),
+    ("bench_kernels/main", ("--quick", "--shape", "M"), "--quick has a shape of its own. Leave out --shape M, or"),
     ("bench_kernels/main", ("--quick", "--threads", "0"), "--threads: it is 0 and must be at least 1"),
     ("bench_kernels/main", ("--quick", "--threads", "100000"), "it is 100000 and must be at least 1 and at most"),
     ("bench_peers/main", ("layer", "S", "--tokens", "100"), "--tokens: it is 100 and must be a multiple of 1024"),
+    ("bench_peers/main", ("layer", "S", "--layers", "2"), "`layer` races one layer. Leave out --layers 2, or race"),
     ("bench_peers/main", ("step", "S", "--packages", "deepspeed"), "--packages have a layer, no step"),
     ("bench_peers/main", ("layer", "S", "--out", "{folder}"), "is a folder, and a file is written"),
     ("bench_gpu/main", ("--budget", "nan", "--out", "{folder}"), "--budget must be positive seconds"),

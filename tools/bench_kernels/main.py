@@ -141,20 +141,23 @@ def main() -> None:
     """Parse, measure, print, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("what", nargs="*", help="kernels, dense, experts; all by default")
-    parser.add_argument("--shape", default="S", choices=tuple(SHAPES))
+    parser.add_argument("--shape", choices=tuple(SHAPES), help="S by default")
     parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
                         help="instead of the shape's, in rows of 1,024")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
+    parser.add_argument("--rounds", type=at_least(1), help="each after one that is not counted; 3 by default")
     parser.add_argument("--threads", type=num_threads, default=1)
-    parser.add_argument("--quick", action="store_true", help="small sizes and one round")
+    parser.add_argument("--quick", action="store_true", help="small sizes of its own, one round by default")
     parser.add_argument("--out", type=folder, help="folder for bench_kernels.json and bench_kernels.png")
     arguments = parser.parse_args()
     chosen = arguments.what or ["kernels", "dense", "experts"]
     if set(chosen) - {"kernels", "dense", "experts"}:
         parser.error(f"cannot measure {', '.join(sorted(set(chosen) - {'kernels', 'dense', 'experts'}))}")
+    if arguments.quick and arguments.shape:
+        parser.error(f"--quick has a shape of its own. Leave out --shape {arguments.shape}, or --quick")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
-    shape, rounds = (QUICK, 1) if arguments.quick else (SHAPES[arguments.shape], arguments.rounds)
+    shape = QUICK if arguments.quick else SHAPES[arguments.shape or "S"]
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     shape = dataclasses.replace(shape, tokens=arguments.tokens or shape.tokens)
     machine = measure_machine(size=512 if arguments.quick else 2048)
     print(machine, "\n| | kernel | CPU s | other's | other / ours | rate |\n|---|---|---|---|---|---|", flush=True)

@@ -84,6 +84,8 @@ def main() -> None:
                         help="expert layers of other packages, beside `layer`'s transformers, without a gate")
     parser.add_argument("--out", type=file, help="FILE.json")
     arguments = parser.parse_args()
+    if arguments.what == "layer" and arguments.layers:
+        parser.error(f"`layer` races one layer. Leave out --layers {arguments.layers}, or race a `step`")
     for package in (PACKAGES[name] for name in arguments.packages):
         if arguments.what == "step":
             parser.error("--packages have a layer, no step")

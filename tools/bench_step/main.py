@@ -87,18 +87,20 @@ def main() -> None:
     """Parse, measure, write."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("shapes", nargs="*", metavar="SHAPE", help="S, M, X; all three by default")
-    parser.add_argument("--rounds", type=at_least(1), default=3, help="each after one that is not counted")
+    parser.add_argument("--rounds", type=at_least(1), help="each after one that is not counted; 3 by default")
     parser.add_argument("--threads", type=num_threads, default=2)
     parser.add_argument("--layers", type=at_least(1), default=0,
                         help="instead of the shape's, where memory or time is short")
     parser.add_argument("--kinds", nargs="+", default=("grouped_mm", "eager"), choices=IMPLEMENTATIONS)
     parser.add_argument("--precisions", nargs="+", default=("bf16", "fp32"), choices=DTYPES, help="of the others")
-    parser.add_argument("--quick", action="store_true", help="one small shape and one round")
+    parser.add_argument("--quick", action="store_true", help="a small shape of its own, one round by default")
     parser.add_argument("--out", type=folder, help="folder for bench_step.json and bench_step.png")
     arguments = parser.parse_args()
     unknown = [name for name in arguments.shapes if name not in SHAPES]
     if unknown:
         parser.error(f"unknown shape {unknown[0]}; known: {', '.join(SHAPES)}")
+    if arguments.quick and arguments.shapes:
+        parser.error(f"--quick has a shape of its own. Leave out {' '.join(arguments.shapes)}, or --quick")
     torch.set_num_threads(arguments.threads)
     keep_freed_memory()
     shapes = [QUICK] if arguments.quick else [SHAPES[name] for name in arguments.shapes or SHAPES]
@@ -106,7 +108,7 @@ def main() -> None:
         shapes = [dataclasses.replace(shape, layers=arguments.layers) for shape in shapes]
     machine = measure_machine(size=512 if arguments.quick else 4096, rounds=5)
     print(machine)
-    rounds = 1 if arguments.quick else arguments.rounds
+    rounds = arguments.rounds or (1 if arguments.quick else 3)
     kinds, precisions = tuple(arguments.kinds), tuple(arguments.precisions)
     results = [run_shape(s, rounds=rounds, kinds=kinds, precisions=precisions, machine=machine) for s in shapes]
     if arguments.out:

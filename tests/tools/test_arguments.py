@@ -26,6 +26,7 @@ WRONG = (
     ("bench_peers/main", ("layer", "S", "--out", "{folder}"), "is a folder, and a file is written"),
     ("bench_gpu/main", ("--budget", "nan", "--out", "{folder}"), "--budget must be positive seconds"),
     ("aot_report/main", ("--op", "nothing", "--out", "{folder}/report"), "--op: invalid choice"),
+    ("aot_report/main", ("--quick", "--op", "adamw", "--out", "{folder}/report"), "no kernel is left to compile"),
     ("layout_memory/main", ("--ranks", "2"), "unrecognized arguments: --ranks 2"),
     ("layout_memory/part", (DEBUG, "--rank", "1"), "--rank 1: dp1 cp1 tp1 pp1 | edp1 ep1 etp1 has the ranks 0 to 0"),
     ("layout_memory/part", (DEBUG, "parallel.tq=2"), "ConfigError: parallel.tq: unknown key"),

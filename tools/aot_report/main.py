@@ -36,14 +36,14 @@ def main(argv: Sequence[str]) -> int:
     given = parser.parse_args(argv)
     if triton.knobs.runtime.interpret:
         parser.error("TRITON_INTERPRET is set in the environment, and what is interpreted is not compiled. Unset it")
-    cases = [
-        case for case in every if (not given.op or case.op in given.op) and (case.quick or not given.quick)
+    chosen = [
+        (chip, case) for chip in CHIPS if not given.chip or chip.name in given.chip
+        for case in every if not given.op or case.op in given.op
+        if chip.capability in case.capabilities and (case.quick or not given.quick)
     ]
-    rows = [
-        row for chip in CHIPS if not given.chip or chip.name in given.chip
-        for case in cases if chip.capability in case.capabilities
-        for row in (measure(case, chip=chip),)
-    ]
+    if not chosen:
+        parser.error("no kernel is left to compile. Leave out --quick, or name another --op or --chip")
+    rows = [measure(case, chip=chip) for chip, case in chosen]
     write_json(rows, path=given.out.with_suffix(".json"))
     write_markdown(rows, path=given.out.with_suffix(".md"))
     faults = [f"{row.chip} {row.op} {row.variant}: {fault}" for row in rows for fault in row.faults]

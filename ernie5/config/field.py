@@ -52,8 +52,9 @@ def field(
 
     default: a value, a nested Config (instance or class), or REQUIRED; lists become tuples. kind: architecture
     (changes what the parameters are) | numerics (changes the losses) | performance | logging | derived (computed when
-    left out). is_path: a text, or several, in which a leading `~` means the home folder. Raises TypeError at class
-    creation for an empty doc or an unknown kind: both are bugs, not user errors.
+    left out). is_path: a text, or several, in which a leading `~` means the home folder; an empty one, which would be
+    the working directory, is refused. Raises TypeError at class creation for an empty doc or an unknown kind: both are
+    bugs, not user errors.
     """
     if not doc.strip():
         raise TypeError("a config field needs a doc text")
@@ -61,6 +62,8 @@ def field(
         raise TypeError(f"kind {kind!r} is none of {', '.join(KINDS)}")
     if isinstance(default, list):
         default = tuple(default)
+    if is_path and check is None:
+        check = non_empty
     info = FieldInfo(default, doc.strip(), unit, check, kind, tuple(choices), is_path)
     metadata = {"ernie5": info}
     if default is REQUIRED:

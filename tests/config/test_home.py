@@ -52,6 +52,13 @@ def test_the_home_folder_of_nobody_is_an_error_with_its_line(write: Callable) ->
         load_config(write("shards:\n- a\n- ~nobody-here/x\n"), schema=Places)
 
 
+def test_an_empty_path_is_refused_not_taken_for_the_working_directory(write: Callable) -> None:
+    with pytest.raises(ConfigError, match=r"folder = '': must not be empty\. a folder\. .*run\.yaml:1\)$"):
+        load_config(write("folder: ''\n"), schema=Places)
+    with pytest.raises(ConfigError, match=r"shards.*must not be empty"):
+        load_config(write("shards: [a, '']\n"), schema=Places)
+
+
 def test_arguments_that_are_paths_are_expanded_however_they_are_written(home: str) -> None:
     parser = CommandParser(prog="ernie5 look")
     parser.add_argument("place", type=in_home)

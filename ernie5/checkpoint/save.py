@@ -221,5 +221,9 @@ def _replace_text(path: Path, *, text: str) -> None:
         file.write(text)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(path)
+    try:
+        temporary.replace(path)
+    except OSError:
+        temporary.unlink()
+        raise
     sync_directory(path.parent)

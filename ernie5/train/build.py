@@ -11,7 +11,7 @@ import torch
 from ernie5.checkpoint.load import LoadedRun, check_tokenizers, own_tokenizers
 from ernie5.checkpoint.origin import open_origin, start_from
 from ernie5.checkpoint.places import folder_of_run
-from ernie5.checkpoint.save import point_latest
+from ernie5.checkpoint.save import failures_explained, point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
 from ernie5.data.document import SPEAKER_FEATURES
@@ -109,7 +109,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
     checkpoints = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if resume_from is not None and engine.is_main:
-        point_latest(checkpoints, target=resume_from)  # before the hooks cut the metrics back to its step
+        with failures_explained(checkpoints, temporary=None):
+            point_latest(checkpoints, target=resume_from)  # before the hooks cut the metrics back to its step
     identity = CheckpointIdentity(config_to_yaml(config), config.engine.precision, identities)
     hooks = build_hooks(
         config,

@@ -116,8 +116,12 @@ def write_exit(run_dir: Path, *, record: ExitRecord, replace: bool = True) -> bo
             return False
         return True
     temporary = run_dir / f".{EXIT_FILE}.{socket.gethostname()}.{os.getpid()}"
-    temporary.write_text(text, encoding="utf-8")
-    temporary.replace(run_dir / EXIT_FILE)
+    try:
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(run_dir / EXIT_FILE)
+    except OSError:
+        temporary.unlink(missing_ok=True)
+        raise
     return True
 
 
@@ -144,8 +148,15 @@ def leave_exit(run_dir: Path, *, record: ExitRecord) -> bool:
 
     One cause, one message. A rank that only misses another one waits for that one's record and leaves the word to it,
     and lives on for a moment, for launchers kill all ranks as soon as one has ended. Of ranks that met the same error,
-    rank 0 speaks.
+    rank 0 speaks, and so does a rank whose disk takes no record: that must not hide what ended the run.
     """
+    try:
+        return _leave_in_turn(run_dir, record=record)
+    except OSError:
+        return True
+
+
+def _leave_in_turn(run_dir: Path, *, record: ExitRecord) -> bool:
     if record.exit_code == EXIT_PEER:
         cause = _await_exit(run_dir, seconds=CAUSE_SECONDS if record.rank == 0 else 2 * CAUSE_SECONDS)
         if cause is None:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import errno
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -119,6 +121,31 @@ def test_an_error_is_recorded_in_exit_json_and_the_run_directory_stays_usable(wo
     assert record["exit_code"] == 2 and record["error"] == "CheckpointError"
     assert main([str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.steps=1"]) == 0
     assert json.loads((run_dir / "exit.json").read_text())["exit_code"] == 0
+
+
+def test_a_disk_that_takes_no_record_of_the_end_does_not_hide_the_error(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        if path.name.startswith(".exit.json"):
+            path.touch()
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    monkeypatch.setattr(Path, "write_text", refuse)
+    with pytest.raises(CheckpointError, match="nothing"):
+        main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "--resume", str(tmp_path / "nothing")])
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt"]
+
+
+def test_a_folder_in_place_of_the_latest_pointer_is_no_bug(world: Path, tmp_path: Path) -> None:
+    arguments = [str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}"]
+    main([*arguments, "train.steps=1"])
+    latest = tmp_path / "run" / "checkpoints" / "latest"
+    latest.unlink()
+    latest.mkdir()
+    with pytest.raises(EnvironmentFault, match=r"a folder stands where the file should \(.*latest\).*Move it away"):
+        main([*arguments, "train.steps=2"])
+    assert not list(latest.parent.glob(".latest-*"))
 
 
 def test_a_checkpoint_of_another_architecture_names_the_first_mismatches(world: Path, tmp_path: Path) -> None:

@@ -28,7 +28,9 @@ def scan_tar(stream: BinaryIO) -> Iterator[tuple[str, int, int]]:
         stream.seek(position)
         header = stream.read(BLOCK)
         if len(header) < BLOCK:
-            raise ValueError("its end marker is missing" if position else "it is empty")
+            if position:
+                raise ValueError("its end marker is missing")
+            raise ValueError(f"its {end} bytes are less than a header" if end else "it is empty")
         if not any(header):
             return
         kind, size = header[156:157], _read_size(header, position=position)

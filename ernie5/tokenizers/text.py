@@ -26,6 +26,7 @@ from ernie5.tokenizers.external import TextVocabulary, read_tiktoken, read_token
 
 FILE_NAME = "text.json"
 FORMAT = "ernie5-text-1"
+KINDS_OF_FILE = "`embedded`, a directory of `ernie5 tokenizer train`, a tokenizer.json or a .tiktoken file."
 HAN = r"\p{Han}\p{Hiragana}\p{Katakana}"
 PATTERN = (
     rf"[{HAN}]+| ?(?:(?![{HAN}])[\p{{L}}\p{{M}}])+| ?\p{{N}}{{1,3}}| ?[^\s\p{{L}}\p{{M}}\p{{N}}{HAN}]+|\s+(?!\S)|\s+"
@@ -159,8 +160,7 @@ def load_text_tokenizer(path: str | Path) -> TextTokenizer:
         content = target.read_text("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise TokenizerError(
-            f"tokenizers.text = {path} cannot be read ({error}). Give `embedded`, a directory of `ernie5 tokenizer "
-            "train`, a tokenizer.json or a .tiktoken file."
+            f"tokenizers.text = {path} cannot be read ({error}). Give {KINDS_OF_FILE}"
         ) from error
     if target.suffix == ".tiktoken":
         return TextTokenizer(read_tiktoken(content, name=str(target)))
@@ -252,7 +252,9 @@ def _parse(content: str, name: str) -> TextVocabulary:
             whole_first=document["whole_first"],
         )
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise TokenizerError(f"{name} is no text vocabulary ({type(error).__name__}: {error}).") from error
+        raise TokenizerError(
+            f"{name} is no text vocabulary ({type(error).__name__}: {error}). Give {KINDS_OF_FILE} (tokenizers.text)"
+        ) from error
 
 
 def _decode_utf8(content: bytes) -> str:

@@ -96,10 +96,12 @@ def test_a_truncated_tar_is_one_clear_error(tmp_path: Path, cut: int) -> None:
         open_corpus((path,))
 
 
-@pytest.mark.parametrize("data", [b"", b"hello", b"x" * 5000])
-def test_a_file_that_is_no_tar_is_one_clear_error(tmp_path: Path, data: bytes) -> None:
+@pytest.mark.parametrize(("data", "words"), [
+    (b"", "it is empty"), (b"hello", "its 5 bytes are less than a header"), (b"x" * 5000, "header"),
+])
+def test_a_file_that_is_no_tar_is_one_clear_error(tmp_path: Path, data: bytes, words: str) -> None:
     (tmp_path / "bad.tar").write_bytes(data)
-    with pytest.raises(DataError, match="bad.tar"):
+    with pytest.raises(DataError, match=f"bad.tar.*{words}"):
         open_corpus((tmp_path / "bad.tar",))
 
 

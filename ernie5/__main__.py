@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import importlib
 import os
@@ -48,6 +49,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can act on become one line on stderr; anything else is a bug and keeps its traceback, which
     the verbs that have a run directory also save there (observe/faults.py: `keep_tracebacks`).
     """
+    _open_closed_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -76,6 +78,16 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
+def _open_closed_streams() -> None:
+    """Where the caller closed stdout or stderr (`2>&-`), Python has none, and the next file that is opened would take
+    its number and receive what libraries print."""
+    while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
+        pass
+    os.close(number)
+    sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
+    sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+
+
 def _let_threads_sleep() -> None:
     """Before torch loads OpenMP: its threads spin for milliseconds after each parallel region by default, which starves
     whoever shares the cores; ten thousand turns (some 10 us) bridge the gap between two operators (kernels/README.md).
@@ -102,10 +114,11 @@ def _explain(error: BaseException) -> int:
     from ernie5.observe.faults import classify
 
     fault = classify(error)
-    if fault.is_bug:
-        traceback.print_exception(error)
-    else:
-        print(fault.line(), file=sys.stderr)
+    with contextlib.suppress(BrokenPipeError):  # the code tells it, too
+        if fault.is_bug:
+            traceback.print_exception(error)
+        else:
+            print(fault.line(), file=sys.stderr, flush=True)
     return fault.exit_code
 
 

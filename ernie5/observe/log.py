@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import logging
+import os
 import sys
+import typing
 from pathlib import Path
 
 LOGGER_NAME = "ernie5"
@@ -38,13 +40,31 @@ def open_log(run_dir: Path | None, *, rank: int = 0) -> logging.Logger:
 
 
 class _TerminalHandler(logging.Handler):
-    """Writes above a running progress bar instead of through it; looks up stderr anew each time (tests replace it)."""
+    """Writes above a running progress bar instead of through it; looks up stderr anew each time (tests replace it).
+
+    A reader that has gone (`2>&1 | head`, a closed session) ends no run: log.txt goes on.
+    """
 
     def emit(self, record: logging.LogRecord) -> None:
         text = self.format(record)
-        if not sys.stderr.isatty():
-            print(text, file=sys.stderr, flush=True)
-            return
-        from tqdm import tqdm
+        try:
+            _write(text)
+        except (BrokenPipeError, ConnectionResetError):
+            _redirect_to_nothing(sys.stderr)
+            get_log().warning("nobody reads stderr any more: the log goes on in log.txt alone")
 
-        tqdm.write(text, file=sys.stderr)
+
+def _write(text: str) -> None:
+    if not sys.stderr.isatty():
+        print(text, file=sys.stderr, flush=True)
+        return
+    from tqdm import tqdm
+
+    tqdm.write(text, file=sys.stderr)
+
+
+def _redirect_to_nothing(stream: typing.TextIO) -> None:
+    """Whatever is still written to it, by libraries and at Python's end, cannot fail."""
+    nothing = os.open(os.devnull, os.O_WRONLY)
+    os.dup2(nothing, stream.fileno())
+    os.close(nothing)

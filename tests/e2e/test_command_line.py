@@ -114,6 +114,14 @@ def test_a_closed_pipe_is_not_a_bug() -> None:
     assert done.returncode == 0 and "Traceback" not in done.stderr
 
 
+def test_an_error_that_nobody_reads_keeps_its_code() -> None:
+    unread, stderr = os.pipe()
+    os.close(unread)
+    command = [sys.executable, "-m", "ernie5", "train", "nowhere.yaml"]
+    assert subprocess.run(command, stderr=stderr, timeout=60, check=False).returncode == 2
+    os.close(stderr)
+
+
 @pytest.mark.parametrize("rank", [["--local_rank=3"], ["--local-rank", "3"], ["--local_rank", "3"]])
 def test_the_launched_entry_drops_the_launchers_rank_argument(rank: list[str], tmp_path: Path) -> None:
     environment = {name: value for name, value in os.environ.items() if name != "LOCAL_RANK"}

@@ -166,6 +166,26 @@ def test_a_signal_saves_once_and_exits_75_with_the_checkpoint_named(
     assert len(list((tmp_path / "signalled" / "checkpoints").glob("step-*"))) == 1
 
 
+def test_a_run_goes_on_when_nobody_reads_its_stderr_any_more(
+    start_train: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    process = start_train("unread", "observe.log_every_steps=1")
+    assert "1 process" in process.stderr.readline()
+    process.stderr.close()
+    assert process.wait(timeout=120) == 0
+    log = (tmp_path / "unread" / "log.txt").read_text("utf-8")
+    assert log.count("nobody reads stderr any more") == 1 and "done: 6 steps" in log
+    assert json.loads((tmp_path / "unread" / "exit.json").read_text())["exit_code"] == 0
+
+
+def test_a_run_needs_no_stderr_and_writes_no_output_into_its_files(world: Path, tmp_path: Path) -> None:
+    command = [sys.executable, "-m", "ernie5", "train", str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}",
+               "train.steps=1"]
+    done = subprocess.run(["bash", "-c", '"$@" 1>&- 2>&-', "-", *command], timeout=120, check=False)
+    assert done.returncode == 0
+    assert "done: 1 steps" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+
+
 def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
     world: Path, tmp_path: Path, read_rows: Callable
 ) -> None:

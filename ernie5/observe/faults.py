@@ -79,6 +79,7 @@ def refusal_of(error: BaseException, *, place: str = RUN_PLACE) -> Refusal | Non
         number, (str(error), f"Look at the disk and at permissions, {AGAIN}")
     )
     file = (found.filename2 or found.filename) if found is not None and number else None
+    file = os.fsdecode(file) if isinstance(file, bytes) else file
     return Refusal(f"{what} ({file})" if file else what, way.format(place=place))
 
 

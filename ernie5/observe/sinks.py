@@ -11,6 +11,7 @@ from pathlib import Path
 
 from ernie5.errors import EnvironmentFault
 from ernie5.observe.config import ObserveConfig
+from ernie5.observe.faults import refusal_of
 
 
 @dataclasses.dataclass(frozen=True)
@@ -81,9 +82,12 @@ class TensorBoardSink(Sink):
         self._writer = self._start(last_step)
 
     def write(self, row: MetricRow) -> None:
-        """Add one scalar per figure."""
-        for name, value in zip(row.names, row.values, strict=True):
-            self._writer.add_scalar(name, value, global_step=row.step)
+        """Add one scalar per figure. Raises EnvironmentFault where its folder cannot be written to any more."""
+        try:
+            for name, value in zip(row.names, row.values, strict=True):
+                self._writer.add_scalar(name, value, global_step=row.step)
+        except OSError as error:  # of the thread that writes, some steps later
+            raise EnvironmentFault(f"writing to {self._folder} failed: {refusal_of(error)}.") from error
 
     def go_back(self, step: int) -> None:
         """A new file whose purge mark hides the later steps."""

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import math
+import os
 import sys
 from pathlib import Path
 
@@ -13,7 +15,15 @@ import torch
 from ernie5.errors import EnvironmentFault
 from ernie5.observe.config import ObserveConfig
 from ernie5.observe.metrics import Figures, Metrics
-from ernie5.observe.sinks import JsonlSink, MetricRow, WandbSink, keep_until_step, open_sinks, read_metrics
+from ernie5.observe.sinks import (
+    JsonlSink,
+    MetricRow,
+    TensorBoardSink,
+    WandbSink,
+    keep_until_step,
+    open_sinks,
+    read_metrics,
+)
 
 
 def write_steps(path: Path, *, first: int, last: int, last_step: int) -> None:
@@ -83,6 +93,17 @@ def test_tensorboard_events_are_written_beside_the_jsonl(tmp_path: Path) -> None
     metrics.close()
     assert steps_of(tmp_path / "metrics.jsonl") == [1]
     assert list((tmp_path / "tensorboard").glob("events.out.tfevents.*"))
+
+
+def test_a_tensorboard_folder_that_was_removed_is_no_bug(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    sink = TensorBoardSink(tmp_path, last_step=0)
+
+    def refuse(*_: object, **__: object) -> None:  # the path as TensorBoard names it
+        raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), bytes(tmp_path / "events"))
+
+    monkeypatch.setattr(sink._writer, "add_scalar", refuse)
+    with pytest.raises(EnvironmentFault, match=rf"to {tmp_path} failed: .*removed.*\({tmp_path}/events\)\. Bring it"):
+        sink.write(MetricRow(1, ("loss",), (2.0,)))
 
 
 def test_a_missing_wandb_is_one_clear_error(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -89,23 +89,27 @@ def lists_kernel(
         tl.store(counts + (batch * tl.num_programs(0) + own) * 2 + stage, filled)
 
 
-def block_lists(
-    intervals: torch.Tensor, *, queries: int, query_start: int, block_queries: int, block_keys: int
-) -> tuple[BlockLists, BlockLists]:
-    """(lists of key blocks by query block, lists of query blocks by key block) for intervals [B, S, 4] int32."""
+def summarise_keys(intervals: torch.Tensor, *, block_keys: int) -> torch.Tensor:
+    """Extremes [B, key blocks, 8] of intervals [B, S, 4] int32, from which lists of either side are made."""
     batch, keys, _ = intervals.shape
-    query_blocks, key_blocks = ceil_div(queries, block_queries), ceil_div(keys, block_keys)
-    summary = intervals.new_empty(batch, key_blocks, SUMMARY)
-    summary_kernel[(key_blocks, batch)](intervals, summary, keys, block_keys, num_warps=1)
-    made = []
-    for by_query, own, other in ((True, query_blocks, key_blocks), (False, key_blocks, query_blocks)):
-        lists = BlockLists(intervals.new_empty(batch, own, other), intervals.new_empty(batch, own, 2))
-        lists_kernel[(own, batch)](
-            summary, lists.others, lists.counts, query_blocks, key_blocks, queries, query_start,
-            by_query, block_queries, CHUNK, num_warps=1,
-        )
-        made.append(lists)
-    return made[0], made[1]
+    summary = intervals.new_empty(batch, ceil_div(keys, block_keys), SUMMARY)
+    summary_kernel[(summary.shape[1], batch)](intervals, summary, keys, block_keys, num_warps=1)
+    return summary
+
+
+def block_lists(
+    summary: torch.Tensor, *, queries: int, query_start: int, block_queries: int, by_query: bool
+) -> BlockLists:
+    """Key blocks by query block, or query blocks by key block, for a summary of `summarise_keys`."""
+    batch, key_blocks, _ = summary.shape
+    query_blocks = ceil_div(queries, block_queries)
+    own, other = (query_blocks, key_blocks) if by_query else (key_blocks, query_blocks)
+    lists = BlockLists(summary.new_empty(batch, own, other), summary.new_empty(batch, own, 2))
+    lists_kernel[(own, batch)](
+        summary, lists.others, lists.counts, query_blocks, key_blocks, queries, query_start,
+        by_query, block_queries, CHUNK, num_warps=1,
+    )
+    return lists
 
 
 def everything_visible(*, batch: int, keys: int, device: torch.device) -> torch.Tensor:

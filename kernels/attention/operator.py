@@ -8,7 +8,7 @@ import torch
 
 from ..grouped_gemm.kernel import precision_of
 from ..launch import capability_of, ceil_div, power_of_two, readable
-from .blocks import BlockLists, block_lists, everything_visible
+from .blocks import block_lists, everything_visible, summarise_keys
 from .kernel import (
     AttentionBlocks,
     attention_forward_kernel,
@@ -34,7 +34,10 @@ def attention_op(
     if not out.numel():
         return out, lse
     blocks = _blocks(query, part="forward")
-    by_query, _ = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
+    by_query = block_lists(
+        summarise_keys(intervals, block_keys=blocks.keys), queries=queries, query_start=query_start,
+        block_queries=blocks.queries, by_query=True,
+    )
     attention_forward_kernel[(by_query.others.shape[1], heads, batch)](
         query, key, value, out, lse, intervals, by_query.others, by_query.counts, queries, key.shape[1], query_start,
         heads, key.shape[2], width, scale * math.log2(math.e), *query.stride()[:3], *key.stride()[:3],
@@ -65,20 +68,22 @@ def attention_backward(
         queries, key.shape[1], query_start, heads, key.shape[2], width, scale * math.log2(math.e), scale, *strides
     )
     precision = precision_of(query.dtype)
-    blocks = _blocks(query, part="keys")
-    lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
-    key_gradient_kernel[(lists[1].others.shape[1], key.shape[2], batch)](
-        query, key, value, grad, lse, delta, grads[1], grads[2], intervals, lists[1].others, lists[1].counts, *sizes,
-        lists[1].others.shape[2], precision, blocks.queries, blocks.keys, padded,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+    rows_seen = {"queries": queries, "query_start": query_start}
+    by_keys, by_queries = _blocks(query, part="keys"), _blocks(query, part="queries")
+    summary = summarise_keys(intervals, block_keys=by_keys.keys)
+    seen = block_lists(summary, **rows_seen, block_queries=by_keys.queries, by_query=False)
+    key_gradient_kernel[(seen.others.shape[1], key.shape[2], batch)](
+        query, key, value, grad, lse, delta, grads[1], grads[2], intervals, seen.others, seen.counts, *sizes,
+        seen.others.shape[2], precision, by_keys.queries, by_keys.keys, padded,
+        num_warps=by_keys.warps, num_stages=by_keys.stages,
     )
-    if _blocks(query, part="queries") != blocks:
-        blocks = _blocks(query, part="queries")
-        lists = _lists(intervals, queries=queries, query_start=query_start, blocks=blocks)
-    query_gradient_kernel[(lists[0].others.shape[1], heads, batch)](
-        query, key, value, grad, lse, delta, grads[0], intervals, lists[0].others, lists[0].counts, *sizes,
-        lists[0].others.shape[2], precision, blocks.queries, blocks.keys, padded,
-        num_warps=blocks.warps, num_stages=blocks.stages,
+    if by_queries.keys != by_keys.keys:
+        summary = summarise_keys(intervals, block_keys=by_queries.keys)
+    seen = block_lists(summary, **rows_seen, block_queries=by_queries.queries, by_query=True)
+    query_gradient_kernel[(seen.others.shape[1], heads, batch)](
+        query, key, value, grad, lse, delta, grads[0], intervals, seen.others, seen.counts, *sizes,
+        seen.others.shape[2], precision, by_queries.queries, by_queries.keys, padded,
+        num_warps=by_queries.warps, num_stages=by_queries.stages,
     )
     return grads
 
@@ -91,14 +96,6 @@ def _results(query: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
 def _blocks(query: torch.Tensor, *, part: str) -> AttentionBlocks:
     return choose_blocks(
         capability=capability_of(query.device), width=query.shape[-1], element_bytes=query.element_size(), part=part
-    )
-
-
-def _lists(
-    intervals: torch.Tensor, *, queries: int, query_start: int, blocks: AttentionBlocks
-) -> tuple[BlockLists, BlockLists]:
-    return block_lists(
-        intervals, queries=queries, query_start=query_start, block_queries=blocks.queries, block_keys=blocks.keys
     )
 
 

@@ -8,7 +8,7 @@ import pytest
 import torch
 
 from ernie5_kernels.attention import attention, dense_mask, operator, plan_attention
-from ernie5_kernels.attention.blocks import BlockLists, block_lists
+from ernie5_kernels.attention.blocks import BlockLists, block_lists, summarise_keys
 from ernie5_kernels.attention.kernel import AttentionBlocks
 from ernie5_kernels.testing import assert_backends_agree, assert_close, kernel_device, poisoned_memory, random_tensor
 
@@ -86,7 +86,9 @@ def test_lists_hold_every_visible_block_once_and_call_whole_only_what_is(interva
     real = torch.nn.functional.pad(torch.ones(87, 87, dtype=torch.bool), (0, 9, 0, 9)).view(6, 16, 3, 32)
     real = real.transpose(1, 2)
     with poisoned_memory():
-        lists = block_lists(intervals, queries=87, query_start=0, block_queries=16, block_keys=32)
+        summary = summarise_keys(intervals, block_keys=32)
+        sizes = {"queries": 87, "query_start": 0, "block_queries": 16}
+        lists = [block_lists(summary, **sizes, by_query=by_query) for by_query in (True, False)]
     for side, made in enumerate(lists):
         for own in range(made.others.shape[1]):
             partial, every = made.counts[0, own].tolist()
@@ -97,8 +99,9 @@ def test_lists_hold_every_visible_block_once_and_call_whole_only_what_is(interva
                 assert other in listed or not tiles[at].any()
                 if other in listed[partial:]:
                     assert tiles[at][real[at].any(1)].all()
-    causal = block_lists(packed([[96]]), queries=96, query_start=0, block_queries=16, block_keys=32)[0].counts[0]
-    assert causal.tolist() == [[1, 1], [1, 1], [1, 2], [1, 2], [1, 3], [1, 3]]
+    summary = summarise_keys(packed([[96]]), block_keys=32)
+    causal = block_lists(summary, queries=96, query_start=0, block_queries=16, by_query=True)
+    assert causal.counts[0].tolist() == [[1, 1], [1, 1], [1, 2], [1, 2], [1, 3], [1, 3]]
 
 
 def test_many_rows_with_many_heads_stay_within_the_second_and_third_size_of_a_grid(
@@ -115,7 +118,8 @@ def test_many_rows_with_many_heads_stay_within_the_second_and_third_size_of_a_gr
         monkeypatch.setattr(operator, name, Recorded())
     empty = torch.zeros(0, dtype=torch.int32)
     lists = BlockLists(empty.view(0, 1, 1), empty)
-    monkeypatch.setattr(operator, "block_lists", lambda *_, **__: (lists, lists))
+    monkeypatch.setattr(operator, "block_lists", lambda *_, **__: lists)
+    monkeypatch.setattr(operator, "summarise_keys", lambda *_, **__: empty)
     q, k, v = (torch.zeros(5000, 1, 16, 2, device=kernel_device()).requires_grad_() for _ in range(3))
     plan = plan_attention(None, batch_rows=5000, query_tokens=1, key_tokens=1)
     attention(q, key=k, value=v, plan=plan, backend="triton").sum().backward()

@@ -8,7 +8,8 @@
 
 namespace {
 
-constexpr int64_t ROWS = 8 * TALL;  // rows between the two products of the forward pass
+constexpr int64_t ROWS = 16 * TALL;  // rows between the two products of the forward pass
+constexpr int64_t PART = 8 * TALL;   // the same, backward, where more is kept for each
 constexpr int64_t BLOCK = 512;      // rows per addition to a weight's gradient
 
 struct Sizes {
@@ -134,7 +135,7 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e, int64_t ne
     return;
   }
   const T *gate_up = b.gate_up + e * 2 * cells, *down = b.down + e * cells;
-  const bool once = end - start <= ROWS;
+  const bool once = end - start <= PART;
   Unit<T>*up_rows = nullptr, *down_rows = nullptr;
   if (!once) {
     up_rows = scratch<Unit<T>>(0, packed_size<T>(twice, s.width));
@@ -145,12 +146,12 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e, int64_t ne
   const bool only = end - start <= BLOCK;
   float* sums = only ? nullptr : scratch<float>(4, 3 * cells);
   T *change = scratch<T>(2, BLOCK * twice), *activated = scratch<T>(5, BLOCK * s.hidden);
-  float* grad = scratch<float>(8, ROWS * s.hidden);
+  float* grad = scratch<float>(8, PART * s.hidden);
   for (int64_t r = start; r < end; r += BLOCK) {
     const int64_t count = std::min(BLOCK, end - r);
     const T* upstream = rows_at(b.upstream, b.sources, r, count, s.width, 9);
-    for (int64_t m = 0; m < count; m += ROWS) {
-      const int64_t part = std::min(ROWS, count - m), at = r + m;
+    for (int64_t m = 0; m < count; m += PART) {
+      const int64_t part = std::min(PART, count - m), at = r + m;
       const Left<T> above = left_rows(upstream + m * s.width, s.width, s.width, part, 3);
       if (once)
         multiply_once<T, float>(part, s.hidden, s.width, above, down, b.down + next * cells, grad, 1);

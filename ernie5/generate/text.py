@@ -73,8 +73,9 @@ def search_text(prompt: Document, *, decoder: Decoder, limits: TextLimits, beam:
         opened = opened[:beam]
         texts = [[*texts[row], token] for _, row, token in opened]
         totals = torch.tensor([total for total, _, _ in opened], device=session.device)
-        # A best open text that is already below the best closed one per id can only be overtaken by luck: stop.
-        if len(closed) >= beam or length == limits.max_tokens:
+        # An open text that is per id below the best closed one can only overtake it by luck: stop.
+        is_behind = len(closed) >= beam and opened[0][0] / length <= max(mean for mean, _ in closed)
+        if is_behind or length == limits.max_tokens:
             break
         session.select([row for _, row, _ in opened])
         ids = torch.tensor([token for _, _, token in opened], device=session.device)

@@ -90,6 +90,40 @@ def test_a_beam_of_one_is_greedy_and_a_wide_one_is_at_least_as_likely(decoder: D
     assert _log_probability(decoder, wide) >= _log_probability(decoder, narrow) - 1e-9
 
 
+class _Told:
+    """A session whose next chances follow from the ids so far: 0, 1 and 2 are words, 3 ends a text."""
+
+    CHANCES = {
+        (): (0.6, 0.3, 0.05, 0.05), (0,): (0.99, 0.004, 0.003, 0.003), (1,): (0.05, 0.03, 0.02, 0.9),
+        (0, 0): (0.9, 0.01, 0.01, 0.08), (0, 0, 0): (0.01, 0.95, 0.01, 0.03), (0, 0, 0, 1): (0.01, 0.01, 0.01, 0.97),
+    }
+    device = torch.device("cpu")
+
+    def __init__(self, decoder: object, *, prompts: list[object]) -> None:
+        self.texts: list[tuple[int, ...]] = [()] * len(prompts)
+
+    def read_prompt(self) -> list[tuple[int, ...]]:
+        return self.texts
+
+    def read_text(self, ids: torch.Tensor) -> list[tuple[int, ...]]:
+        self.texts = [(*text, int(token)) for text, token in zip(self.texts, ids, strict=True)]
+        return self.texts
+
+    def text_logits(self, texts: list[tuple[int, ...]]) -> torch.Tensor:
+        return torch.tensor([self.CHANCES.get(text, (0.25,) * 4) for text in texts]).log()
+
+    def select(self, rows: list[int]) -> None:
+        self.texts = [self.texts[row] for row in rows]
+
+
+def test_a_beam_goes_on_while_an_open_text_is_ahead(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Two texts have ended after three ids, both less likely per id than the one that has not."""
+    monkeypatch.setattr("ernie5.generate.text.Session", _Told)
+    limits = TextLimits(max_tokens=8, stop_ids=(3,), num_ids=3)
+    assert search_text(None, decoder=None, limits=limits, beam=2) == [0, 0, 0, 1]
+    assert search_text(None, decoder=None, limits=limits, beam=1) == [0, 0, 0, 1]
+
+
 def _log_probability(decoder: Decoder, ids: list[int]) -> float:
     hidden = _whole(decoder, _prompt([5, 6, 7, *ids]))
     logits = decoder.model.text_logits(hidden)[:, :256].log_softmax(dim=-1)

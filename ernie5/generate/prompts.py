@@ -13,13 +13,16 @@ SUFFIXES = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUF
 
 
 def words_of_sample(sample: Sample, *, data: DataConfig) -> str:
-    """Transcript, or the first caption in a language of the run, or any caption, or the keywords."""
-    meta, languages = sample.meta, data.caption_languages
-    for language in languages:
+    """What training reads with it: the transcript of speech; else the first caption in a language of the run, or any
+    caption, or the keywords."""
+    meta = sample.meta
+    if meta.task == "audio":
+        return meta.transcript or ""
+    for language in data.caption_languages:
         found = meta.caption(language)
         if found:
             return found
-    return meta.transcript or (meta.captions[0].text if meta.captions else ", ".join(meta.keywords))
+    return meta.captions[0].text if meta.captions else ", ".join(meta.keywords)
 
 
 def decode_sample(sample: Sample, *, medium: str, data: DataConfig) -> torch.Tensor:

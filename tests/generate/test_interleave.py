@@ -10,11 +10,13 @@ import pytest
 import torch
 
 from ernie5.data.examples import PromptPart
+from ernie5.data.samples import Caption, Sample, SampleMeta
 from ernie5.errors import CheckpointError, ConfigError, DataError
 from ernie5.generate.command import build_parser, check_options, main, read_prompt
 from ernie5.generate.gallery import GallerySize, write_samples
 from ernie5.generate.load import LoadedGeneration
 from ernie5.generate.manifest import load_gallery
+from ernie5.generate.prompts import words_of_sample
 
 
 @dataclasses.dataclass(frozen=True)
@@ -47,6 +49,14 @@ def test_any_mixture_of_attachments_leads_to_every_kind_of_answer(world: object)
     assert generation.film(prompts).shape == (2, 3, 5, 16, 16)
     for spoken in generation.speak(prompts, speakers=[None, torch.ones(160)]):
         assert spoken.codes.shape[1] == 2 and len(spoken.waveform) == 1280 * len(spoken.codes)
+
+
+def test_the_words_of_speech_are_what_is_said_whatever_describes_it(world: object) -> None:
+    described = SampleMeta(task="audio", captions=(Caption("en", "a calm voice"),), transcript="good morning")
+    data = dataclasses.replace(world.data, caption_languages=("en",))
+    assert words_of_sample(Sample("a", described), data=data) == "good morning"
+    shown = dataclasses.replace(described, task="image")
+    assert words_of_sample(Sample("b", shown), data=data) == "a calm voice"
 
 
 def test_equal_seeds_draw_equal_pictures_and_other_seeds_others(world: object) -> None:

@@ -9,21 +9,21 @@ from ernie5.data.samples import Sample
 from ernie5.evaluate import baselines, matching
 from ernie5.evaluate.figures import Figure
 from ernie5.evaluate.subject import Subject
-from ernie5.generate.prompts import decode_sample, words_of_sample
+from ernie5.generate.prompts import words_of_sample
 
 
 def measure_captions(subject: Subject) -> list[Figure]:
     """Keywords of validation pictures found in greedy captions, against the likeliest caption words."""
     if not subject.has("image"):
         return []
-    samples = subject.samples("image", split="validation", count=subject.config.caption_samples)
-    samples = [sample for sample in samples if sample.meta.keywords]
+    shown = subject.decoded("image", split="validation", count=subject.config.caption_samples)
+    shown = [(sample, picture) for sample, picture in shown if sample.meta.keywords]
     training = [words_of_sample(sample, data=subject.data) for sample in
                 subject.samples("image", split="train", count=0)]
-    if not samples or not training:
+    if not shown or not training:
         return []
-    texts = subject.generation.write([(PromptPart(image=_media(subject, sample, "image")),) for sample in samples])
-    keywords = [sample.meta.keywords for sample in samples]
+    texts = subject.generation.write([(PromptPart(image=picture),) for _, picture in shown])
+    keywords = [sample.meta.keywords for sample, _ in shown]
     return [_hit_figure("image_to_text_keywords", "Image to text: keywords found", texts, keywords, training)]
 
 
@@ -31,12 +31,12 @@ def measure_transcripts(subject: Subject) -> list[Figure]:
     """Words of validation transcripts found in greedy transcripts, against the likeliest transcript words."""
     if not subject.has("audio"):
         return []
-    samples = subject.samples("audio", split="validation", count=subject.config.caption_samples)
+    heard = subject.decoded("audio", split="validation", count=subject.config.caption_samples)
     training = [sample.meta.transcript or "" for sample in subject.samples("audio", split="train", count=0)]
-    if not samples or not training:
+    if not heard or not training:
         return []
-    texts = subject.generation.write([(PromptPart(audio=_media(subject, sample, "audio")),) for sample in samples])
-    keywords = [tuple(dict.fromkeys(baselines.words_of(sample.meta.transcript or ""))) for sample in samples]
+    texts = subject.generation.write([(PromptPart(audio=sound),) for _, sound in heard])
+    keywords = [tuple(dict.fromkeys(baselines.words_of(sample.meta.transcript or ""))) for sample, _ in heard]
     return [_hit_figure("audio_to_text_words", "Speech to text: words found", texts, keywords, training)]
 
 
@@ -56,11 +56,12 @@ def measure_pictures(subject: Subject) -> list[Figure]:
     """Training prompts drawn: is the picture nearer, in encoder features, to its own target than to another one?"""
     if not subject.has("image"):
         return []
-    samples = subject.samples("image", split="train", count=subject.config.match_samples)
-    if len(samples) < 2:
+    shown = subject.decoded("image", split="train", count=subject.config.match_samples)
+    if len(shown) < 2:
         return []
+    samples = [sample for sample, _ in shown]
     drawn = subject.generation.draw(_prompts(subject, samples))
-    originals = torch.stack([_media(subject, sample, "image") for sample in samples])
+    originals = torch.stack([picture for _, picture in shown])
     made, targets = _picture_features(subject, drawn), _picture_features(subject, originals)
     others = matching.other_indices(len(samples), seed=subject.config.seed)
     own = [matching.picture_distance(made[i], right=targets[i]) for i in range(len(samples))]
@@ -73,10 +74,11 @@ def measure_speech(subject: Subject) -> list[Figure]:
     """Training prompts spoken in their own voice: the same test on quantised codec latents, time-warped."""
     if not subject.has("audio"):
         return []
-    samples = subject.samples("audio", split="train", count=subject.config.match_samples)
-    if len(samples) < 2:
+    sounds = subject.decoded("audio", split="train", count=subject.config.match_samples)
+    if len(sounds) < 2:
         return []
-    heard = [subject.generation.maker.hear(_media(subject, sample, "audio")) for sample in samples]
+    samples = [sample for sample, _ in sounds]
+    heard = [subject.generation.maker.hear(sound) for _, sound in sounds]
     spoken = subject.generation.speak(_prompts(subject, samples), speakers=[speech.speaker for speech in heard])
     made = [_speech_features(subject, speech.codes) for speech in spoken]
     targets = [_speech_features(subject, speech.codes) for speech in heard]
@@ -94,10 +96,6 @@ def _match_figure(key: str, title: str, own: list[float], other: list[float], *,
 
 def _prompts(subject: Subject, samples: list[Sample]) -> list[tuple[PromptPart, ...]]:
     return [(PromptPart(text=words_of_sample(sample, data=subject.data)),) for sample in samples]
-
-
-def _media(subject: Subject, sample: Sample, medium: str) -> torch.Tensor:
-    return decode_sample(sample, medium=medium, data=subject.data)
 
 
 @torch.no_grad()

@@ -30,12 +30,6 @@ class EvaluateConfig(Config):
     )
     caption_tokens: int = field(24, doc="longest caption or transcript", unit="tokens", check=positive,
                                 kind="logging")
-
-    def validate(self) -> None:
-        """Goals are names of baselines."""
-        for name in self.text_goals:
-            if name not in TEXT_BASELINES:
-                self.fail("text_goals", f"{name} is no baseline of the text. Choose of {', '.join(TEXT_BASELINES)}")
     match_samples: int = field(
         100, doc="training prompts of the nearest-target tests", unit="samples", check=positive, kind="logging"
     )

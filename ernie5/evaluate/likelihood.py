@@ -11,6 +11,7 @@ import torch
 from ernie5.data.config import DataConfig
 from ernie5.data.corrupt import encode_scales
 from ernie5.data.examples import POOLS
+from ernie5.errors import DataError
 from ernie5.evaluate import baselines
 from ernie5.evaluate.figures import Figure, Loss
 from ernie5.evaluate.subject import Subject, keep_text_targets
@@ -38,7 +39,7 @@ def survey_validation(subject: Subject) -> Survey:
 
     Shares are tokens per task, so sums over a task are divided by its tokens and multiplied by its share.
     """
-    nats, targets, raw_targets = torch.zeros(4).double(), torch.zeros(4).double(), torch.zeros(4)
+    nats, targets, raw_targets = torch.zeros(3, 4, dtype=torch.float64)
     loads, drawn_loads = torch.zeros(()), torch.zeros(())
     for task in POOLS:
         for output, batch, weight in _mixture_outputs(subject, task, has_draws=False):
@@ -153,9 +154,12 @@ def measure_clips(subject: Subject) -> list[Figure]:
         return []
     maker, sizes = subject.generation.maker, subject.generation.tokenizers.visual.sizes
     right = again = requantised = total = 0.0
-    samples = subject.samples("video", split="validation", count=subject.config.loss_samples)
-    for sample in samples:
-        document = maker.build_document(sample, task="text_to_video")
+    num_clips = 0
+    for sample in subject.samples("video", split="validation", count=subject.config.loss_samples):
+        try:
+            document = maker.build_document(sample, task="text_to_video")
+        except DataError:  # as `Subject.documents`
+            continue
         latents = maker.features_of(sample, medium="video", purpose="draw").latents
         schedule = scale_schedule(latents.shape[-2], latents.shape[-1], sizes=sizes)
         codes = encode_scales(latents, schedule=schedule, config=None, generator=torch.Generator())
@@ -168,10 +172,11 @@ def measure_clips(subject: Subject) -> list[Figure]:
         again += float((truth[:-1] == truth[1:]).sum())
         requantised += float((_copied_bits(codes.finished, inputs=codes.inputs, schedule=schedule) == truth[1:]).sum())
         total += truth[1:].numel()
+        num_clips += 1
     if not total:
         return []
     return [
-        Figure(key, title, right / total, copied / total, name, "%", False, len(samples))
+        Figure(key, title, right / total, copied / total, name, "%", False, num_clips)
         for key, title, copied, name in (
             ("video_next_frame_bits", "Video: bits of the next frame", again, "copying the last frame's bits"),
             ("video_next_frame_bits_requantised", "Video: bits of the next frame, harder baseline", requantised,

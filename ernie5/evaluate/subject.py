@@ -16,6 +16,7 @@ from ernie5.data.shards import Corpus, SampleRef
 from ernie5.errors import DataError
 from ernie5.evaluate.config import EvaluateConfig
 from ernie5.generate.interleave import Generation
+from ernie5.generate.prompts import decode_sample
 from ernie5.records import Batch, ModelOutput
 
 # Rows are padded to a multiple of this, so that the kernels see few different lengths.
@@ -47,6 +48,16 @@ class Subject:
             chosen = sorted(torch.randperm(len(refs), generator=generator)[:count].tolist())
             refs = tuple(refs[index] for index in chosen)
         return [self.corpus.read(ref) for ref in refs]
+
+    def decoded(self, medium: str, *, split: str, count: int) -> list[tuple[Sample, torch.Tensor]]:
+        """`samples` with their picture, clip or sound; those that cannot be decoded are left out."""
+        found = []
+        for sample in self.samples(medium, split=split, count=count):
+            try:
+                found.append((sample, decode_sample(sample, medium=medium, data=self.data)))
+            except DataError:  # as training, which names it in its log
+                continue
+        return found
 
     def shuffled(self, task: str, *, split: str) -> Iterator[Sample]:
         """All samples in an order drawn by the seed, read one by one, so that any beginning stands for the whole."""

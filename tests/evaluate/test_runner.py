@@ -2,18 +2,25 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import json
 import math
+import types
 from collections.abc import Callable
 from pathlib import Path
 
 import pytest
+import torch
 
-from ernie5.data.shards import list_shards, open_corpus
+from ernie5.data.samples import Caption
+from ernie5.data.shards import ShardWriter, list_shards, open_corpus
+from ernie5.evaluate import likelihood
+from ernie5.evaluate.answers import measure_captions, measure_pictures, measure_speech, measure_transcripts
 from ernie5.evaluate.command import describe
 from ernie5.evaluate.config import EvaluateConfig
 from ernie5.evaluate.figures import Evaluation, parse_evaluation
-from ernie5.evaluate.likelihood import measure_text, survey_validation
+from ernie5.evaluate.likelihood import measure_clips, measure_text, survey_validation
 from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
 
@@ -78,6 +85,41 @@ def test_loads_are_measured_with_trainings_draws_and_losses_without(world: objec
     assert lengths(has_draws=True) == drawn and lengths(has_draws=False) == plain
     survey = survey_validation(subject)
     assert survey.group_loads.shape == survey.drawn_loads.shape and not survey.group_loads.equal(survey.drawn_loads)
+
+
+def test_measures_leave_out_the_samples_that_training_leaves_out(world: object, tmp_path: Path) -> None:
+    """A picture, a clip and a sound that are none, and a caption longer than a row; the rest is measured."""
+    whole = open_corpus(list_shards(str(world.shards)))
+    with ShardWriter(tmp_path, prefix="bad", max_bytes=1 << 24) as writer:
+        for split in ("train", "validation"):
+            for task in ("image", "video", "audio"):
+                sample = whole.read(next(ref for ref in whole.samples(task) if ref.split == split))
+                torn = tuple(dataclasses.replace(media, data=media.data[:30]) for media in sample.media)
+                writer.write(dataclasses.replace(sample, key=f"torn-{sample.key}", media=torn))
+                if task == "video":
+                    meta = dataclasses.replace(sample.meta, captions=(Caption("en", "a ball " * 60),))
+                    writer.write(dataclasses.replace(sample, key=f"long-{sample.key}", meta=meta))
+    corpus = open_corpus(list_shards([str(world.shards), str(tmp_path)]))
+    measures = (measure_captions, measure_transcripts, measure_pictures, measure_speech, measure_clips)
+    for measure in measures:
+        plain, beside = measure(_subject(world)), measure(dataclasses.replace(_subject(world), corpus=corpus))
+        assert plain and [figure.samples for figure in beside] == [figure.samples for figure in plain]
+
+
+def test_targets_are_counted_one_by_one_beyond_what_fp32_counts(
+    world: object, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def of_each(number: int) -> types.SimpleNamespace:
+        return types.SimpleNamespace(text=number, image=number, video=number, audio=number)
+
+    output = types.SimpleNamespace(routing=types.SimpleNamespace(group_loads=torch.ones(1, 6, 4)))
+    batches = [types.SimpleNamespace(counts=functools.partial(of_each, number)) for number in (2**24, 1, 1, 1)]
+    monkeypatch.setattr(likelihood, "losses", lambda output, batch: of_each(1))
+    monkeypatch.setattr(
+        likelihood, "_mixture_outputs",
+        lambda subject, task, *, has_draws: [(output, batch, 1.0) for batch in batches] if task == "text" else [],
+    )
+    assert {loss.targets for loss in survey_validation(_subject(world)).losses} == {2**24 + 3}
 
 
 def test_a_model_without_media_is_measured_on_text_and_says_what_is_missing(

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import field, fraction, non_negative, positive
+from ernie5.config.field import between, field, fraction, non_negative, positive
 
 TEXT_BASELINES = ("order2", "order3", "xz")
 
@@ -48,8 +48,9 @@ class EvaluateConfig(Config):
         doc="what the text has to beat, of order2, order3 (byte models) and xz; the others stand beside it as measures",
         kind="logging",
     )
-    seed: int = field(0, doc="seed of which samples and which other targets are taken", check=non_negative,
-                      kind="logging")
+    seed: int = field(
+        0, doc="seed of which samples and which other targets are taken", check=between(0, 2**63 - 1), kind="logging"
+    )
 
     def validate(self) -> None:
         """Goals are names of baselines."""

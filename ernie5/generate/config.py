@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import field, fraction, non_negative, positive
+from ernie5.config.field import between, field, fraction, non_negative, positive
 
 
 @config
@@ -36,7 +36,7 @@ class GenerateConfig(Config):
                                   kind="logging")
     video_frames: int = field(17, doc="frames of a clip, 1 + 4n", unit="frames", check=positive, kind="logging")
     frames_per_second: int = field(8, doc="speed of a written clip", unit="1/s", check=positive, kind="logging")
-    seed: int = field(0, doc="seed of every random draw", check=non_negative, kind="logging")
+    seed: int = field(0, doc="seed of every random draw", check=between(0, 2**63 - 1), kind="logging")
 
     def validate(self) -> None:
         """Refuse a clip length that the causal tokenizer cannot make, and an empty nucleus."""

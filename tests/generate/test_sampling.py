@@ -5,7 +5,11 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie5.config.base import Config
+from ernie5.errors import ConfigError
+from ernie5.evaluate.config import EvaluateConfig
 from ernie5.generate import sampling
+from ernie5.generate.config import GenerateConfig
 
 
 def _generator(seed: int = 0) -> torch.Generator:
@@ -32,6 +36,14 @@ def test_equal_seeds_draw_equal_ids_and_bits() -> None:
     assert torch.equal(first, sampling.sample_ids(logits, sampling=choice, generator=_generator(7)))
     bits = sampling.sample_bits(logits, temperature=1.0, generator=_generator(7))
     assert torch.equal(bits, sampling.sample_bits(logits, temperature=1.0, generator=_generator(7)))
+
+
+@pytest.mark.parametrize("schema", (GenerateConfig, EvaluateConfig))
+def test_a_seed_that_no_generator_takes_is_refused_as_a_setting(schema: type[Config]) -> None:
+    largest = 2**63 - 1
+    torch.Generator().manual_seed(schema(seed=largest).seed)
+    with pytest.raises(ConfigError, match=f"must lie between 0 and {largest}"):
+        schema(seed=2**64)
 
 
 def test_top_k_never_draws_outside_even_with_ties() -> None:

@@ -149,21 +149,3 @@ def unigram_nats(training: Sequence[Sequence[int]], *, validation: Sequence[Sequ
     if not len(used):
         raise DataError("The unigram baseline was asked about no ids. The validation split needs one such sample.")
     return float(nats[used].mean())
-
-
-def edit_distance(left: str, *, right: str) -> int:
-    """Fewest insertions, deletions and substitutions of letters that turn `left` into `right`."""
-    row = np.arange(len(right) + 1)
-    target = np.array([ord(letter) for letter in right], dtype=np.int64)
-    for index, letter in enumerate(left, start=1):
-        best = np.minimum(row[1:] + 1, row[:-1] + (target != ord(letter)))
-        # An insertion chain is a running minimum of value minus place.
-        chain = np.concatenate([[index], best]) - np.arange(len(right) + 1)
-        row = np.minimum.accumulate(chain) + np.arange(len(right) + 1)
-    return int(row[-1])
-
-
-def character_error_rate(guess: str, *, truth: str) -> float:
-    """Edit distance over the length of the truth, case and outer spaces ignored."""
-    left, right = guess.strip().lower(), truth.strip().lower()
-    return edit_distance(left, right=right) / max(len(right), 1)

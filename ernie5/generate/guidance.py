@@ -21,13 +21,8 @@ class Guidance:
         """A scale of 1 needs no second row."""
         return self.scale != 1.0
 
-    @property
-    def num_rows(self) -> int:
-        """Rows of the session."""
-        return self.num_items * (2 if self.is_doubled else 1)
-
     def combine(self, logits: torch.Tensor) -> torch.Tensor:
-        """Logits of all rows [num_rows, ..] -> guided logits [num_items, ..] fp32."""
+        """Logits of all rows [rows, ..] -> guided logits [num_items, ..] fp32."""
         logits = logits.float()
         if not self.is_doubled:
             return logits
@@ -35,5 +30,5 @@ class Guidance:
         return guide(conditional, unconditional=unconditional, scale=self.scale)
 
     def spread(self, chosen: torch.Tensor) -> torch.Tensor:
-        """What was chosen per item [num_items, ..] -> per row [num_rows, ..]: both twins go on with the same choice."""
+        """What was chosen per item [num_items, ..] -> per row [rows, ..]: both twins go on with the same choice."""
         return torch.cat([chosen, chosen]) if self.is_doubled else chosen

@@ -51,10 +51,6 @@ class UnifiedModel(OutlinedModel):
         """The text head [V, D], the text embedding where tied."""
         return self.embedding.text.weight if self.text_head is None else self.text_head.weight
 
-    def as_layers(self) -> tuple[nn.Module, ...]:
-        """Embedding, decoder layers and final norm, in order of execution: the units of pipeline and checkpointing."""
-        return (self.embedding, *self.layers, self.final_norm)
-
     def moe_layers(self) -> tuple[MoELayer, ...]:
         """The mixture-of-experts layers, in order; index i is row i of RoutingStats.loads."""
         return tuple(layer.moe for layer in self.layers if isinstance(layer, MoEBlock))

@@ -76,10 +76,3 @@ def test_unigram_nats_smooth_unseen_ids() -> None:
     assert baselines.unigram_nats([[0, 0]], validation=[[1]], num_ids=2) == pytest.approx(math.log(4))
     with pytest.raises(DataError):
         baselines.unigram_nats([[0]], validation=[], num_ids=2)
-
-
-@pytest.mark.parametrize(("left", "right", "distance"), [("", "", 0), ("", "ab", 2), ("kitten", "sitting", 3),
-                                                         ("abc", "", 3), ("猫", "狗", 1)])
-def test_edit_distance_counts_the_fewest_changes(left: str, right: str, distance: int) -> None:
-    assert baselines.edit_distance(left, right=right) == distance
-    assert baselines.edit_distance(right, right=left) == distance

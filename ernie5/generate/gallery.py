@@ -13,6 +13,7 @@ from ernie5.data.config import DataConfig
 from ernie5.data.examples import PromptPart
 from ernie5.data.samples import Sample
 from ernie5.data.shards import Corpus, SampleRef, list_shards, open_corpus
+from ernie5.errors import DataError
 from ernie5.generate import media
 from ernie5.generate.interleave import Generation
 from ernie5.generate.manifest import Gallery, GalleryItem, save_gallery
@@ -43,7 +44,8 @@ def write_samples(
     """Write a gallery of generated and reconstructed samples of `shards` (default: data.shards); returns samples.json.
 
     Half of the prompts of generation come from training, half from validation; understanding and reconstruction use
-    validation alone. Modalities that the model or the corpus lacks are left out. Raises DataError, EnvironmentFault.
+    validation alone. Modalities that the model or the corpus lacks are left out, and so are samples that cannot be
+    decoded. Raises DataError, EnvironmentFault.
     """
     start = time.monotonic()
     painter = _Painter(folder, generation=generation, data=data, shards=shards or data.shards)
@@ -67,11 +69,11 @@ class _Painter:
     def make(self, medium: str, *, count: int) -> list[GalleryItem]:
         """Text to `medium`, with the original beside it."""
         half = (count + 1) // 2
-        samples = [*self._samples(medium, split="train", count=half)]
-        samples += self._samples(medium, split="validation", count=count - half)
-        if not samples:
+        shown = [*self._shown(medium, split="train", count=half)]
+        shown += self._shown(medium, split="validation", count=count - half)
+        if not shown:
             return []
-        words = [self._words(sample) for _, sample in samples]
+        words = [self._words(sample) for _, sample, _ in shown]
         prompts = [(PromptPart(text=text),) for text in words]
         if medium == "image":
             made = list(self._generation.draw(prompts))
@@ -79,43 +81,40 @@ class _Painter:
             made = list(self._generation.film(prompts))
         else:
             hear = self._generation.maker.hear
-            speakers = [hear(self._decode(sample, medium)).speaker for _, sample in samples]
+            speakers = [hear(original).speaker for _, _, original in shown]
             made = [spoken.waveform for spoken in self._generation.speak(prompts, speakers=speakers)]
         return [
             GalleryItem(
                 task=f"text_to_{medium}", split=_name_of(split), prompt=text,
                 output_file=self._save(f"text_to_{medium}-{index}", value=value, medium=medium),
-                target_file=self._save(f"text_to_{medium}-{index}-original", value=self._decode(sample, medium),
-                                       medium=medium),
+                target_file=self._save(f"text_to_{medium}-{index}-original", value=original, medium=medium),
             )
-            for index, ((split, sample), text, value) in enumerate(zip(samples, words, made, strict=True))
+            for index, ((split, _, original), text, value) in enumerate(zip(shown, words, made, strict=True))
         ]
 
     def read(self, medium: str, *, count: int) -> list[GalleryItem]:
         """`medium` to text, with the reference beside it."""
-        samples = [sample for _, sample in self._samples(medium, split="validation", count=count)]
-        if not samples:
+        shown = self._shown(medium, split="validation", count=count)
+        if not shown:
             return []
-        shown = [self._decode(sample, medium) for sample in samples]
         part: Callable[[torch.Tensor], PromptPart] = {
             "image": lambda value: PromptPart(image=value),
             "video": lambda value: PromptPart(video=value),
             "audio": lambda value: PromptPart(audio=value),
         }[medium]
-        texts = self._generation.write([(part(value),) for value in shown])
+        texts = self._generation.write([(part(value),) for _, _, value in shown])
         return [
             GalleryItem(
                 task=f"{medium}_to_text", split="validation", output=text, target=self._words(sample),
                 prompt_file=self._save(f"{medium}_to_text-{index}", value=value, medium=medium),
             )
-            for index, (sample, value, text) in enumerate(zip(samples, shown, texts, strict=True))
+            for index, ((_, sample, value), text) in enumerate(zip(shown, texts, strict=True))
         ]
 
     def reconstruct(self, medium: str, *, count: int) -> list[GalleryItem]:
         """`medium` through its tokenizer and back."""
         items = []
-        for index, (_, sample) in enumerate(self._samples(medium, split="validation", count=count)):
-            value = self._decode(sample, medium)
+        for index, (_, sample, value) in enumerate(self._shown(medium, split="validation", count=count)):
             name = f"{medium}_reconstruction-{index}"
             items.append(
                 GalleryItem(
@@ -147,8 +146,15 @@ class _Painter:
     def _words(self, sample: Sample) -> str:
         return words_of_sample(sample, data=self._data)
 
-    def _decode(self, sample: Sample, medium: str) -> torch.Tensor:
-        return decode_sample(sample, medium=medium, data=self._data)
+    def _shown(self, medium: str, *, split: str, count: int) -> list[tuple[str, Sample, torch.Tensor]]:
+        """`_samples` with their picture, clip or sound; those that cannot be decoded are left out, as in training."""
+        found = []
+        for _, sample in self._samples(medium, split=split, count=count):
+            try:
+                found.append((split, sample, decode_sample(sample, medium=medium, data=self._data)))
+            except DataError:
+                continue
+        return found
 
     @torch.no_grad()
     def _reconstruct(self, value: torch.Tensor, medium: str) -> torch.Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 from collections.abc import Callable
 from pathlib import Path
@@ -11,6 +12,7 @@ import torch
 
 from ernie5.data.examples import PromptPart
 from ernie5.data.samples import Caption, Sample, SampleMeta
+from ernie5.data.shards import ShardWriter, list_shards, open_corpus
 from ernie5.errors import CheckpointError, ConfigError, DataError
 from ernie5.generate.command import build_parser, check_options, main, read_prompt
 from ernie5.generate.gallery import GallerySize, write_samples
@@ -80,6 +82,23 @@ def test_a_gallery_holds_every_task_with_files_that_exist(world: object, tmp_pat
     assert named and all((tmp_path / name).stat().st_size > 0 for name in named)
     drawn = [item.split for item in gallery.items if item.task == "text_to_image"]
     assert drawn == ["training", "validation"]
+
+
+def test_a_gallery_passes_over_what_cannot_be_decoded(world: object, tmp_path: Path) -> None:
+    corpus = open_corpus(list_shards(str(world.shards)))
+    with ShardWriter(tmp_path, prefix="torn", max_bytes=1 << 24) as writer:
+        for ref in corpus.refs:
+            sample = corpus.read(ref)
+            torn = tuple(dataclasses.replace(media, data=media.data[:30]) for media in sample.media)
+            writer.write(dataclasses.replace(sample, media=torn if ref.key.endswith("-0") else sample.media))
+    size = GallerySize(pictures=6, clips=6, speeches=6, texts=1)
+    path = write_samples(
+        tmp_path / "made", generation=world.generation, data=world.data, step=1, shards=(str(tmp_path),), size=size
+    )
+    tasks = collections.Counter(item.task for item in load_gallery(path.parent).items)
+    for medium in ("image", "video", "audio"):  # two of three in each split
+        found = [tasks[task] for task in (f"text_to_{medium}", f"{medium}_to_text", f"{medium}_reconstruction")]
+        assert found == [4, 2, 2]
 
 
 def test_a_model_without_a_modality_says_which_ones_it_has(build_tiny_world: Callable, tmp_path: Path) -> None:

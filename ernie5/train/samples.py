@@ -34,7 +34,6 @@ class SamplesHook(Hook):
     def _write(self, context: StepContext) -> None:
         self._generation.decoder.model.eval()
         folder = self._folder / step_name(context.step)
-        folder.mkdir(parents=True, exist_ok=True)
         try:
             write_samples(folder, generation=self._generation, data=self._data, step=context.step, size=SIZE)
         except Ernie5Error as error:  # a gallery is not worth the run

@@ -36,3 +36,13 @@ def test_samples_that_cannot_be_drawn_do_not_end_the_run(
     changes = [f"train.run_dir={run_dir}", "train.steps=1", "train.sample_every_steps=1"]
     assert main([str(world / "run.yaml"), *changes]) == 0
     assert "no samples of step 1: no such voice" in (run_dir / "log.txt").read_text("utf-8")
+
+
+def test_a_place_that_takes_no_samples_does_not_end_the_run(world: Path, tmp_path: Path) -> None:
+    run_dir = tmp_path / "run"
+    run_dir.mkdir()
+    (run_dir / "samples").write_text("a file where the folder should be")
+    changes = [f"train.run_dir={run_dir}", "train.steps=1", "train.sample_every_steps=1", "generate.max_text_tokens=2",
+               "generate.max_audio_frames=2", "generate.video_frames=1"]
+    assert main([str(world / "run.yaml"), *changes]) == 0
+    assert "no samples of step 1: Cannot write" in (run_dir / "log.txt").read_text("utf-8")

@@ -8,8 +8,9 @@
 
 namespace {
 
-constexpr int64_t ROWS = 16 * TALL;  // rows between the two products of the forward pass
-constexpr int64_t PART = 8 * TALL;   // the same, backward, where more is kept for each
+// Rows between the two products of the forward pass, and of the backward pass, where more is kept for each. An expert
+// with no more of them uses its weights once: they are not packed as a whole.
+constexpr int64_t ROWS = 16 * TALL, PART = 8 * TALL;
 constexpr int64_t BLOCK = 512;      // rows per addition to a weight's gradient
 
 struct Sizes {
@@ -27,8 +28,8 @@ const T* rows_at(const T* x, const int64_t* sources, int64_t first, int64_t coun
 
 int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
 
-// out[rows, columns] = left weight^T of one expert, weight [columns, summed], for these rows alone: a panel is packed, used
-// while it lies in the first cache, and forgotten. Meanwhile the weight at `next`, the next expert's, is asked for.
+// out[rows, columns] = left weight^T of one expert, weight [columns, summed], for these rows alone: a panel is packed,
+// used while it lies in the first cache, and forgotten. Meanwhile the weight at `next`, the next expert's, is asked for.
 template <class T>
 void apply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* weight, const T* next,
                 Unit<T>* packed, T* out) {
@@ -44,8 +45,11 @@ void apply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, con
   }
 }
 
-// Experts that a thread takes at a time, one after the other, so that it knows which comes next.
-int64_t chunk_of(int64_t experts, int threads) { return std::clamp<int64_t>(experts / (16 * threads), 1, 16); }
+// Experts that a thread takes at a time, one after the other, so that it knows which comes next: all of them if it is
+// alone. After the last of them `next_of` is the expert itself.
+int64_t chunk_of(int64_t experts, int threads) {
+  return threads == 1 ? std::max<int64_t>(1, experts) : std::clamp<int64_t>(experts / (16 * threads), 1, 16);
+}
 int64_t next_of(int64_t expert, int64_t chunk, int64_t experts) {
   return (expert + 1) % chunk == 0 || expert + 1 == experts ? expert : expert + 1;
 }

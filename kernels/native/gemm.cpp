@@ -53,8 +53,8 @@ struct PackedPanel {
   static inline void sort(vfloat (&)[WIDE]) {}
 };
 
-// PANEL columns of a row-major matrix, neighbouring rows zipped in registers. That is quickest 128 bits at a time, which
-// leaves the columns of a panel mixed until `sort`.
+// PANEL columns of a row-major matrix, neighbouring rows zipped in registers. That is quickest 128 bits at a time,
+// which leaves the columns of a panel mixed until `sort`.
 template <class T, bool ASKS>
 struct PanelInPlace {
   static constexpr bool STREAMS = false;
@@ -153,7 +153,8 @@ void tile(int64_t summed, Left<T> left, Side side, O* out, int64_t leading, bool
   }
 }
 
-// All rows of a panel, in tiles whose heights differ by one at most: a low one has too few sums under way. The first asks.
+// All rows of a panel, in tiles whose heights differ by one at most: a low one has too few sums under way. The first
+// tile asks.
 template <class T, class O, class Asking, class Side, size_t... LESS>
 inline void tiles_of(int64_t rows, int64_t summed, Left<T> left, Asking asking, Side side, O* out, int64_t leading,
                      bool add, std::index_sequence<LESS...>) {

@@ -1,4 +1,5 @@
-// Products of small matrices, fp32 or bf16 with fp32 sums, whose right side lies packed in panels of PANEL columns.
+// Products of small matrices, fp32 or bf16 with fp32 sums, whose right side lies packed in panels of PANEL columns, or,
+// for a few rows, as it is.
 //
 // A unit is what one lane multiplies at a time: a float, or two bf16 neighbours along the summed dimension. The left
 // side is read in place through two strides, so a row-major matrix needs no copy; a transposed one is packed first.
@@ -11,7 +12,7 @@
 
 constexpr int WIDE = 2;                  // vectors per panel
 constexpr int PANEL = WIDE * LANES;      // columns per panel
-constexpr int TALL = LANES == 16 ? 12 : 6;  // rows per tile: TALL * WIDE sums and the panel fill the registers
+constexpr int TALL = LANES == 16 ? 12 : 6;  // most rows of a tile: TALL * WIDE sums and the panel fill the registers
 constexpr int64_t DEEP = 256;            // summed elements per pass: a panel of them stays in the first cache
 
 template <class T>
@@ -62,7 +63,7 @@ void strip(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, O* 
 template <class T>
 void strip_asking(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading,
                   int64_t columns, const void* next);
-// The same past the caches: `out` and its rows begin with whole lines, and the panel has PANEL columns.
+// The same past the caches (with AVX-512 bf16): `out` and its rows begin with whole lines; the panel has PANEL columns.
 template <class T>
 void strip_streaming(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading);
 // out[rows, PANEL] = left * PANEL columns of a row-major right side, read where they lie; asks as strip_asking does.
@@ -134,8 +135,8 @@ void pack_rows(const T* source, int64_t leading, int64_t summed, int64_t columns
   }
 }
 
-// out[rows, columns] = left[rows, summed] * right, row-major [summed, columns], for these few rows alone: nothing is packed
-// but the last columns, which fill no panel. Meanwhile a matrix as large at `next` is asked for.
+// out[rows, columns] = left[rows, summed] * right, row-major [summed, columns], for these few rows alone: nothing is
+// packed but the last columns, which fill no panel. Meanwhile a matrix as large at `next` is asked for.
 template <class T, class O>
 void multiply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const T* right, const T* next, O* out,
                    int slot) {

@@ -24,6 +24,7 @@ from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
 from ernie5.generate.load import load_generation
 from ernie5.generate.media import write_file
+from ernie5.observe.log import say
 
 OVERRIDES = ("loss_samples", "text_bytes", "caption_samples", "match_samples", "batch_rows", "guidance",
              "audio_guidance", "seed")
@@ -71,7 +72,7 @@ def main(argv: Sequence[str]) -> int:
     subject = Subject(generation, loaded.config.data, config, corpus)
     found = evaluate(subject, checkpoint=str(options.checkpoint), step=loaded.step, announce=_announce)
     path = options.out or _default_place(directory)
-    print(found.to_json() if options.json else describe(found), flush=True)  # a disk may refuse what took an hour
+    say(found.to_json() if options.json else describe(found), stream=sys.stdout)  # a disk may refuse what took an hour
     write_file(path, content=found.to_json().encode("utf-8"))
     return EXIT_DONE
 
@@ -86,7 +87,7 @@ def _logits(options: argparse.Namespace, *, directory: Path) -> int:
 
 
 def _announce(words: str) -> None:
-    print(f"evaluating: {words}", file=sys.stderr, flush=True)
+    say(f"evaluating: {words}", stream=sys.stderr)  # `| head` ends the words, not the work
 
 
 def _default_place(checkpoint: Path) -> Path:

@@ -46,21 +46,28 @@ class _TerminalHandler(logging.Handler):
     """
 
     def emit(self, record: logging.LogRecord) -> None:
-        text = self.format(record)
-        try:
-            _write(text)
-        except (BrokenPipeError, ConnectionResetError):
-            _redirect_to_nothing(sys.stderr)
+        if not say(self.format(record), stream=sys.stderr):
             get_log().warning("nobody reads stderr any more: the log goes on in log.txt alone")
 
 
-def _write(text: str) -> None:
-    if not sys.stderr.isatty():
-        print(text, file=sys.stderr, flush=True)
+def say(text: str, *, stream: typing.TextIO) -> bool:
+    """Print a line. False where its reader has gone: what is still written to `stream` goes nowhere, and nothing that
+    is done for a file ends for it."""
+    try:
+        _write(text, stream=stream)
+    except (BrokenPipeError, ConnectionResetError):
+        _redirect_to_nothing(stream)
+        return False
+    return True
+
+
+def _write(text: str, *, stream: typing.TextIO) -> None:
+    if not stream.isatty():
+        print(text, file=stream, flush=True)
         return
     from tqdm import tqdm
 
-    tqdm.write(text, file=sys.stderr)
+    tqdm.write(text, file=stream)
 
 
 def _redirect_to_nothing(stream: typing.TextIO) -> None:

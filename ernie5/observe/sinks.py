@@ -12,6 +12,7 @@ from pathlib import Path
 from ernie5.errors import EnvironmentFault
 from ernie5.observe.config import ObserveConfig
 from ernie5.observe.faults import refusal_of
+from ernie5.observe.log import get_log
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,12 +140,19 @@ def open_sinks(config: ObserveConfig, *, run_dir: Path, last_step: int = 0) -> t
 
 
 def keep_until_step(path: Path, *, last_step: int) -> None:
-    """Atomically drop the lines of a jsonl file whose step exceeds `last_step`, and lines that are not JSON objects."""
+    """Atomically drop the lines of a jsonl file whose step exceeds `last_step`, and, which is said, lines that are not
+    JSON objects: a kill tore them."""
     if not path.exists():
         return
     before = path.read_text(encoding="utf-8", errors="replace")
-    kept = [line for line in before.splitlines() if _line_step(line) <= last_step]
-    after = "".join(line + "\n" for line in kept)
+    lines = [(line, _line_step(line)) for line in before.splitlines()]
+    torn = [str(number) for number, (_, step) in enumerate(lines, start=1) if step == math.inf]
+    if torn:
+        get_log().warning(
+            "%s: row %s is torn, as a kill may leave it, and is dropped. The run goes on after step %d and writes the "
+            "later rows anew", path, ", ".join(torn), last_step,
+        )
+    after = "".join(line + "\n" for line, step in lines if step <= last_step)
     if after == before:
         return
     temporary = path.with_name(f".{path.name}.{os.getpid()}")

@@ -63,6 +63,19 @@ def test_a_line_that_a_kill_tore_is_dropped_at_resume(tmp_path: Path, torn: str)
     assert all(json.loads(line)["step"] for line in path.read_text(encoding="utf-8").splitlines())
 
 
+def test_a_torn_row_is_not_dropped_without_a_word(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    path = tmp_path / "metrics.jsonl"
+    write_steps(path, first=1, last=3, last_step=0)
+    keep_until_step(path, last_step=2)
+    assert not caplog.messages
+    with path.open("a", encoding="utf-8") as file:
+        file.write('{"step": 3, "lo')
+    keep_until_step(path, last_step=2)
+    assert len(caplog.messages) == 1
+    assert f"{path}: row 3 is torn" in caplog.messages[0] and "goes on after step 2" in caplog.messages[0]
+    assert steps_of(path) == [1, 2]
+
+
 def test_a_file_without_later_lines_is_not_rewritten(tmp_path: Path) -> None:
     path = tmp_path / "metrics.jsonl"
     write_steps(path, first=1, last=3, last_step=0)

@@ -7,6 +7,7 @@ import dataclasses
 import json
 import math
 import os
+import types
 from pathlib import Path
 
 from ernie5.errors import EnvironmentFault
@@ -108,14 +109,7 @@ class WandbSink(Sink):
     """Weights & Biases; the run directory's name is the run's id, so that a resumed run goes on in the same place."""
 
     def __init__(self, run_dir: Path, *, project: str) -> None:
-        try:
-            import wandb
-        except ImportError:
-            raise EnvironmentFault(
-                "observe.wandb = true, but the package wandb is not installed. Install it with `pip install wandb`, "
-                "or set observe.wandb=false."
-            ) from None
-        self._run = wandb.init(project=project, id=run_dir.resolve().name, resume="allow", dir=str(run_dir))
+        self._run = _import_wandb().init(project=project, id=run_dir.resolve().name, resume="allow", dir=str(run_dir))
 
     def write(self, row: MetricRow) -> None:
         """Send one step."""
@@ -127,6 +121,23 @@ class WandbSink(Sink):
     def close(self) -> None:
         """Finish the upload."""
         self._run.finish()
+
+
+def check_sinks(config: ObserveConfig) -> None:
+    """Raise EnvironmentFault where a sink lacks its package: before an earlier run's figures are cleared or cut."""
+    if config.wandb:
+        _import_wandb()
+
+
+def _import_wandb() -> types.ModuleType:
+    try:
+        import wandb
+    except ImportError:
+        raise EnvironmentFault(
+            "observe.wandb = true, but the package wandb is not installed. Install it with `pip install wandb`, "
+            "or set observe.wandb=false."
+        ) from None
+    return wandb
 
 
 def open_sinks(config: ObserveConfig, *, run_dir: Path, last_step: int = 0) -> tuple[Sink, ...]:

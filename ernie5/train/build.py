@@ -29,7 +29,7 @@ from ernie5.model.init import MarkedValues
 from ernie5.objectives.mix import uniform_magnitudes
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Figures, Metrics
-from ernie5.observe.sinks import keep_until_step, open_sinks
+from ernie5.observe.sinks import check_sinks, keep_until_step, open_sinks
 from ernie5.observe.throughput import matrix_rate
 from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
@@ -39,6 +39,7 @@ from ernie5.train.hook import Hook
 from ernie5.train.hooks import FiguresBoard, RecordHook, RoutingHook, StepFiguresHook, ValidationHook
 from ernie5.train.replica import ReplicaHook, agree, open_newest, replica_folder
 from ernie5.train.rollback import AlarmHook, Rollback
+from ernie5.train.run_dir import clear_run
 from ernie5.train.samples import SamplesHook
 from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords, Snapshot
 from ernie5.train.state import Progression
@@ -61,9 +62,10 @@ class Run:
     rewind: Rollback
 
 
-def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) -> Run:
+def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None, fresh: bool) -> Run:
     """Load tokenizers and data, build model and engine, restore `resume_from`, open sinks, list hooks.
 
+    fresh: clear what an earlier run left in `run_dir`, once nothing is left that could refuse this one on any rank.
     Raises ConfigError, DataError, TokenizerError, CheckpointError or LayoutError.
     """
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
@@ -105,9 +107,15 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
             )
     elif first is not None:
         start_from(origin or open_origin(first), config=config, engine=engine)
+    validation = validation_batches(config, tokenizers=tokenizers, engine=engine)
+    check_sinks(config.observe)
+    checkpoints = folder_of_run(run_dir, setting=config.checkpoint.dir)
+    if fresh:
+        engine.total(0.0)  # until all ranks are here
+    if fresh and engine.is_main:
+        clear_run(run_dir, folder=checkpoints)
     if engine.is_main:
         keep_tokenizers(places, folder=run_dir / KEPT_FOLDER)
-    checkpoints = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if resume_from is not None and engine.is_main:
         with failures_explained(checkpoints, temporary=None):
             point_latest(checkpoints, target=resume_from)  # before the hooks cut the metrics back to its step
@@ -117,7 +125,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None) ->
         run_dir=run_dir,
         engine=engine,
         loader=loader,
-        validation=validation_batches(config, tokenizers=tokenizers, engine=engine),
+        validation=validation,
         progression=progression,
         identity=identity,
     )

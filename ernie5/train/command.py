@@ -5,13 +5,11 @@ from __future__ import annotations
 import argparse
 import contextlib
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
 from ernie5.checkpoint.places import folder_of_run
-from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.base import Config, with_value
 from ernie5.config.home import in_home
@@ -33,11 +31,7 @@ from ernie5.train.recover import (
     refusal_record,
     write_exit,
 )
-
-CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
-RUN_FILES = (METRICS_FILE, "routing.jsonl", "exit.json", "evaluation.json", "report.html", CONFIG_FILE)
-RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
+from ernie5.train.run_dir import CONFIG_FILE, METRICS_FILE, check_folder, held
 
 
 def main(argv: list[str]) -> int:
@@ -62,21 +56,24 @@ def main(argv: list[str]) -> int:
 
 
 def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None = None) -> int:
-    """Train `config` in its run directory and leave exit.json there, whatever happens."""
+    """Train `config` in its run directory and leave exit.json there, whatever happens: unless another run is there."""
     run_dir, rank = Path(config.train.run_dir), int(os.environ.get("RANK", "0"))
-    is_main = rank == 0
     try:
         run_dir.mkdir(parents=True, exist_ok=True)
     except (FileExistsError, NotADirectoryError):
         config.fail("train.run_dir", "a file stands in its place. Name another directory or move the file away")
     except OSError as error:
         raise EnvironmentFault(f"train.run_dir = {run_dir}: {refusal_of(error)}.") from error
+    with held(run_dir) if rank == 0 else contextlib.nullcontext():
+        return _run_in(run_dir, config=config, fresh=fresh, resume=resume, rank=rank)
+
+
+def _run_in(run_dir: Path, *, config: RootConfig, fresh: bool, resume: str | None, rank: int) -> int:
+    is_main = rank == 0
     given, config = config.checkpoint.dir, _with_whole_paths(config, fresh=fresh)
     folder = folder_of_run(run_dir, setting=config.checkpoint.dir)
     if is_main:
         clear_exit(run_dir)
-        if fresh:
-            _clear_run(run_dir, folder=folder)
     open_log(run_dir, rank=rank)
     if given is not None and is_main and folder != Path(os.path.abspath(given)):
         get_log().info("checkpoint.dir = %s is %s here, where this run has its checkpoints", given, folder)
@@ -86,8 +83,12 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
         with keep_tracebacks(run_dir), StopRequest() as stop, watched as watchdog:
             source = None if fresh else _resume_source(folder, resume=resume)
             if is_main:
+                check_folder(config, folder=folder)
+            if is_main and not fresh:
                 _note_changes(config, run_dir=run_dir)
-            _train(config, run_dir=run_dir, source=source, stop=stop, standing=standing, watchdog=watchdog)
+            _train(
+                config, run_dir=run_dir, source=source, fresh=fresh, stop=stop, standing=standing, watchdog=watchdog
+            )
     except (Exception, KeyboardInterrupt) as error:
         lost = as_peer_error(error, peers=None, can_resume=lambda: _can_resume(folder, source=source))
         fault = classify(lost or error)
@@ -105,7 +106,7 @@ def run_training(config: RootConfig, *, fresh: bool = False, resume: str | None 
 
 
 def _train(
-    config: RootConfig, *, run_dir: Path, source: Path | None, stop: StopRequest, standing: Standing,
+    config: RootConfig, *, run_dir: Path, source: Path | None, fresh: bool, stop: StopRequest, standing: Standing,
     watchdog: Watchdog,
 ) -> None:
     """Build and run; `standing` is told of the run as soon as there is one."""
@@ -113,7 +114,7 @@ def _train(
     from ernie5.train.hooks import BeatHook
     from ernie5.train.loop import LoopSettings, run_steps
 
-    run = build_run(config, run_dir=run_dir, resume_from=source)
+    run = build_run(config, run_dir=run_dir, resume_from=source, fresh=fresh)
     standing.progression, peers = run.progression, None
     try:
         peers = meet_peers(run.engine)
@@ -262,15 +263,6 @@ def _can_resume(folder: Path, *, source: Path | None) -> bool:
 
     places = (folder, replica_folder())
     return source is not None or any(place is not None and latest_checkpoint(place) is not None for place in places)
-
-
-def _clear_run(run_dir: Path, *, folder: Path) -> None:
-    """Remove what a run writes, by name; other files of the user stay."""
-    for name in RUN_FILES:
-        (run_dir / name).unlink(missing_ok=True)
-    clear_checkpoints(folder)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(run_dir / name, ignore_errors=True)
 
 
 def _note_changes(config: RootConfig, *, run_dir: Path) -> None:

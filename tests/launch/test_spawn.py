@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 import runpy
@@ -42,6 +43,17 @@ def test_a_users_mistake_is_said_once_and_ends_with_2(spawn) -> None:
     _, said = process.communicate(timeout=PATIENCE_SECONDS)
     assert process.returncode == 2
     assert said.count("ConfigError") == 1 and "train.stepz" in said and "Traceback" not in said
+
+
+def test_a_run_directory_that_another_run_holds_is_said_once_and_ends_with_2(spawn, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    with (tmp_path / "run" / ".train.lock").open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        process = spawn("2", "tools/chaos/chaos.yaml", f"train.run_dir={tmp_path / 'run'}", "train.steps=1")
+        _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2
+    assert said.count("ConfigError") == 1 and "another run goes on there" in said and "Traceback" not in said
+    assert not (tmp_path / "run" / "exit.json").exists()
 
 
 def test_a_wrong_number_of_processes_is_named(spawn) -> None:

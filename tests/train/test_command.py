@@ -134,7 +134,7 @@ def test_a_disk_that_takes_no_record_of_the_end_does_not_hide_the_error(
     monkeypatch.setattr(Path, "write_text", refuse)
     with pytest.raises(CheckpointError, match="nothing"):
         main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "--resume", str(tmp_path / "nothing")])
-    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == ["log.txt"]
+    assert sorted(path.name for path in (tmp_path / "run").iterdir()) == [".train.lock", "log.txt"]
 
 
 def test_a_folder_in_place_of_the_latest_pointer_is_no_bug(world: Path, tmp_path: Path) -> None:

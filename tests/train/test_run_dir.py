@@ -1,0 +1,155 @@
+"""The run directory: who holds it, what --fresh takes from it and when, and where its checkpoints may lie."""
+
+from __future__ import annotations
+
+import errno
+import fcntl
+import json
+import subprocess
+import sys
+import time
+import types
+from collections.abc import Callable, Iterator
+from pathlib import Path
+
+import pytest
+
+from ernie5.errors import ConfigError, DataError, EnvironmentFault, Ernie5Error, TokenizerError
+from ernie5.train import run_dir as module
+from ernie5.train.command import main
+from ernie5.train.run_dir import LOCK_FILE, held
+
+PATIENCE_SECONDS = 240
+
+
+def files_of(folder: Path) -> dict[str, bytes]:
+    """Content by path, without what tells of the start itself."""
+    paths = [path for path in folder.rglob("*") if path.is_file() and path.name not in ("log.txt", "exit.json")]
+    return {str(path.relative_to(folder)): path.read_bytes() for path in paths}
+
+
+@pytest.mark.parametrize("settings, error", [
+    (("tokenizers.text=/nowhere",), TokenizerError),
+    (("data.shards=[/nowhere/*.tar]",), DataError),
+    (("observe.wandb=true",), EnvironmentFault),
+    (("checkpoint.dir=/proc/none",), EnvironmentFault),
+], ids=lambda value: "")
+def test_fresh_takes_the_old_run_only_when_the_new_one_can_begin(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, settings: tuple[str, ...], error: type[Ernie5Error]
+) -> None:
+    monkeypatch.setitem(sys.modules, "wandb", None)  # as if it were not installed
+    run_dir = tmp_path / "run"
+    command = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.eval_every_steps=0"]
+    main([*command, "train.steps=2"])
+    before = files_of(run_dir)
+    with pytest.raises(error):
+        main([*command, "--fresh", "train.steps=1", *settings])
+    assert files_of(run_dir) == before
+    assert json.loads((run_dir / "exit.json").read_text("utf-8"))["exit_code"] == error.exit_code
+    main([*command, "--fresh", "train.steps=1"])
+    assert [path.name for path in (run_dir / "checkpoints").glob("step-*")] == ["step-00000001"]
+    assert "changed since the last start" not in (run_dir / "log.txt").read_text("utf-8")
+
+
+@pytest.fixture
+def long_run(start_train: Callable[..., subprocess.Popen], tmp_path: Path) -> Iterator[subprocess.Popen]:
+    """A run in tmp_path/mine that has saved and goes on."""
+    process = start_train("mine", "train.steps=100000", "train.eval_every_steps=0", "observe.log_every_steps=100000")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    latest = tmp_path / "mine" / "checkpoints" / "latest"
+    while not latest.exists() and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_a_second_run_in_one_directory_is_refused_and_one_that_was_killed_is_gone_on_with(
+    long_run: subprocess.Popen, start_train: Callable[..., subprocess.Popen], tmp_path: Path
+) -> None:
+    run_dir = tmp_path / "mine"
+    second = start_train("mine", "--fresh")
+    _, said = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode == 2 and said.count("\n") == 1, said
+    assert f"ConfigError: train.run_dir = {run_dir}: another run goes on there" in said
+    assert "one run at a time" in said and "another train.run_dir, or wait" in said
+    assert long_run.poll() is None and (run_dir / "metrics.jsonl").is_file() and not (run_dir / "exit.json").exists()
+    long_run.kill()
+    third = start_train("mine", "train.steps=1")
+    _, said = third.communicate(timeout=PATIENCE_SECONDS)
+    assert third.returncode == 0 and "resumed from" in said, said
+
+
+class Clock:
+    """Time that passes in sleep alone; `then` happens after the first one."""
+
+    def __init__(self, then: Callable[[], None]) -> None:
+        self.now, self._then = 0.0, then
+
+    def monotonic(self) -> float:
+        return self.now
+
+    def sleep(self, seconds: float) -> None:
+        self.now += seconds
+        self._then()
+
+
+@pytest.mark.parametrize("variable, value, seconds", [
+    ("ERNIE5_RUN_DIR", "", 3), ("ERNIE5_RUN_DIR", "runs/mine", 120), ("TORCHELASTIC_RESTART_COUNT", "1", 120),
+    ("TORCHELASTIC_RESTART_COUNT", "0", 3),
+])
+def test_the_end_of_a_run_is_waited_for_and_that_of_a_lost_machine_longer(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture,
+    variable: str, value: str, seconds: int,
+) -> None:
+    if value:
+        monkeypatch.setenv(variable, value)
+    with (tmp_path / LOCK_FILE).open("w") as other:
+        fcntl.flock(other, fcntl.LOCK_EX)
+        clock = Clock(lambda: None)
+        monkeypatch.setattr(module, "time", clock)
+        with pytest.raises(ConfigError, match="another run goes on there"), held(tmp_path):
+            pytest.fail("held twice")
+        assert clock.now == pytest.approx(seconds, abs=0.2)
+        assert len(caplog.messages) == (seconds == 120)
+        clock = Clock(other.close)
+        monkeypatch.setattr(module, "time", clock)
+        with held(tmp_path), (tmp_path / LOCK_FILE).open("w") as third, pytest.raises(BlockingIOError):
+            fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        with (tmp_path / LOCK_FILE).open("w") as third:
+            fcntl.flock(third, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+
+def test_storage_without_locks_hinders_nobody(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(number: int, how: int) -> None:
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.setattr(module, "fcntl", types.SimpleNamespace(flock=refuse, LOCK_EX=0, LOCK_NB=0))
+    with held(tmp_path), held(tmp_path):
+        pass
+    with held(tmp_path / "none"):
+        pass
+    with pytest.raises(OSError, match="of the run"), held(tmp_path):
+        raise OSError("of the run")
+
+
+@pytest.mark.parametrize("place, error", [("/proc/none/mine", EnvironmentFault), ("notes/mine", ConfigError)])
+def test_a_place_that_takes_no_checkpoints_is_found_out_at_the_start(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, place: str, error: type[Ernie5Error]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "notes").write_text("mine", encoding="utf-8")
+    with pytest.raises(error, match=r"checkpoint.*(/proc/none/mine|notes/mine)"):
+        main([str(world / "run.yaml"), "train.run_dir=run", f"checkpoint.dir={place}"])
+    assert not (tmp_path / "run" / "metrics.jsonl").exists()
+    assert json.loads((tmp_path / "run" / "exit.json").read_text("utf-8"))["exit_code"] == error.exit_code
+
+
+def test_a_place_that_was_tried_and_not_used_is_not_left_behind(world: Path, tmp_path: Path) -> None:
+    (tmp_path / "kept").mkdir()
+    for folder in ("kept", "new/deeper"):
+        with pytest.raises(TokenizerError):
+            main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "tokenizers.text=/nowhere",
+                  f"checkpoint.dir={tmp_path / folder}"])
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "run"]
+    assert not any((tmp_path / "kept").iterdir())

@@ -40,7 +40,7 @@ def random_intervals(tokens: int, *, rows: int, seed: int) -> torch.Tensor:
     return drawn.sort(-1).values.to(kernel_device())
 
 
-def compare(
+def assert_matches_reference(
     intervals: torch.Tensor | None, *, batch: int = 1, queries: int, keys: int, heads: int = 4, groups: int = 2,
     width: int = 6,
 ) -> None:
@@ -52,21 +52,21 @@ def compare(
 
 @pytest.mark.parametrize("tokens", (1, 35))
 def test_one_causal_document(tokens: int) -> None:
-    compare(packed([[tokens]]), queries=tokens, keys=tokens)
+    assert_matches_reference(packed([[tokens]]), queries=tokens, keys=tokens)
 
 
 def test_packed_documents_with_visual_blocks_and_padding() -> None:
     intervals = packed([[1], [10, -14, 3], [5], [20]], padding=3)
-    compare(intervals, queries=intervals.shape[1], keys=intervals.shape[1])
+    assert_matches_reference(intervals, queries=intervals.shape[1], keys=intervals.shape[1])
 
 
 def test_arbitrary_intervals_and_one_head_for_each_key_head() -> None:
-    compare(random_intervals(50, rows=1, seed=1), queries=50, keys=50, heads=2, groups=2, width=16)
+    assert_matches_reference(random_intervals(50, rows=1, seed=1), queries=50, keys=50, heads=2, groups=2, width=16)
 
 
 def test_queries_after_a_cache_with_and_without_intervals() -> None:
-    compare(packed([[40]]), queries=9, keys=40)
-    compare(None, batch=2, queries=3, keys=20, heads=2, groups=1)
+    assert_matches_reference(packed([[40]]), queries=9, keys=40)
+    assert_matches_reference(None, batch=2, queries=3, keys=20, heads=2, groups=1)
 
 
 def test_rows_that_see_nothing_give_zero_and_no_nan() -> None:

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import math
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 
 import torch
 
+from ernie5.errors import NumericsError
 from ernie5.evaluate import answers, likelihood
-from ernie5.evaluate.figures import Evaluation, Figure, RoutingFigures, Timing
+from ernie5.evaluate.figures import Evaluation, Figure, Loss, RoutingFigures, Timing
 from ernie5.evaluate.routing import describe_routing
 from ernie5.evaluate.subject import Subject
 
@@ -31,11 +33,13 @@ def evaluate(
     """All figures of one checkpoint. announce: told the name of each part as it begins.
 
     A part whose modality or samples are missing is listed in `skipped`, so that a figure is never silently absent.
+    Raises NumericsError where a loss is not finite: nothing that is measured of such weights means anything.
     """
     timings, skipped, figures = [], [], []
     announce("losses and routing")
     start = time.monotonic()
     survey = likelihood.survey_validation(subject)
+    _require_finite(survey.losses, checkpoint=checkpoint)
     timings.append(Timing("losses and routing", time.monotonic() - start))
     for name, measure in MEASUREMENTS:
         announce(name)
@@ -49,6 +53,15 @@ def evaluate(
     if routing is not None:
         figures += load_figures(routing, plain=describe_routing(survey.group_loads))
     return Evaluation(checkpoint, step, survey.losses, tuple(figures), routing, tuple(timings), tuple(skipped))
+
+
+def _require_finite(losses: Iterable[Loss], *, checkpoint: str) -> None:
+    broken = [f"{loss.modality} {loss.nats}" for loss in losses if not math.isfinite(loss.nats)]
+    if broken:
+        raise NumericsError(
+            f"The validation loss of {checkpoint} is not finite ({', '.join(broken)}): its weights hold NaN or give "
+            "numbers too large. Evaluate an earlier checkpoint; what its run said of NaN stands in log.txt."
+        )
 
 
 def load_figures(routing: RoutingFigures, *, plain: RoutingFigures) -> list[Figure]:

@@ -39,9 +39,13 @@ class GenerateConfig(Config):
     seed: int = field(0, doc="seed of every random draw", check=between(0, 2**63 - 1), kind="logging")
 
     def validate(self) -> None:
-        """Refuse a clip length that the causal tokenizer cannot make, and an empty nucleus."""
+        """Refuse clips that the causal tokenizer cannot make, an empty nucleus, and what a beam would ignore."""
         if (self.video_frames - 1) % 4:
             self.fail("video_frames", f"{self.video_frames} frames are not 1 + 4n; nearest that work: "
                       f"{1 + 4 * ((self.video_frames - 1) // 4)}, {5 + 4 * ((self.video_frames - 1) // 4)}.")
         if self.top_p <= 0.0:
             self.fail("top_p", "0 keeps no token. Use a value in (0, 1]; 1 keeps all.")
+        if self.beam > 1 and (self.temperature > 0.0 or self.repetition_penalty != 1.0):
+            self.fail("beam", f"a search of {self.beam} beams draws nothing and penalises nothing, so temperature = "
+                      f"{self.temperature} and repetition_penalty = {self.repetition_penalty} would have no effect. "
+                      "Use temperature 0 and repetition_penalty 1 beside it, or beam 1.")

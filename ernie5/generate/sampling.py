@@ -7,6 +7,10 @@ import dataclasses
 import torch
 
 
+# A logit divided by less would pass the largest fp32; the likeliest id has all of the mass long before.
+LEAST_TEMPERATURE = 1e-30
+
+
 @dataclasses.dataclass(frozen=True)
 class Sampling:
     """How ids are drawn. temperature 0 takes the likeliest; top_k 0 and top_p 1 keep every id."""
@@ -67,7 +71,7 @@ def sample_ids(
         scores = penalise_repetition(scores, previous=previous, penalty=sampling.repetition_penalty)
     if sampling.temperature == 0.0:
         return scores.argmax(dim=-1)
-    scores = keep_top_k(scores / sampling.temperature, top_k=sampling.top_k)
+    scores = keep_top_k(scores / max(sampling.temperature, LEAST_TEMPERATURE), top_k=sampling.top_k)
     scores = keep_top_p(scores, top_p=sampling.top_p)
     return torch.multinomial(scores.softmax(dim=-1), 1, generator=generator)[:, 0]
 

@@ -15,6 +15,7 @@ import torch
 
 from ernie5.data.samples import Caption
 from ernie5.data.shards import ShardWriter, list_shards, open_corpus
+from ernie5.errors import NumericsError
 from ernie5.evaluate import likelihood
 from ernie5.evaluate.answers import measure_captions, measure_pictures, measure_speech, measure_transcripts
 from ernie5.evaluate.command import describe
@@ -63,6 +64,13 @@ def test_an_untrained_model_knows_no_more_than_chance(evaluation: Evaluation) ->
     assert nats["image"] == pytest.approx(math.log(2), rel=0.34)
     assert nats["video"] == pytest.approx(math.log(2), rel=0.34)
     assert nats["audio"] == pytest.approx(math.log(17), rel=0.34)
+
+
+def test_weights_that_are_not_numbers_are_refused_and_not_measured(build_tiny_world: Callable, tmp_path: Path) -> None:
+    broken = build_tiny_world(tmp_path)
+    next(broken.generation.decoder.model.parameters()).data.fill_(math.nan)
+    with pytest.raises(NumericsError, match=r"loss of ckpt is not finite \(text nan.*earlier checkpoint"):
+        evaluate(_subject(broken), checkpoint="ckpt", step=3)
 
 
 def test_bits_per_byte_do_not_depend_on_how_rows_are_batched(world: object) -> None:

@@ -21,6 +21,20 @@ def test_temperature_zero_takes_the_likeliest_id() -> None:
     assert sampling.sample_ids(logits, sampling=sampling.Sampling(), generator=_generator()).tolist() == [1, 0]
 
 
+@pytest.mark.parametrize("temperature", (1e-20, 1e-39, 1e-320))
+def test_a_temperature_of_next_to_nothing_takes_the_likeliest_id(temperature: float) -> None:
+    logits = torch.tensor([[0.1, 3.0, 2.0], [5.0, -1.0, 4.9]])
+    choice = sampling.Sampling(temperature=temperature)
+    assert sampling.sample_ids(logits, sampling=choice, generator=_generator()).tolist() == [1, 0]
+
+
+@pytest.mark.parametrize("ignored", ({"temperature": 0.7}, {"repetition_penalty": 1.2}), ids=lambda given: min(given))
+def test_a_beam_beside_settings_that_it_would_ignore_is_refused(ignored: dict[str, float]) -> None:
+    GenerateConfig(beam=1, **ignored)
+    with pytest.raises(ConfigError, match="search of 3 beams draws nothing.*or beam 1"):
+        GenerateConfig(beam=3, **ignored)
+
+
 def test_sampled_ids_follow_the_softmax() -> None:
     logits = torch.tensor([2.0, 1.0, 0.0]).repeat(20000, 1)
     drawn = sampling.sample_ids(logits, sampling=sampling.Sampling(temperature=0.7), generator=_generator())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+from ernie5_kernels.processor import multiplies_bf16
 
 COEFFICIENTS = (3.4445, -4.7750, 2.0315)
 
@@ -63,6 +64,4 @@ def iteration_dtype(matrix: torch.Tensor) -> torch.dtype:
     """The type that a matrix of fp32 or fp64 is iterated in, as `orthogonalise` says."""
     if matrix.dtype == torch.float64:
         return torch.float64
-    features = torch.cpu.get_capabilities() if matrix.device.type == "cpu" else {}
-    is_native = matrix.device.type != "cpu" or features.get("avx512_bf16") or features.get("amx_bf16")
-    return torch.bfloat16 if is_native else torch.float32
+    return torch.bfloat16 if multiplies_bf16(matrix.device) else torch.float32

@@ -173,7 +173,10 @@ class CodecTrainConfig(Config):
     minutes: float = field(60.0, doc="budget where `steps` is null", unit="minutes", check=positive)
     threads: int = field(0, doc="CPU threads; 0 leaves the setting of the process", check=non_negative)
     device: str = field("auto", doc="auto: a GPU where there is one (audio: the CPU)", choices=("auto", "cpu", "cuda"))
-    precision: str = field("bf16", doc="arithmetic of forward and backward", choices=("fp32", "bf16"), kind="numerics")
+    precision: str = field(
+        "bf16", doc="arithmetic of forward and backward; a CPU without bf16 products takes fp32", kind="numerics",
+        choices=("fp32", "bf16"),
+    )
     optimizer: str = field(
         "adamw", doc="adamw, or muon for maps between channels and adamw for the rest", choices=("adamw", "muon"),
         kind="numerics",

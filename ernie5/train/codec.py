@@ -18,6 +18,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import torch
+from ernie5_kernels.processor import multiplies_bf16
 from torch import nn
 from tqdm import tqdm
 
@@ -79,6 +80,11 @@ def train_codec(task: CodecTask, *, config: CodecTrainConfig, out: Path, progres
     return facts if facts is not None else _facts(task, state, task.validate(state.average))
 
 
+def computes_in_bf16(config: CodecTrainConfig, *, device: torch.device) -> bool:
+    """Whether forward and backward are narrow: as `precision` says, but never where fp32 would be faster."""
+    return config.precision == "bf16" and multiplies_bf16(device)
+
+
 def _start(task: CodecTask, *, config: CodecTrainConfig) -> CodecState:
     average = copy.deepcopy(task.codec).eval().requires_grad_(False)
     networks = [net for net in (task.codec, task.discriminator) if net is not None]
@@ -138,7 +144,7 @@ def _step(
             group["lr"] = rate
     task.codec.train()
     batch = task.draw(clock, generator=state.generator)
-    bf16, kind = config.precision == "bf16", state.device.type
+    bf16, kind = computes_in_bf16(config, device=state.device), state.device.type
     with torch.autocast(kind, dtype=torch.bfloat16, enabled=bf16):
         losses = task.codec_losses(batch, clock=clock, generator=state.generator)
     norm = _update(task.codec, losses.total, optimizer=state.optimizers[0], clip=config.clip_norm)

@@ -55,7 +55,7 @@ def _parser() -> argparse.ArgumentParser:
 def _train_codec(config: TokenizerRunConfig, *, out: Path, progress: bool) -> None:
     import torch
 
-    from ernie5.train.codec import train_codec
+    from ernie5.train.codec import computes_in_bf16, train_codec
 
     if config.train.threads:
         torch.set_num_threads(config.train.threads)
@@ -67,6 +67,9 @@ def _train_codec(config: TokenizerRunConfig, *, out: Path, progress: bool) -> No
         from ernie5.train.codec_audio import build_audio_task
 
         task = build_audio_task(config)
+    device = next(task.codec.parameters()).device
+    if config.train.precision == "bf16" and not computes_in_bf16(config.train, device=device):
+        print("train.precision = bf16, but this processor does not multiply bf16 by itself: fp32 is faster, and taken")
     facts = train_codec(task, config=config.train, out=out, progress=progress)
     figures = ", ".join(f"{name} {value:.2f}" for name, value in facts.quality.items())
     print(f"{facts.steps} steps, {facts.minutes:.1f} minutes: {figures}")

@@ -9,6 +9,7 @@ from torch import nn
 
 from ernie5.errors import NumericsError
 from ernie5.tokenizers.config import CodecTrainConfig
+from ernie5.train import codec
 from ernie5.train.codec import learning_rate_at, train_codec
 from ernie5.train.codec_task import CodecClock, CodecLosses, CodecTask
 
@@ -69,6 +70,14 @@ def test_a_run_learns_and_writes_curves_state_and_export(tmp_path):
     losses = losses_in(tmp_path)
     assert list(losses) == list(range(1, 61)) and losses[60] < 0.3 * losses[1]
     assert facts.steps == 60 and task.exports[0] == 4 and (tmp_path / "state.pt").exists()
+
+
+def test_bf16_is_fp32_where_the_processor_does_not_multiply_it(tmp_path, monkeypatch):
+    """On a CPU with AVX2 alone the visual codec took ten times as long in bf16."""
+    monkeypatch.setattr(codec, "multiplies_bf16", lambda device: False)
+    for precision in ("fp32", "bf16"):
+        train_codec(LineTask(), config=config_of(precision=precision), out=tmp_path / precision, progress=False)
+    assert losses_in(tmp_path / "bf16") == losses_in(tmp_path / "fp32")
 
 
 def test_a_stopped_run_continues_with_the_very_same_losses(tmp_path):

@@ -10,6 +10,8 @@ inline vfloat multiply_add(vfloat sum, const float& a, vfloat b) { return sum + 
 inline vfloat multiply_add(vfloat sum, uint32_t a, vfloat b) {
 #if defined(__AVX512BF16__)
   return (vfloat)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32(a), (__m512bh)b);
+#elif defined(__ARM_FEATURE_BF16_VECTOR_ARITHMETIC)
+  return (vfloat)vbfdotq_f32((float32x4_t)sum, (bfloat16x8_t)b, (bfloat16x8_t)vdupq_n_u32(a));
 #else
   vuint pair = a + vuint{}, other = (vuint)b;
   sum += (vfloat)(pair << 16) * (vfloat)(other << 16);

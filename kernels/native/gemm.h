@@ -12,7 +12,14 @@
 
 constexpr int WIDE = 2;                  // vectors per panel
 constexpr int PANEL = WIDE * LANES;      // columns per panel
-constexpr int TALL = LANES == 16 ? 12 : 6;  // most rows of a tile: TALL * WIDE sums and the panel fill the registers
+// Most rows of a tile: TALL * WIDE sums, the panel and what else the compiler wants fill the registers (32, 32, 16).
+#if defined(__AVX512F__)
+constexpr int TALL = 12;
+#elif defined(__aarch64__)
+constexpr int TALL = 10;
+#else
+constexpr int TALL = 6;
+#endif
 constexpr int64_t DEEP = 256;            // summed elements per pass: a panel of them stays in the first cache
 
 template <class T>

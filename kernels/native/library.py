@@ -34,8 +34,8 @@ SOURCES = (
 )
 HEADERS = ("vector.h", "tiles.h", "emulated_tiles.h", "gemm.h", "swiglu.h")
 FLAGS = (
-    "-std=c++17", "-O3", "-march=native", "-mprefer-vector-width=512", "-ffp-contract=fast", "-fno-math-errno",
-    "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
+    "-std=c++17", "-O3", "-march=native", *(("-mprefer-vector-width=512",) if platform.machine() == "x86_64" else ()),
+    "-ffp-contract=fast", "-fno-math-errno", "-fno-trapping-math", "-fopenmp", "-fPIC", "-shared", "-w",
 )
 MODES = {"": (), "1": (), "0": (), "no-tiles": (), "tiles-emulated": ("-DERNIE5_EMULATED_TILES",)}
 """What ERNIE5_NATIVE may be, and the compiler flags that it adds. `0`: no library; `no-tiles`: bf16 by AVX-512 though

@@ -8,12 +8,16 @@
 #include <cstring>
 #if defined(__x86_64__)
 #include <immintrin.h>
+#elif defined(__ARM_NEON)
+#include <arm_neon.h>
 #endif
 
 #if defined(__AVX512F__)
 constexpr int LANES = 16;
-#else
+#elif defined(__AVX__)
 constexpr int LANES = 8;
+#else  // SSE, NEON; GCC keeps vectors that are wider than a register in memory
+constexpr int LANES = 4;
 #endif
 typedef float vfloat __attribute__((vector_size(4 * LANES)));
 typedef int32_t vint __attribute__((vector_size(4 * LANES)));

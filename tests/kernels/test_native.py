@@ -18,6 +18,7 @@ from ernie5_kernels.attention import attention, plan_attention
 from ernie5_kernels.experts import experts
 from ernie5_kernels.linear import linear
 from ernie5_kernels.linear_cross_entropy import linear_cross_entropy
+from ernie5_kernels.native import library
 from ernie5_kernels.native.library import native_library
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
@@ -432,8 +433,8 @@ def test_a_library_cut_short_in_the_cache_is_built_again(tmp_path: Path) -> None
     compiler.chmod(0o755)
     environment = {**os.environ, "CXX": f"{compiler} -DANY", "XDG_CACHE_HOME": str(tmp_path)}
     for bytes_left in (None, 5000, 0):
-        for library in tmp_path.glob("ernie5/*.so") if bytes_left is not None else ():
-            library.write_bytes(library.read_bytes()[:bytes_left])
+        for kept in tmp_path.glob("ernie5/*.so") if bytes_left is not None else ():
+            kept.write_bytes(kept.read_bytes()[:bytes_left])
         done = subprocess.run([sys.executable, "-c", LIBRARY_SCRIPT], env=environment, capture_output=True, text=True)
         assert (done.returncode, done.stdout, done.stderr) == (0, "True\n", "")
 
@@ -449,6 +450,14 @@ def test_what_keeps_the_library_from_being_built_is_said_in_one_line(
     assert (done.returncode, done.stdout) == (0, "False\n")
     (line,) = (x for x in done.stderr.splitlines() if "cannot be built" in x)
     assert named in line and len(line) < 400
+
+
+@pytest.mark.parametrize("multiplies", (True, False))
+def test_without_the_library_slow_bf16_is_told(multiplies: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(library, "multiplies_bf16", lambda device: multiplies)
+    with pytest.warns(UserWarning, match="cannot be built") as told:
+        library._without("no compiler")
+    assert ("60 times slower in bf16" in str(told[0].message)) is not multiplies
 
 
 def test_asking_for_a_library_that_is_not_there_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -197,7 +197,8 @@ class ExampleMaker:
                 video = decode_image(media.data, pixels=config.image_pixels, name=key)[:, None]
             else:
                 video = decode_video(media.data, pixels=config.video_pixels, frames=config.video_frames, name=key)
-            return self._encoder.see(video) if purpose == "see" else self._encoder.draw(video)
+            is_video = medium == "video"
+            return self._encoder.see(video, is_video=is_video) if purpose == "see" else self._encoder.draw(video)
 
         return self.cache.get(name, purpose=purpose, compute=compute, content=media.data)
 
@@ -315,9 +316,9 @@ class ExampleMaker:
         if part.audio is not None:
             builder.audio(self._encoder.hear(part.audio).codes, generate=False)
         elif part.image is not None:
-            self._show(builder, self._encoder.see(part.image[:, None]), medium="image")
+            self._show(builder, self._encoder.see(part.image[:, None], is_video=False), medium="image")
         elif part.video is not None:
-            self._show(builder, self._encoder.see(part.video), medium="video")
+            self._show(builder, self._encoder.see(part.video, is_video=True), medium="video")
         else:
             raise DataError("a part of the prompt is empty: give text, an image, a video or audio.")
 

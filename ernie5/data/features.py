@@ -120,9 +120,9 @@ class MediaEncoder:
         self._levels = tokenizers.audio_levels
 
     @torch.no_grad()
-    def see(self, video: torch.Tensor) -> SeenPicture:
-        """Encode video [3, F, H, W] fp32 in [-1, 1] frame by frame; clips (F > 1) are first padded to 4n frames."""
-        if video.shape[1] > 1:
+    def see(self, video: torch.Tensor, *, is_video: bool) -> SeenPicture:
+        """Encode video [3, F, H, W] fp32 in [-1, 1] frame by frame; clips, of one frame too, are first padded to 4n."""
+        if is_video:
             video = pad_frames(video, multiple=FRAMES_PER_GROUP)
         features = self._visual.encode_frames(video.movedim(1, 0)).contiguous()
         return SeenPicture(((video + 1.0) * 127.5).round().to(torch.uint8), features)

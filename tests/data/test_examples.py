@@ -98,6 +98,18 @@ def test_understanding_positions_carry_features_and_no_loss(maker, sample_of, ti
     assert video.intervals[2:4, 0].tolist() == [2, 3]
 
 
+def test_a_clip_of_one_frame_is_a_clip_whose_frame_repeats(maker, tiny_data, tiny_tokenizers, sample_of) -> None:
+    one_frame = dataclasses.replace(tiny_data, video_frames=1)
+    short = ExampleMaker(one_frame, tokenizers=tiny_tokenizers, seed=1, training=False)
+    video = short.build_document(sample_of("video-0"), task="video_to_text")
+    prompt = maker.build_prompt((PromptPart(video=torch.zeros(3, 1, 16, 16)),), target="text")
+    for patches in (video.video_patches, prompt.video_patches):
+        assert patches.pixels.shape == (1, 16, 192)
+        assert patches.frame_ids[0, ::4].tolist() == [0, 1, 2, 3]
+        assert (patches.pixels.unflatten(1, (4, 4)) == patches.pixels[:, None, :4]).all()
+        assert (patches.features.unflatten(1, (4, 4)) == patches.features[:, None, :4]).all()
+
+
 def test_pixels_of_a_patch_are_channel_major_and_come_from_its_place(maker) -> None:
     picture = torch.zeros(3, 32, 32) - 1.0
     picture[1, 8:16, 24:32] = 1.0

@@ -10,7 +10,8 @@ from ernie5.tokenizers.config import TokenizersConfig
 @config
 class MixtureConfig(Config):
     """Shares of the tokens of a run per task; any scale, 0 leaves a task out. Understanding reads media and writes
-    text; generation reads text and writes media. The direction of a sample is drawn anew every epoch."""
+    text; generation reads text and writes media. The two directions of a medium are two tasks, each
+    with epochs of its own."""
 
     text: float = field(4.0, doc="text documents", check=non_negative, kind="numerics")
     image_to_text: float = field(1.0, doc="describe a picture", check=non_negative, kind="numerics")
@@ -92,11 +93,11 @@ class DataConfig(Config):
         kind="numerics",
     )
     workers: int = field(0, doc="threads that prepare rows ahead; 0 prepares them inline", check=non_negative)
-    prefetch_steps: int = field(2, doc="steps prepared ahead per worker", unit="steps", check=positive)
+    prefetch_steps: int = field(2, doc="steps that the workers together prepare ahead", unit="steps", check=positive)
     mixture: MixtureConfig = field(MixtureConfig, doc="shares of the tasks", kind="numerics")
     text_tokens: int = field(
         0,
-        doc="most tokens of one text in one row, the rest follows in a later row; 0 fills rows",
+        doc="most tokens of one part of a text; the rest follows as parts that do not see it; 0 fills rows",
         unit="tokens",
         check=non_negative,
         kind="numerics",

@@ -24,8 +24,7 @@ class PackState:
     """All that a packer remembers between rows; small and JSON-able by `dataclasses.asdict`.
 
     tokens, drawn: the mixture's counts per task; waiting: (task, ticket, document of the ticket) of media without a row
-    yet; text, text_start: the text that is
-    being cut and the first position that no row holds yet.
+    yet; text, text_start: the text that is being cut and the first position that no row holds yet.
     """
 
     tokens: tuple[tuple[str, float], ...]

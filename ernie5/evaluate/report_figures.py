@@ -49,7 +49,7 @@ def format_value(value: float, unit: str) -> str:
 
 
 def loss_charts(facts: RunFacts) -> str:
-    """One card per modality: raw and smoothed training loss, validation passes, and the figure of `evaluate`."""
+    """One card per modality: smoothed training loss, and validation losses."""
     cards = []
     for modality in MODALITIES:
         train = facts.curve(f"loss/{modality}")
@@ -68,7 +68,7 @@ def loss_charts(facts: RunFacts) -> str:
 
 
 def validation_curve(facts: RunFacts, modality: str) -> Curve:
-    """Validation losses of the run, with the last evaluation as its final point."""
+    """Validation losses of the run; of a run without any, the one of `ernie5 evaluate`."""
     curve = next((c for c in (facts.curve(p + modality) for p in VALIDATION_PREFIXES) if c.steps), Curve())
     if facts.evaluation is not None and not curve.steps:
         for loss in facts.evaluation.losses:

@@ -11,8 +11,12 @@ class GenerateConfig(Config):
     """How a checkpoint writes, draws, films and speaks."""
 
     temperature: float = field(0.0, doc="softmax temperature of text; 0 is greedy", check=non_negative, kind="logging")
-    top_k: int = field(0, doc="text tokens kept before sampling; 0 keeps all", check=non_negative, kind="logging")
-    top_p: float = field(1.0, doc="probability mass kept before sampling", check=fraction, kind="logging")
+    top_k: int = field(
+        0, doc="text ids or audio codes kept before sampling; 0 keeps all", check=non_negative, kind="logging"
+    )
+    top_p: float = field(
+        1.0, doc="probability mass of text ids or audio codes kept before sampling", check=fraction, kind="logging"
+    )
     repetition_penalty: float = field(
         1.0, doc="divides the positive and multiplies the negative logits of ids seen before", check=positive,
         kind="logging",

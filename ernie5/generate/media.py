@@ -1,4 +1,4 @@
-"""Writes pictures, clips and sound to files and to data URIs: PNG, MP4 (H.264), WAV, Opus.
+"""Writes pictures, clips and sound to files and to data URIs: PNG, MP4 (H.264), WAV.
 
 Values are fp32: pictures [3, H, W] and clips [3, F, H, W] in [-1, 1], waveforms [samples] in [-1, 1].
 """

@@ -14,7 +14,7 @@ class AudioHead(nn.Module):
     """Level q (0-based) is read from RMSNorm_q(output of layer L-Q+q) by a matrix of C+1 rows (SPEC section 2).
 
     After that layer the embedding of the frame's level-q code is added to the hidden state, so that the next layer
-    and with it level q+1 know it; the last level needs none. `target` is a table apart from the input embedding.
+    and with it level q+1 know it; the last level needs none. `targets` are tables apart from the input embedding.
     """
 
     def __init__(self, config: ModelConfig) -> None:

@@ -2,7 +2,7 @@
 
 The scalar of one micro-batch is its share of the step's objective, so that micro-batches and ranks simply add up:
 
-    J = sum_m  w_m / (D_m N_m) * S_m  +  w_mtp / (D_text N_mtp) * S_mtp  +  routing losses
+    J = sum_m  w_m / (D_m N_m) * S_m  +  w_mtp w_text / (D_text N_mtp) * S_mtp  +  routing losses
 
 S: sum of nats here; N: targets of the whole step; D: running magnitude read before the step; w: user weight.
 """

@@ -77,7 +77,7 @@ def _entropy(p: torch.Tensor) -> torch.Tensor:
 
 
 class PatchDiscriminator(nn.Module):
-    """Judges 16 px patches: [N, 3, H, W] -> one score per patch [N, 1, H/8, W/8]."""
+    """Judges patches of 22 px, 8 px apart: [N, 3, H, W] -> one score per patch [N, 1, H/8, W/8]."""
 
     def __init__(self, channels: int = 48) -> None:
         super().__init__()

@@ -7,6 +7,8 @@ import math
 from ernie5.config.base import Config, config
 from ernie5.config.field import at_least, field, fraction, non_negative, positive
 
+SAMPLE_RATE = 16_000
+
 
 @config
 class TokenizersConfig(Config):
@@ -90,7 +92,9 @@ class AudioTokenizerConfig(Config):
     levels: int = field(8, doc="residual quantiser levels", check=positive, kind="architecture")
     codes: int = field(1024, doc="codes per level", check=positive, kind="architecture")
     code_width: int = field(48, doc="width of the latents that are quantised", check=positive, kind="architecture")
-    sample_rate: int = field(16_000, doc="sampling rate", unit="Hz", check=positive, kind="architecture")
+    sample_rate: int = field(
+        SAMPLE_RATE, doc="sampling rate, that of all decoded sound", unit="Hz", kind="architecture"
+    )
     hop: int = field(160, doc="distance of spectra", unit="samples", check=positive, kind="architecture")
     fft_size: int = field(640, doc="length of a spectrum's window", unit="samples", kind="architecture")
     mel_bands: int = field(80, doc="bands of the encoder's log-mel", check=positive, kind="architecture")
@@ -135,6 +139,12 @@ class AudioTokenizerConfig(Config):
         return self.hop * math.prod(self.factors)
 
     def validate(self) -> None:
+        if self.sample_rate != SAMPLE_RATE:
+            self.fail(
+                "sample_rate",
+                f"{self.sample_rate} Hz is not what sound is decoded to. All sound becomes {SAMPLE_RATE} Hz first, so "
+                f"that a codec of another rate would speak faster or slower: use {SAMPLE_RATE}",
+            )
         stages = len(self.factors) + 1
         for key in ("encoder_widths", "encoder_depths", "decoder_widths", "decoder_depths"):
             if len(vars(self)[key]) != stages:

@@ -5,7 +5,7 @@ import math
 import pytest
 import torch
 
-from ernie5.errors import TokenizerError
+from ernie5.errors import ConfigError, TokenizerError
 from ernie5.tokenizers.audio.quality import log_mel_distance
 from ernie5.tokenizers.audio.tokenizer import AudioTokenizer, load_audio_tokenizer, save_audio_tokenizer
 from ernie5.tokenizers.config import AudioTokenizerConfig
@@ -26,6 +26,13 @@ def tokenizer() -> AudioTokenizer:
     made = AudioTokenizer(SMALL).eval()
     made.quantizer.codebooks.normal_()
     return made
+
+
+@pytest.mark.parametrize("hertz", [8_000, 24_000])
+def test_a_rate_that_sound_is_not_decoded_to_is_refused(hertz):
+    """Decoding gives 16 kHz whatever the codec says, so a second of speech at 24 kHz would come back in 0.67 s."""
+    with pytest.raises(ConfigError, match="use 16000"):
+        AudioTokenizerConfig(sample_rate=hertz)
 
 
 @pytest.mark.parametrize("samples", [1, 63, 1279, 1280, 1281, 5000])

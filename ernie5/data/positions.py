@@ -49,8 +49,3 @@ class PositionCursor:
         """Move behind a picture or clip whose blocks took `positions` [n, 3]; nothing happens when n is 0."""
         if len(positions):
             self.next = max(self.next, 1 + math.ceil(float(positions.max())))
-
-
-def next_position(positions: torch.Tensor) -> int:
-    """What a token behind `positions` [n, 3] takes: 1 + ceil(max of all t, h, w), 0 for an empty document."""
-    return 1 + math.ceil(float(positions.max())) if len(positions) else 0

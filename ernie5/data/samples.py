@@ -8,7 +8,6 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import re
 from collections.abc import Mapping
 
 from ernie5.errors import DataError
@@ -16,11 +15,9 @@ from ernie5.errors import DataError
 TASKS = ("text", "image", "video", "audio", "page")
 SPLITS = ("train", "validation")
 VALIDATION_PERCENT = 5
-KEY_PATTERN = re.compile(r"[A-Za-z0-9_-]+")
 IMAGE_SUFFIXES = ("jpg", "jpeg", "png", "webp")
 VIDEO_SUFFIXES = ("mp4", "webm", "mkv", "mov")
 AUDIO_SUFFIXES = ("opus", "ogg", "wav", "flac", "mp3")
-MEDIA_OF_TASK = {"image": IMAGE_SUFFIXES, "video": VIDEO_SUFFIXES, "audio": AUDIO_SUFFIXES}
 
 
 @dataclasses.dataclass(frozen=True)

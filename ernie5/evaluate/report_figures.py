@@ -14,7 +14,6 @@ MODALITIES = ("text", "image", "video", "audio")
 UNITS = {"text": "nats per token", "image": "nats per bit", "video": "nats per bit", "audio": "nats per code"}
 COLORS = dict(zip(MODALITIES, charts.PALETTE))
 GROUP_COLORS = charts.PALETTE
-VALIDATION_PREFIXES = ("validation/loss/", "eval/loss/")
 
 
 def figure_card(figure: Figure) -> str:
@@ -69,7 +68,7 @@ def loss_charts(facts: RunFacts) -> str:
 
 def validation_curve(facts: RunFacts, modality: str) -> Curve:
     """Validation losses of the run; of a run without any, the one of `ernie5 evaluate`."""
-    curve = next((c for c in (facts.curve(p + modality) for p in VALIDATION_PREFIXES) if c.steps), Curve())
+    curve = facts.curve(f"validation/loss/{modality}")
     if facts.evaluation is not None and not curve.steps:
         for loss in facts.evaluation.losses:
             if loss.modality == modality:

@@ -53,7 +53,7 @@ def _card(item: GalleryItem, *, folder: Path) -> str:
         if item.target_file:
             original = _figure(item.target_file, caption="original", folder=folder)
             sides = [original, *sides] if made == "tokenizer" else [*sides, original]
-        layout = "one" if Path(item.output_file).suffix in (".wav", ".opus") else "pair"
+        layout = "one" if Path(item.output_file).suffix == ".wav" else "pair"
         words = f'<p class="prompt">{html.escape(item.prompt)}</p>' if item.prompt else ""
         return f'<div class="{layout}">{"".join(sides)}</div>{words}{_tag(item)}'
     shown = f'<div class="one">{_figure(item.prompt_file, caption="", folder=folder)}</div>' if item.prompt_file else ""
@@ -72,7 +72,7 @@ def _figure(name: str, *, caption: str, folder: Path) -> str:
     uri = data_uri(path.read_bytes(), suffix=path.suffix)
     if path.suffix == ".mp4":
         body = f'<video src="{uri}" autoplay loop muted playsinline {PAUSE}></video>'
-    elif path.suffix in (".wav", ".opus"):
+    elif path.suffix == ".wav":
         body = f'<audio src="{uri}" controls preload="metadata"></audio>'
     else:
         body = f'<img src="{uri}" alt="{html.escape(caption)}" loading="lazy">'

@@ -18,7 +18,7 @@ from PIL import Image
 from ernie5.errors import DataError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
 
-MIME_TYPES = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav", ".opus": "audio/ogg", ".txt": "text/plain"}
+MIME_TYPES = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
 
 def to_bytes_image(values: torch.Tensor) -> np.ndarray:
@@ -27,22 +27,19 @@ def to_bytes_image(values: torch.Tensor) -> np.ndarray:
     return scaled.to(torch.uint8).permute(1, 2, 0).contiguous().numpy()
 
 
-def encode_png(image: torch.Tensor, *, magnify: int = 1) -> bytes:
-    """Return the picture [3, H, W] as PNG, each pixel repeated `magnify` times along both sides."""
-    picture = Image.fromarray(to_bytes_image(image))
-    if magnify > 1:
-        picture = picture.resize((picture.width * magnify, picture.height * magnify), Image.Resampling.NEAREST)
+def encode_png(image: torch.Tensor) -> bytes:
+    """Return the picture [3, H, W] as PNG."""
     buffer = io.BytesIO()
-    picture.save(buffer, format="PNG", optimize=True)
+    Image.fromarray(to_bytes_image(image)).save(buffer, format="PNG", optimize=True)
     return buffer.getvalue()
 
 
-def encode_mp4(video: torch.Tensor, *, frames_per_second: int, magnify: int = 1) -> bytes:
+def encode_mp4(video: torch.Tensor, *, frames_per_second: int) -> bytes:
     """Return the clip [3, F, H, W] as H.264 in MP4 that browsers play (yuv420p).
 
-    Raises DataError when a side is odd after magnification, which 4:2:0 chroma cannot hold.
+    Raises DataError when a side is odd, which 4:2:0 chroma cannot hold.
     """
-    height, width = video.shape[2] * magnify, video.shape[3] * magnify
+    height, width = video.shape[2:]
     if height % 2 or width % 2:
         raise DataError(
             f"A clip of {height} x {width} pixels cannot be written as MP4. H.264 with 4:2:0 chroma needs even sides. "
@@ -53,8 +50,7 @@ def encode_mp4(video: torch.Tensor, *, frames_per_second: int, magnify: int = 1)
         stream = container.add_stream("libx264", rate=frames_per_second, options={"crf": "16", "preset": "fast"})
         stream.width, stream.height, stream.pix_fmt = width, height, "yuv420p"
         for index in range(video.shape[1]):
-            pixels = to_bytes_image(video[:, index]).repeat(magnify, axis=0).repeat(magnify, axis=1)
-            container.mux(stream.encode(av.VideoFrame.from_ndarray(np.ascontiguousarray(pixels), format="rgb24")))
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(to_bytes_image(video[:, index]), format="rgb24")))
         container.mux(stream.encode())
     return buffer.getvalue()
 

@@ -45,7 +45,7 @@ class CellBlock:
 
 
 class Session:
-    """Rows that are decoded together. Read the prompt first, then text, cells or audio frames in any order.
+    """Rows that are decoded together. Read the prompt first, then text, the blocks of one picture or clip, or sound.
 
     Prompts must end in a text token (BOI, BOV and BOA are text tokens).
     """
@@ -100,7 +100,7 @@ class Session:
     def read_cells(self, latents: torch.Tensor, *, block: CellBlock, is_video: bool) -> torch.Tensor:
         """Append one visual block per row, latents [B, n, d]; returns hidden [B, n, D] behind the last layer.
 
-        The running position stays at the picture's origin until `leave_picture`.
+        The running position stays at the picture's origin.
         """
         vocab, kind = self._decoder.vocab, TokenKind.VIDEO_GENERATION if is_video else TokenKind.IMAGE_GENERATION
         num_rows, num_cells = latents.shape[:2]
@@ -113,14 +113,6 @@ class Session:
         self._frame_columns.append((block.frame, start, start + num_cells))
         positions = self._cell_positions(block)
         return self._append(self._model.embed(batch), positions=positions, is_block=True)
-
-    def leave_picture(self, *, num_frames: int, grid: tuple[int, int]) -> None:
-        """Move the running position behind a picture or clip whose finest grid is `grid`."""
-        far = max(grid) - 1
-        if self._decoder.visual_origin == "running":
-            self._next = self._next + max(num_frames - 1, far) + 1
-        else:
-            self._next = torch.maximum(self._next + num_frames, torch.full_like(self._next, far + 1.0))
 
     @torch.no_grad()
     def predict_frame(

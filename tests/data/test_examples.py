@@ -12,7 +12,6 @@ from ernie5.data.decode import SAMPLE_RATE, decode_audio
 from ernie5.data.document import Document
 from ernie5.data.examples import POOLS, ExampleMaker, PromptPart
 from ernie5.data.lengths import SampleRuler, shortest_documents
-from ernie5.data.positions import next_position
 from ernie5.data.samples import Caption, Sample, SampleMeta
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import DataError
@@ -153,7 +152,6 @@ def test_a_prompt_is_the_beginning_of_the_training_document(maker, sample_of, ta
     assert torch.equal(prompt.positions, document.positions[:n])
     assert torch.equal(prompt.intervals[:, 0], document.intervals[:n, 0])
     assert torch.equal(prompt.image_patches.features, document.image_patches.features)
-    assert next_position(prompt.positions) == next_position(document.positions[:n])
 
 
 def test_dropping_the_condition_leaves_bos_sep_and_the_begin_token(tiny_data, tiny_tokenizers, sample_of) -> None:

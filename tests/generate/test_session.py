@@ -148,14 +148,11 @@ def test_a_clip_read_block_by_block_equals_the_whole(decoder: Decoder, window: i
         cells = slice(start, start + sizes.count(start))
         place = CellBlock(plan.places[cells, 1:], int(plan.places[start, 0]), int(plan.scales[start]))
         states.append(session.read_cells(drawing.latents[cells].expand(2, -1, -1), block=place, is_video=True))
-    session.leave_picture(num_frames=3, grid=(3, 4))
-    states.append(session.read_text(torch.tensor([VOCAB.eov, VOCAB.eov])))
     states = torch.cat(states, dim=1)
     for index, row in enumerate(([3], [1, 2, 3, 4])):
         builder = DocumentBuilder("p", task="text_to_video", vocab=VOCAB, shapes=SHAPES)
         builder.text([VOCAB.bos, *row, VOCAB.sep])
         builder.draw(drawing, is_video=True, hide_after=hide)
-        builder.finish_picture(is_video=True)
         whole = _whole(decoder, builder.build())[-states.shape[1]:]
         torch.testing.assert_close(states[index], whole, rtol=1e-9, atol=1e-9)
 

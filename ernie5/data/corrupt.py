@@ -28,7 +28,8 @@ def flip_probabilities(
     """Flip probability per frame and scale, [f, S] fp32; equations (1) and (2)."""
     low = config.frame_slope * torch.arange(num_frames, dtype=torch.float32)[:, None]
     drawn = low + config.high * torch.rand(num_frames, num_scales, generator=generator)
-    drawn[1:, 0] = drawn[:-1, -1]
+    for frame in range(1, num_frames):  # one by one: with a single scale it is the same number that is handed on
+        drawn[frame, 0] = drawn[frame - 1, -1]
     return drawn.clamp(0.0, config.clamp)
 
 

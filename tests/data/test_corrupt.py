@@ -85,6 +85,14 @@ def test_a_clip_of_one_scale_predicts_each_frame_from_the_finished_one_before() 
     assert plan.bit_rows.tolist() == [-1, 0, 1] and plan.places[:, 0].tolist() == [0, 1, 2]
 
 
+def test_a_clip_of_one_scale_is_corrupted_alike_in_every_frame() -> None:
+    drawn = flip_probabilities(5, num_scales=1, config=CorruptionConfig(), generator=torch_draws_of("p"))
+    assert (drawn == drawn[0]).all() and 0 < drawn[0] <= 0.25
+    latents = torch.ones(4, 5, 1, 1)
+    codes = encode_scales(latents, schedule=((1, 1),), config=CorruptionConfig(), generator=torch_draws_of("c"))
+    assert codes.finished.shape == (5, 1, 1, 4)
+
+
 def test_keys_tell_numbers_from_texts_and_orders_apart() -> None:
     assert len({key_of("a", 1), key_of("a", "1"), key_of(1, "a"), key_of("a1"), key_of("a", 1, "")}) == 5
     assert draws_of("x", 1).random() == draws_of("x", 1).random() != draws_of("x", 2).random()

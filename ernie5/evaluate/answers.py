@@ -14,7 +14,7 @@ from ernie5.generate.prompts import words_of_sample
 
 def measure_captions(subject: Subject) -> list[Figure]:
     """Keywords of validation pictures found in greedy captions, against the likeliest caption words."""
-    if not subject.has("image"):
+    if not subject.has("image") or not subject.generation.can_read("image"):
         return []
     shown = subject.decoded("image", split="validation", count=subject.config.caption_samples)
     shown = [(sample, picture) for sample, picture in shown if sample.meta.keywords]

@@ -48,7 +48,7 @@ def evaluate(
         timings.append(Timing(name, time.monotonic() - start))
         figures += found
         if not found:
-            skipped.append(f"{name}: the model or the shards have none of it")
+            skipped.append(f"{name}: the model or the shards have none of it, or none that can be read")
     routing = describe_routing(survey.drawn_loads) if survey.drawn_loads.sum() > 0 else None
     if routing is not None:
         figures += load_figures(routing, plain=describe_routing(survey.group_loads))

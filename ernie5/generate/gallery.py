@@ -45,7 +45,7 @@ def write_samples(
 
     Half of the prompts of generation come from training, half from validation; understanding and reconstruction use
     validation alone. Modalities that the model or the corpus lacks are left out, and so are samples that cannot be
-    decoded. Raises DataError, EnvironmentFault.
+    decoded and pictures of a size that can be drawn but not read. Raises DataError, EnvironmentFault.
     """
     start = time.monotonic()
     painter = _Painter(folder, generation=generation, data=data, shards=shards or data.shards)
@@ -95,7 +95,7 @@ class _Painter:
     def read(self, medium: str, *, count: int) -> list[GalleryItem]:
         """`medium` to text, with the reference beside it."""
         shown = self._shown(medium, split="validation", count=count)
-        if not shown:
+        if not shown or not self._generation.can_read(medium):
             return []
         part: Callable[[torch.Tensor], PromptPart] = {
             "image": lambda value: PromptPart(image=value),

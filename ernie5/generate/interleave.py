@@ -14,6 +14,7 @@ import torch
 from ernie5.data.config import DataConfig
 from ernie5.data.document import Document
 from ernie5.data.examples import ExampleMaker, PromptPart, shapes_of
+from ernie5.data.patches import SIDE
 from ernie5.errors import CheckpointError
 from ernie5.generate.audio import CodeChoice, generate_speech
 from ernie5.generate.config import GenerateConfig
@@ -76,6 +77,12 @@ class Generation:
                 f"This model has no {modality}: model.modalities = {', '.join(known)}. "
                 f"Use a checkpoint that was trained with {modality}, or another --to."
             )
+
+    def can_read(self, medium: str) -> bool:
+        """Whether the cells of pictures or clips of the size in data can be merged: a model that only draws them may
+        have an odd number."""
+        pixels = {"image": self._data.image_pixels, "video": self._data.video_pixels}.get(medium, 0)
+        return pixels % (SIDE * self.tokenizers.visual.stride) == 0
 
     def write(self, prompts: Sequence[Prompt]) -> list[str]:
         """Continue or answer every prompt in text."""

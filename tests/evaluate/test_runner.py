@@ -13,6 +13,7 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernie5.data.config import MixtureConfig
 from ernie5.data.samples import Caption
 from ernie5.data.shards import ShardWriter, list_shards, open_corpus
 from ernie5.errors import NumericsError
@@ -24,6 +25,7 @@ from ernie5.evaluate.figures import Evaluation, parse_evaluation
 from ernie5.evaluate.likelihood import measure_clips, measure_text, survey_validation
 from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
+from ernie5.generate.interleave import Generation
 
 KEYS = {
     "text_bits_per_byte_order2", "text_bits_per_byte_order3", "text_bits_per_byte_xz", "image_to_text_keywords",
@@ -128,6 +130,18 @@ def test_targets_are_counted_one_by_one_beyond_what_fp32_counts(
         lambda subject, task, *, has_draws: [(output, batch, 1.0) for batch in batches] if task == "text" else [],
     )
     assert {loss.targets for loss in survey_validation(_subject(world)).losses} == {2**24 + 3}
+
+
+def test_pictures_of_an_odd_number_of_cells_are_drawn_and_measured_but_not_read(world: object) -> None:
+    """Training takes them where no task reads pictures or clips."""
+    drawing = MixtureConfig(image_to_text=0.0, video_to_text=0.0, page=0.0)
+    data = dataclasses.replace(world.data, image_pixels=24, video_pixels=24, sequence_tokens=200, mixture=drawing)
+    plain = world.generation
+    generation = Generation(plain.decoder.model, tokenizers=plain.tokenizers, data=data, config=plain.config)
+    subject = dataclasses.replace(_subject(world), generation=generation, data=data)
+    found = evaluate(subject, checkpoint="c", step=0)
+    assert {figure.key for figure in found.figures} == KEYS - {"image_to_text_keywords"}
+    assert found.skipped[0].startswith("captions: ") and len(found.skipped) == 1
 
 
 def test_a_model_without_media_is_measured_on_text_and_says_what_is_missing(

@@ -16,6 +16,7 @@ from ernie5.data.shards import ShardWriter, list_shards, open_corpus
 from ernie5.errors import CheckpointError, ConfigError, DataError
 from ernie5.generate.command import build_parser, check_options, main, read_prompt
 from ernie5.generate.gallery import GallerySize, write_samples
+from ernie5.generate.interleave import Generation
 from ernie5.generate.load import LoadedGeneration
 from ernie5.generate.manifest import load_gallery
 from ernie5.generate.prompts import words_of_sample
@@ -99,6 +100,18 @@ def test_a_gallery_passes_over_what_cannot_be_decoded(world: object, tmp_path: P
     for medium in ("image", "video", "audio"):  # two of three in each split
         found = [tasks[task] for task in (f"text_to_{medium}", f"{medium}_to_text", f"{medium}_reconstruction")]
         assert found == [4, 2, 2]
+
+
+def test_a_gallery_draws_pictures_of_an_odd_number_of_cells_and_does_not_read_them(
+    world: object, tmp_path: Path
+) -> None:
+    data = dataclasses.replace(world.data, image_pixels=24, video_pixels=24)
+    plain = world.generation
+    generation = Generation(plain.decoder.model, tokenizers=plain.tokenizers, data=data, config=plain.config)
+    write_samples(tmp_path, generation=generation, data=data, step=7)
+    tasks = {item.task for item in load_gallery(tmp_path).items}
+    assert {"text_to_image", "text_to_video", "image_reconstruction", "audio_to_text"} <= tasks
+    assert not {"image_to_text", "video_to_text"} & tasks
 
 
 def test_a_model_without_a_modality_says_which_ones_it_has(build_tiny_world: Callable, tmp_path: Path) -> None:

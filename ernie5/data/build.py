@@ -137,11 +137,12 @@ def _checked(source: SourceFile, *, gauge: _Gauge, problems: list[str]) -> Itera
 
 
 class _Gauge:
-    """Decodes every medium once, and refuses what cannot be read or cannot fit a row. Tokenizers are loaded when the
-    first medium comes."""
+    """Decodes every medium once, and refuses what cannot be read, cannot fit a row or has the key of another sample.
+    Tokenizers are loaded when the first medium comes."""
 
     def __init__(self, options: BuildOptions) -> None:
         self.options = options
+        self._owners: dict[str, str] = {}
 
     @functools.cached_property
     def _ruler(self) -> SampleRuler:
@@ -150,6 +151,9 @@ class _Gauge:
 
     def measure(self, sample: Sample, *, name: str) -> Sample:
         """The sample with the length of its media; DataError naming the file `name`."""
+        if sample.key in self._owners:  # a line of a.jsonl is a-000000, and so may a file be
+            first = self._owners[sample.key]
+            raise DataError(f"{first} and {name} both give a sample with the key {sample.key}. Rename one of them.")
         info = MediaInfo()
         for media in sample.media:
             if sample.meta.task == "audio":
@@ -161,6 +165,7 @@ class _Gauge:
         self._check_limits(sample, info=info, name=name)
         if sample.media:
             self._check_row(sample, info=info, name=name)
+        self._owners[sample.key] = name
         seconds = None if info.seconds is None else round(info.seconds, 3)
         return dataclasses.replace(sample, meta=dataclasses.replace(sample.meta, seconds=seconds, frames=info.frames))
 

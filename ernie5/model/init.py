@@ -8,6 +8,9 @@ construction nor on the layout. A parameter of more than WHOLE_STREAM_ELEMENTS h
 first dim (an expert, a row of the vocabulary), seeded by (seed, name, index), so that a rank draws the experts that it
 holds and no others. Every tensor of the configurations that were trained here is smaller than that.
 
+torch seeds a CPU generator with the low 32 bits of a number alone. Of the 200,000 rows of a vocabulary two pairs would
+have started equal by chance; the seeds of one parameter's indices are therefore a permutation of those 32 bits.
+
 torch fills a CPU tensor of at least 16 elements 16 at a time, and draws the last 16 anew where their number is no
 multiple of 16. A stream drawn in consecutive pieces of multiples of 16 elements is therefore that of one draw, if what
 is left for the last piece is at least 16 elements too.
@@ -31,6 +34,7 @@ WHOLE_STREAM_ELEMENTS = 1 << 25
 PIECE_ELEMENTS = 1 << 20
 MARK_ELEMENTS = 256  # bits of a digest
 BLOCK_ELEMENTS = 16  # of torch's normal_ on a CPU
+SEEDS = 1 << 32  # that a CPU generator tells apart
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +94,7 @@ class SeededValues:
         else:
             own = range(shape[0]) if kept[0] is None else kept[0].tolist()
             for values, index in zip(part, own, strict=True):
-                stream = _stream(f"{self._seed}/{name}/{index}")
+                stream = _stream(f"{self._seed}/{name}", index=index)
                 _draw(values, stream=stream, std=std, shape=shape[1:], kept=kept[1:])
 
 
@@ -119,9 +123,13 @@ class MarkedValues:
         part.zero_().view(-1)[:MARK_ELEMENTS] = 2 * bits.flatten() - 1
 
 
-def _stream(key: str) -> torch.Generator:
+def _stream(key: str, *, index: int | None = None) -> torch.Generator:
+    """The stream of a parameter, or of one index of its first dim, which none of its other indices has."""
     digest = hashlib.sha256(key.encode()).digest()
-    return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    if index is None:
+        return torch.Generator().manual_seed(int.from_bytes(digest[:8], "little") >> 1)
+    first, step = (int.from_bytes(digest[start : start + 4], "little") for start in (0, 4))
+    return torch.Generator().manual_seed((first + index * (step | 1)) % SEEDS)
 
 
 def _draw(

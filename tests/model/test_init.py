@@ -148,11 +148,22 @@ def test_a_huge_parameter_has_a_stream_per_index_and_a_rank_draws_its_own(wide, 
     monkeypatch.setattr(init, "WHOLE_STREAM_ELEMENTS", math.prod(shape) - 1)
     drawn = []
     plain = init._stream
-    monkeypatch.setattr(init, "_stream", lambda key: drawn.append(key) or plain(key))
+    monkeypatch.setattr(init, "_stream", lambda key, *, index: drawn.append((key, index)) or plain(key, index=index))
     part = torch.full((2, 5, 3), torch.nan)
     kept = (torch.tensor([1, 4]), None, torch.tensor([0, 1, 30]))
     SeededValues(config, seed=5).fill(part, name=name, shape=shape, kept=kept)
     std = std_of(name, config=config)
     for values, index in zip(part, (1, 4), strict=True):
-        assert torch.equal(values, one_draw(f"5/{name}/{index}", shape=(5, 33), std=std)[:, [0, 1, 30]])
-    assert drawn == [f"5/{name}/1", f"5/{name}/4"]
+        expected = torch.empty(5, 33).normal_(std=std, generator=plain(f"5/{name}", index=index))
+        assert torch.equal(values, expected[:, [0, 1, 30]])
+    assert drawn == [(f"5/{name}", 1), (f"5/{name}", 4)]
+
+
+def test_no_two_rows_of_a_huge_parameter_start_equal(wide) -> None:
+    """torch takes 32 bits of a seed, in which hashes of (seed, name, index) meet: these two pairs of rows did."""
+    part = torch.full((4, 200), torch.nan)
+    kept = (torch.tensor([9794, 36761, 153636, 154592]), None)
+    SeededValues(wide[0], seed=0).fill(part, name="embedding.text.weight", shape=(200_000, 200), kept=kept)
+    assert len({tuple(row) for row in part.tolist()}) == 4
+    seeds = [init._stream("0/embedding.text.weight", index=index).initial_seed() for index in range(200_000)]
+    assert len(set(seeds)) == len(seeds) and max(seeds) < 2**32

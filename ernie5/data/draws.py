@@ -21,7 +21,7 @@ def draws_of(*parts: int | str) -> random.Random:
 
 
 def torch_draws_of(*parts: int | str) -> torch.Generator:
-    """A torch CPU generator keyed by `parts`."""
+    """A torch CPU generator keyed by `parts`; torch takes 32 bits of the key, enough to draw unlike for neighbours."""
     return torch.Generator().manual_seed(key_of(*parts))
 
 

@@ -75,7 +75,8 @@ class TextTokenizer:
         return ids
 
     def decode(self, ids: Sequence[int], *, exact: bool = True) -> str:
-        """Text of `ids`, the inverse of `encode` for every str. Bytes that are no text become U+FFFD.
+        """Text of `ids`, the inverse of `encode` for every str (two lone surrogates in a row that make a pair come back
+        as their character). Bytes that are no text become U+FFFD.
 
         exact=False is for what is shown: it replaces lone surrogates, which no output encoding accepts, and leaves out
         half a character at the end, where a limit on tokens may cut. Raises TokenizerError for an id that is no text

@@ -76,6 +76,12 @@ class VisualTokenizerConfig(Config):
             self.fail("active_bits", f"no stage may use more bits than bits = {self.bits}.")
         if self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
             self.fail("sizes", "must ascend from 1: the first scale is always one cell.")
+        if len(self.sizes) < 2:
+            self.fail(
+                "sizes",
+                "needs a second size: a picture of several cells has two scales at least, and the last would share its "
+                "scale embedding with the finished picture. Try [1, 2]",
+            )
         if len(self.pixels) != len(self.pixel_shares) or any(side % (2 * self.patch) for side in self.pixels):
             self.fail("pixels", f"needs one share per side, each side a multiple of the stride {2 * self.patch}.")
         if self.video_frames % 4 != 1:

@@ -1,8 +1,9 @@
 import pytest
 import torch
 
-from ernie5.errors import TokenizerError
-from ernie5.tokenizers.visual.scales import num_cells, resize_to, scale_schedule
+from ernie5.errors import ConfigError, TokenizerError
+from ernie5.tokenizers.config import VisualTokenizerConfig
+from ernie5.tokenizers.visual.scales import DEFAULT_SIZES, num_cells, resize_to, scale_schedule
 
 
 def test_the_default_schedule_of_an_8x8_grid_has_130_cells():
@@ -50,6 +51,15 @@ def test_growing_lies_on_centre_aligned_positions():
     grown = resize_to(ramp, (4, 8))[0, 0, 0]
     # cell i of 8 sits at (i + 0.5) * 4/8 - 0.5 of the coarse grid; the ends are clamped to the first and last cell
     torch.testing.assert_close(grown, ((torch.arange(8) + 0.5) / 2 - 0.5).clamp(0, 3))
+
+
+def test_no_grid_has_more_scales_than_sizes_and_one_size_is_refused():
+    """Index S of the scale embedding is the finished picture's alone."""
+    for sizes in ((1, 2), (1, 5), (1, 3, 7), DEFAULT_SIZES):
+        for height, width in ((1, 1), (1, 2), (2, 2), (3, 7), (7, 7), (8, 11), (13, 13), (40, 39)):
+            assert len(scale_schedule(height, width, sizes=sizes)) <= len(sizes)
+    with pytest.raises(ConfigError, match="second size"):
+        VisualTokenizerConfig(sizes=(1,))
 
 
 def test_extra_leading_axes_are_kept():

@@ -8,6 +8,8 @@ from ernie5.config.base import Config, config
 from ernie5.config.field import at_least, field, fraction, non_negative, positive
 
 SAMPLE_RATE = 16_000
+TEACHER_STEPS = 8  # of the semantic teacher in a codec frame
+JUDGED_SAMPLES = 3073  # the fewest that every discriminator of audio/losses.py can judge
 
 
 @config
@@ -122,7 +124,7 @@ class AudioTokenizerConfig(Config):
     expansion: int = field(3, doc="inner width of a block over its width", check=positive, kind="architecture")
 
     batch_clips: int = field(8, doc="crops per step", check=positive)
-    crop_frames: int = field(20, doc="codec frames of a crop", check=positive)
+    crop_frames: int = field(20, doc="codec frames of a crop", check=at_least(2))
     continuous_share: float = field(
         0.04, doc="share of the budget without quantisation, before k-means sets the codebooks", check=fraction
     )
@@ -161,6 +163,13 @@ class AudioTokenizerConfig(Config):
             self.fail("level_shares", f"needs {self.levels} shares, one per level, not all zero.")
         if self.adversarial_frames > self.crop_frames:
             self.fail("adversarial_frames", f"cannot exceed crop_frames = {self.crop_frames}.")
+        frame = self.samples_per_frame
+        if frame % TEACHER_STEPS:
+            self.fail("factors", f"make frames of {frame} samples with hop = {self.hop}; the teacher of level 1 takes "
+                      f"{TEACHER_STEPS} equal steps in each. Choose a multiple of {TEACHER_STEPS} samples")
+        if self.adversarial_weight and self.adversarial_frames * frame < JUDGED_SAMPLES:
+            self.fail("adversarial_frames", f"of {frame} samples are too short to be judged. Use "
+                      f"{-(-JUDGED_SAMPLES // frame)} or more, or adversarial_weight 0")
 
 
 @config

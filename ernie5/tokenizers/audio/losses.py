@@ -9,6 +9,7 @@ from torch import nn
 from torch.nn import functional
 
 from ernie5.tokenizers.audio.mel import LogMel, short_time_spectrum
+from ernie5.tokenizers.config import TEACHER_STEPS
 
 # (window, bands): short windows hear onsets, long ones hear pitch. Hops are a quarter of the window.
 MEL_RESOLUTIONS = ((1024, 80), (512, 40), (256, 20))
@@ -54,7 +55,7 @@ class SemanticTeacher(nn.Module):
     def __init__(self, *, sample_rate: int, samples_per_frame: int) -> None:
         super().__init__()
         bands = 40
-        self.hop = samples_per_frame // 8
+        self.hop = samples_per_frame // TEACHER_STEPS
         self.log_mel = LogMel(bands, fft_size=4 * self.hop, hop=self.hop, sample_rate=sample_rate)
         order = torch.arange(1, CEPSTRA + 1)[:, None]
         place = (torch.arange(bands)[None] + 0.5) / bands
@@ -72,7 +73,7 @@ class SemanticTeacher(nn.Module):
     def forward(self, waveform: torch.Tensor) -> torch.Tensor:
         """Features [B, T, width] of waveform [B, T samples_per_frame], each feature of unit variance in a clip."""
         cepstra = (self.basis @ self.log_mel(waveform)).transpose(1, 2)
-        halves = cepstra.reshape(cepstra.shape[0], -1, 2, 4, CEPSTRA).mean(3)
+        halves = cepstra.reshape(cepstra.shape[0], -1, 2, TEACHER_STEPS // 2, CEPSTRA).mean(3)
         features = torch.cat([halves.mean(2), halves[:, :, 1] - halves[:, :, 0]], dim=2)
         features = features - features.mean(1, keepdim=True)
         return features / features.std(1, keepdim=True).clamp(min=0.1)

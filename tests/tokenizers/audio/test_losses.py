@@ -3,6 +3,7 @@
 import pytest
 import torch
 
+from ernie5.errors import ConfigError
 from ernie5.tokenizers.audio.losses import (
     CEPSTRA,
     Discriminators,
@@ -13,6 +14,27 @@ from ernie5.tokenizers.audio.losses import (
     hinge_generator,
     semantic_loss,
 )
+from ernie5.tokenizers.config import JUDGED_SAMPLES, AudioTokenizerConfig
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"hop": 100, "fft_size": 400, "factors": (1, 3)}, "multiple of 8 samples"),
+        ({"crop_frames": 1, "adversarial_frames": 1}, "at least 2"),
+        ({"adversarial_frames": 2}, "Use 3 or more"),
+    ],
+)
+def test_settings_that_teacher_or_adversary_cannot_take_are_refused(changes: dict, words: str) -> None:
+    """Each ended the first step: a shape that is none, the deviation of one frame, a kernel larger than its input."""
+    with pytest.raises(ConfigError, match=words):
+        AudioTokenizerConfig(**changes)
+
+
+def test_the_shortest_sound_that_is_judged_is_the_one_that_the_settings_know() -> None:
+    Discriminators()(torch.randn(1, JUDGED_SAMPLES))
+    with pytest.raises(RuntimeError, match="Kernel size"):
+        Discriminators()(torch.randn(1, JUDGED_SAMPLES - 1))
 
 
 def noise(seed: int, *, rows: int = 2, samples: int = 12_800) -> torch.Tensor:

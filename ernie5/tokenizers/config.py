@@ -9,6 +9,8 @@ from ernie5.config.field import at_least, field, fraction, non_negative, positiv
 
 SAMPLE_RATE = 16_000
 TEACHER_STEPS = 8  # of the semantic teacher in a codec frame
+HEAD_CHANNELS = 32  # of an attention head of the visual decoder
+SMALLEST_JUDGED = 8  # px, a side that the patch discriminator of losses.py has a score for
 JUDGED_SAMPLES = 3073  # the fewest that every discriminator of audio/losses.py can judge
 
 
@@ -74,6 +76,8 @@ class VisualTokenizerConfig(Config):
     def validate(self) -> None:
         if len(self.active_bits) != len(self.active_from) or list(self.active_from) != sorted(self.active_from):
             self.fail("active_from", "needs one ascending share of the budget per entry of active_bits.")
+        if self.active_from[:1] != (0.0,):
+            self.fail("active_from", "must begin with 0: else no stage says how many bits are in use at first.")
         if max(self.active_bits) > self.bits:
             self.fail("active_bits", f"no stage may use more bits than bits = {self.bits}.")
         if self.sizes[0] != 1 or list(self.sizes) != sorted(set(self.sizes)):
@@ -86,6 +90,15 @@ class VisualTokenizerConfig(Config):
             )
         if len(self.pixels) != len(self.pixel_shares) or any(side % (2 * self.patch) for side in self.pixels):
             self.fail("pixels", f"needs one share per side, each side a multiple of the stride {2 * self.patch}.")
+        if sum(self.pixel_shares) <= 0:
+            self.fail("pixel_shares", "are all zero, so no side is ever drawn. Give one of them a positive share")
+        heads = max(1, self.channels // HEAD_CHANNELS)
+        if self.decoder_attention and self.channels % heads:
+            self.fail("channels", f"{self.channels} do not divide into the {heads} heads of decoder_attention. "
+                      f"Use a multiple of {HEAD_CHANNELS}")
+        if self.adversarial_weight and min(self.pixels) < SMALLEST_JUDGED:
+            self.fail("pixels", f"of {min(self.pixels)} px are too small for the patch discriminator. Use "
+                      f"{SMALLEST_JUDGED} px or more, or adversarial_weight 0")
         if self.video_frames % 4 != 1:
             self.fail("video_frames", "clips have 1+4n frames: one first frame, then groups of four.")
 

@@ -11,13 +11,10 @@ import torch
 from torch import nn
 from torch.nn import functional
 
-from ernie5.tokenizers.config import VisualTokenizerConfig
+from ernie5.tokenizers.config import HEAD_CHANNELS, VisualTokenizerConfig
 
 PAST_FRAMES = 2
 """Frames before the present one that an inflated kernel covers."""
-
-HEAD_CHANNELS = 32
-"""Channels of an attention head."""
 
 BRANCH_SCALE = 0.3
 """What the branches of an attention block are scaled by: they start at zero and should grow slowly."""

@@ -5,7 +5,7 @@ import signal
 import pytest
 import torch
 
-from ernie5.errors import EnvironmentFault, TokenizerError
+from ernie5.errors import ConfigError, EnvironmentFault, TokenizerError
 from ernie5.tokenizers.config import VisualTokenizerConfig
 from ernie5.tokenizers.visual.tokenizer import (
     UNTRAINED,
@@ -103,6 +103,21 @@ def test_every_parameter_gets_a_gradient_from_a_clip():
 def test_sizes_that_the_strides_do_not_divide_are_refused(tokenizer, shape):
     with pytest.raises(TokenizerError):
         tokenizer.encode_features(torch.zeros(shape))
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"active_from": (0.5, 0.6)}, "must begin with 0"),
+        ({"active_bits": (), "active_from": ()}, "must begin with 0"),
+        ({"pixel_shares": (0.0, 0.0, 0.0)}, "all zero"),
+        ({"channels": 100, "decoder_attention": 1}, "multiple of 32"),
+        ({"pixels": (4,), "pixel_shares": (1.0,), "patch": 1, "adversarial_weight": 0.1}, "8 px or more"),
+    ],
+)
+def test_settings_that_ended_training_with_a_bug_are_refused(changes, words):
+    with pytest.raises(ConfigError, match=words):
+        VisualTokenizerConfig(**changes)
 
 
 def test_saving_and_loading_gives_the_same_pictures_and_a_stable_identity(tokenizer, tmp_path):

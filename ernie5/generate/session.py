@@ -1,8 +1,8 @@
 """One decoding session: prompts of any lengths side by side, padded on the left, and what is generated behind them.
 
 All rows grow by the same columns, so that a step is one call of the model. Padding stands in front, where the row
-intervals hide it from every other position; without it no intervals are needed at all, since a new token and a new
-visual block see everything before them.
+intervals hide it from every other position; without it, and as long as no frame has left a window, no intervals are
+needed behind the prompt, since a new token and a new visual block see everything before them.
 """
 
 from __future__ import annotations

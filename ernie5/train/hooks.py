@@ -190,7 +190,7 @@ def add_losses(figures: Figures, *, sums: StepSums, objectives: ObjectivesConfig
 
 
 def add_sums(parts: Sequence[StepSums]) -> StepSums:
-    """Sums over several evaluation batches; routing losses are averaged."""
+    """Sums over several evaluation batches; routing losses, which validation does not show, are added as they are."""
     total = parts[0]
     for part in parts[1:]:
         terms = LossTerms(

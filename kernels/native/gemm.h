@@ -172,7 +172,13 @@ void multiply_outward(int64_t rows, int64_t columns, int64_t summed, Left<T> lef
 #endif
 }
 
-// Sixteen rows of sixteen units, transposed in four rounds of exchanges between rows.
+// As bytes: a template's argument forgets that units of bf16 may lie anywhere in memory of bf16.
+template <class U>
+inline void copy_unit(const U* source, U* out) {
+  std::memcpy(out, source, sizeof(U));
+}
+
+// LANES rows of as many units, transposed; sixteen in four rounds of exchanges between rows.
 template <class U>
 inline void transpose_square(const U* source, int64_t leading, U* out, int64_t out_leading) {
 #if defined(__AVX512F__)
@@ -200,17 +206,17 @@ inline void transpose_square(const U* source, int64_t leading, U* out, int64_t o
   }
 #else
   for (int n = 0; n < LANES; ++n)
-    for (int k = 0; k < LANES; ++k) out[k * out_leading + n] = source[n * leading + k];
+    for (int k = 0; k < LANES; ++k) copy_unit(source + n * leading + k, out + k * out_leading + n);
 #endif
 }
 
-// The transpose of [rows, columns] cells, at most sixteen each way.
+// The transpose of [rows, columns] cells, at most LANES each way.
 template <class U>
 inline void transpose_part(const U* source, int64_t leading, int64_t rows, int64_t columns, U* out,
                            int64_t out_leading) {
   if (rows == LANES && columns == LANES) return transpose_square(source, leading, out, out_leading);
   for (int64_t n = 0; n < columns; ++n)
-    for (int64_t m = 0; m < rows; ++m) out[n * out_leading + m] = source[m * leading + n];
+    for (int64_t m = 0; m < rows; ++m) copy_unit(source + m * leading + n, out + n * out_leading + m);
 }
 
 // pack_left as tiles want it: row-major, [rows, units].

@@ -161,7 +161,10 @@ class DeepSpeedEngine(Engine):
 
     def poison(self) -> None:
         """NaN into one parameter's gradient, which makes the norm of all NaN."""
-        self._state.poison_gradient()
+        if self._sums is not None:
+            self._poison_sums()
+        else:
+            self._state.poison_gradient()
 
     def gradients(self) -> dict[str, torch.Tensor]:
         """Full reduced fp32 gradients by name; collective."""
@@ -302,9 +305,12 @@ class DeepSpeedEngine(Engine):
             return float(norm) if self._engine.was_step_applied() else math.inf
         norm = float(clip_over_ranks(self._sums, layout=self._layout, max_norm=self.settings.clip_norm))
         if not math.isfinite(norm):  # what is not finite may stand in the part of another rank alone
-            next(iter(self._sums.values())).fill_(math.nan)
+            self._poison_sums()
         self._engine.step()
         return norm
+
+    def _poison_sums(self) -> None:
+        next(iter(self._sums.values())).fill_(math.nan)
 
 
 def _restore_buffers(model: torch.nn.Module, *, buffers: dict[str, torch.Tensor]) -> None:

@@ -301,8 +301,10 @@ class DeepSpeedEngine(Engine):
     def _step_sharded(self) -> float:
         if self._sums is None:
             self._engine.step()
-            norm = self._engine.get_global_grad_norm()
-            return float(norm) if self._engine.was_step_applied() else math.inf
+            if not self._engine.was_step_applied():
+                self._state.forget_gradients()
+                return math.inf
+            return float(self._engine.get_global_grad_norm())
         norm = float(clip_over_ranks(self._sums, layout=self._layout, max_norm=self.settings.clip_norm))
         if not math.isfinite(norm):  # what is not finite may stand in the part of another rank alone
             self._poison_sums()

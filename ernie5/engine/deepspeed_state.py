@@ -73,6 +73,13 @@ class DeepSpeedState:
         shape = parameter.ds_shape if self._stage == 3 else parameter.shape
         safe_set_full_grad(parameter, torch.full(shape, torch.nan, device=parameter.device))
 
+    def forget_gradients(self) -> None:
+        """After a step that was not applied. Stages 1 and 2 in bf16 with state on the host would keep what they have
+        added up, and add the next step's gradients to it."""
+        if self._stage < 3:
+            sums = self._optimizer().averaged_gradients
+            sums.update(dict.fromkeys(sums))
+
     def slices(self) -> Iterator[StateSlice]:
         """This rank's masters and moments where DeepSpeed keeps them, and the buffers; no collective."""
         parts = held_parts(self._layout)

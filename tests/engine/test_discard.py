@@ -27,7 +27,8 @@ def tiny() -> types.ModuleType:
 CASES = [
     ("local", 0, "fp32", "none"), ("local", 0, "bf16", "none"), ("deepspeed", 0, "fp32", "none"),
     ("deepspeed", 1, "fp32", "none"), ("deepspeed", 1, "bf16", "none"), ("deepspeed", 2, "bf16", "none"),
-    ("deepspeed", 3, "fp32", "none"), ("deepspeed", 2, "fp32", "cpu"), ("deepspeed", 3, "bf16", "cpu"),
+    ("deepspeed", 3, "fp32", "none"), ("deepspeed", 1, "bf16", "cpu"), ("deepspeed", 2, "bf16", "cpu"),
+    ("deepspeed", 2, "fp32", "cpu"), ("deepspeed", 3, "bf16", "cpu"),
 ]
 
 

@@ -25,7 +25,7 @@ from ernie5.config.base import Config
 from ernie5.config.load import load_config
 from ernie5.config.registry import resolve
 from ernie5.engine.interface import BUFFER, KINDS, MOMENT, PARAMETER, Engine, check_names
-from ernie5.errors import CheckpointError, TokenizerError
+from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
 from ernie5.model.backbone import UnifiedModel
 from ernie5.parallel.boxes import Box
 from ernie5.tokenizers.config import TokenizersConfig
@@ -121,13 +121,28 @@ def open_run(path: Path | str, *, may_be_part: bool = False) -> LoadedRun:
 def check_together(directory: Path, *, manifest: Manifest, engine: Engine) -> None:
     """Compare all files with their checksums, each rank a share of them; collective.
 
-    Raises the same CheckpointError on every rank, naming what is damaged and the way out.
+    Raises, on every rank, EnvironmentFault where ranks mean different checkpoints, else a CheckpointError that names
+    what is damaged and the way out.
     """
+    check_same(directory, engine=engine)
     own = find_damage(directory, manifest=manifest, share=(engine.rank, engine.world_size))
     damage = [line for found in engine.gather({"damage": own}) for line in found["damage"]]
     if damage:
         way = engine.gather({"way": _way_out(directory) if engine.is_main else ""})[0]["way"]
         raise CheckpointError(f"{'; '.join(damage)}. {way}")
+
+
+def check_same(directory: Path | None, *, engine: Engine) -> None:
+    """Raise EnvironmentFault, on every rank, unless all mean the same checkpoint, or none; collective. Ranks that went
+    on from different ones would wait for each other, or train different models as one."""
+    found = [one["name"] for one in engine.gather({"name": "none" if directory is None else directory.name})]
+    other = next((rank for rank, name in enumerate(found) if name != found[0]), None)
+    if other is not None:
+        raise EnvironmentFault(
+            f"the ranks would go on from different checkpoints (rank 0: {found[0]}, rank {other}: {found[other]}). All "
+            "hosts need the same run directory on shared storage. Mount it there, or start again in a minute: a host "
+            "may have seen an old state of it"
+        )
 
 
 def load_model(

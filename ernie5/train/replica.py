@@ -10,7 +10,7 @@ import os
 from pathlib import Path
 
 from ernie5.checkpoint.config import CheckpointConfig
-from ernie5.checkpoint.load import LoadedRun, check_together, open_run
+from ernie5.checkpoint.load import LoadedRun, check_same, check_together, open_run
 from ernie5.checkpoint.names import latest_checkpoint, step_of
 from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.checkpoint.saver import Saver
@@ -126,7 +126,7 @@ def agree(loaded: LoadedRun | None, *, source: Path | None, engine: Engine) -> L
     """What every rank continues from: `loaded` if all found the same step and its bytes are whole, else the checkpoint
     on disk. On several hosts each brings its own part. Collective. Raises, on every rank, EnvironmentFault where the
     ranks see different ones on disk, CheckpointError where that one is damaged."""
-    _check_same(source, engine=engine)
+    check_same(source, engine=engine)
     part = find_common(replica_folder(), disk_step=_step_of(source), engine=engine)
     if part is not None:
         return part
@@ -147,18 +147,6 @@ def agree(loaded: LoadedRun | None, *, source: Path | None, engine: Engine) -> L
             return agree(open_run(source) if source is not None else None, source=source, engine=engine)
         raise
     return loaded
-
-
-def _check_same(source: Path | None, *, engine: Engine) -> None:
-    """Ranks that went on from different checkpoints would wait for each other, or train different models as one."""
-    found = [one["name"] for one in engine.gather({"name": "none" if source is None else source.name})]
-    other = next((rank for rank, name in enumerate(found) if name != found[0]), None)
-    if other is not None:
-        raise EnvironmentFault(
-            f"the ranks would go on from different checkpoints (rank 0: {found[0]}, rank {other}: {found[other]}). All "
-            "hosts need the same run directory on shared storage. Mount it there, or start again in a minute: a host "
-            "may have seen an old state of it"
-        )
 
 
 def _step_of(source: Path | None) -> int:

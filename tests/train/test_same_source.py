@@ -33,3 +33,8 @@ def test_other_checkpoints_on_other_ranks_end_the_start(
 
 def test_ranks_that_see_the_same_go_on_from_it(run_ranks: Callable, tmp_path: Path) -> None:
     assert run_ranks(JOB.resume, 2, str(tmp_path), [2, 2]) == [("", "2"), ("", "2")]
+
+
+def test_other_checkpoints_to_go_back_to_end_the_run(run_ranks: Callable, tmp_path: Path) -> None:
+    for error, message in run_ranks(JOB.go_back, 2, str(tmp_path)):
+        assert error == "EnvironmentFault" and "rank 0: step-00000002, rank 1: step-00000001" in message

@@ -11,10 +11,10 @@ It trusts RUN_DIR/exit.json, which every run writes, more than the launcher's ex
 0 ends; 2 and 4 end (a user's mistake, or numerics beyond the run's own retries); 75, 5 and kills start again; 3 (disk,
 memory, network) a few times with longer pauses; 1 (a bug) once. Pauses double while a run gets no farther, and the
 number of such starts is bounded. Before each start, ranks that an earlier one left behind are killed; --fresh and
---resume count for the first start alone. SIGINT and SIGTERM go to the launcher and end the agent as well. The state
-after the last step is kept in shared memory, where the next start finds it, and of several hosts (--nodes) also in that
-of the next host. RUN_DIR/supervise.jsonl keeps one line per
-start (supervise-node1.jsonl of the second host, and so on).
+--resume count until a start with them has begun. SIGINT and SIGTERM go to the launcher and end the agent as well. The
+state after the last step is kept in shared memory, where the next start finds it, and of several hosts (--nodes) also
+in that of the next host. RUN_DIR/supervise.jsonl keeps one line per start (supervise-node1.jsonl of the second host,
+and so on).
 """
 
 from __future__ import annotations

@@ -17,12 +17,13 @@ from pathlib import Path
 from supervision.endings import Ending, Endings
 from supervision.launches import Launches
 from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
-from supervision.policy import EXIT_FILE, Limits, RestartPolicy, farthest_step, read_outcome
+from supervision.policy import EXIT_FILE, Limits, Outcome, RestartPolicy, farthest_step, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
 
 from ernie5.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED
 from ernie5.train.recover import RUN_DIR_VARIABLE
 
+CONFIG_FILE = "config.yaml"
 POLL_SECONDS = 0.05
 RECORD_SECONDS = 10.0  # until exit.json, where another host has rank 0
 LAST_SAVE_SECONDS = 300.0
@@ -32,7 +33,7 @@ REPLICA_VARIABLE = "ERNIE5_REPLICA"  # ernie5/train/replica.py reads it; importi
 
 
 def going_on(command: list[str]) -> list[str]:
-    """The command of every start but the first: --fresh and --resume CKPT would undo what was done since."""
+    """The command once a start has begun: --fresh and --resume CKPT would undo what was done since."""
     kept, words = [], iter(command)
     for word in words:
         if word == "--resume":
@@ -103,6 +104,7 @@ class Agent:
             strays = kill_strays(self._mark)
             if self._node_rank == 0:  # rank 0's host
                 (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
+            before = self._written()
             with self._launches.running():
                 launcher_code = self._start_and_wait()
             if self._node_rank:
@@ -110,6 +112,9 @@ class Agent:
             if self._lost is not None:
                 return self._follow(self._lost, strays=strays)
             outcome = read_outcome(self._run_dir, launcher_code=launcher_code)
+            if self._command != going_on(self._command) and self._has_begun(outcome, before=before):
+                self._command = going_on(self._command)
+                policy = RestartPolicy(limits, step=0)  # the steps so far were those of the run before
             decision = policy.decide(outcome, stopping=self._stopping)
             self._note(code=outcome.code, killed=outcome.killed, step=outcome.step, strays=strays,
                        restart=decision.restart, reason=decision.reason)
@@ -118,13 +123,25 @@ class Agent:
                 if decision.code != EXIT_DONE and not self._stopping:
                     self._endings.leave(code=decision.code, reason=decision.reason)
                 return decision.code
-            self._command = going_on(self._command)
             until = time.monotonic() + decision.delay_seconds
             while time.monotonic() < until and not self._stopping and not self._is_left():
                 time.sleep(POLL_SECONDS)
             if self._lost is not None:
                 return self._follow(self._lost, strays=[])
         return EXIT_INTERRUPTED
+
+    def _written(self) -> tuple[int, int] | None:
+        """Which config.yaml stands there; a start writes it anew once nothing is left that could refuse it."""
+        try:
+            found = (self._run_dir / CONFIG_FILE).stat()
+        except OSError:
+            return None
+        return found.st_ino, found.st_mtime_ns
+
+    def _has_begun(self, outcome: Outcome, *, before: tuple[int, int] | None) -> bool:
+        """Whether --fresh or --resume has been carried out; so it counts too where nobody knows: after a kill, and of
+        several hosts, whose agents must all say the same."""
+        return outcome.killed or self._host.nodes > 1 or self._written() != before
 
     def _await_launchers(self) -> None:
         """Where the agent before this one was killed: until the other hosts' launchers of that time have ended."""

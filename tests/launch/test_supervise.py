@@ -113,6 +113,34 @@ if "--fresh" in sys.argv: end(2)  # a restart must not start over
         (5, True, True), (5, True, True), (75, False, True), (0, False, False)]
 
 
+def test_fresh_and_resume_count_until_a_start_with_them_has_begun(supervise, tmp_path: Path) -> None:
+    """A start that ended before (a rank that did not come, a full disk) has cleared nothing: the run of before stands
+    there still, and the next start must not go on with that one."""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "config.yaml").write_text("of the run before")
+    agent = supervise(*script("""
+told = [word for word in sys.argv if word in ("--fresh", "--resume", "somewhere")]
+with (run.parent / "told").open("a") as file: file.write(" ".join(told) + "\\n")
+if n == 3: (run / "config.yaml").write_text("of this run")
+end(5 if n < 5 else 0)
+"""), "--fresh", "--resume", "somewhere")
+    _, said = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 0, said
+    assert (tmp_path / "told").read_text().splitlines() == ["--fresh --resume somewhere"] * 3 + ["", ""]
+
+
+def test_steps_of_the_run_before_are_no_measure_of_a_fresh_one(supervise, tmp_path: Path) -> None:
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text('{"step": 1000}\n')
+    agent = supervise(*script("""
+(run / "config.yaml").write_text(str(n))
+(run / "metrics.jsonl").write_text(json.dumps({"step": n}))
+end(5 if n < 5 else 0)
+"""), "--fresh", options=("--restarts", "1"))
+    _, said = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 0 and starts(tmp_path) == 5, said
+
+
 def test_a_refused_command_line_is_never_retried(supervise, tmp_path: Path) -> None:
     agent = supervise(*script("sys.exit(2)"))
     agent.communicate(timeout=PATIENCE_SECONDS)

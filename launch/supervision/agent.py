@@ -170,6 +170,8 @@ class Agent:
         self._child = subprocess.Popen(
             self._command, env={**os.environ, **self._environment}, start_new_session=True
         )
+        if self._stopping:  # asked while there was no child to pass it on to
+            self._child.terminate()
         while self._child.poll() is None:
             if self._is_left():
                 self._child.terminate()

@@ -184,6 +184,26 @@ time.sleep(600)
     assert agent.returncode == 75 and starts(tmp_path) == 1
 
 
+def test_a_signal_between_two_starts_ends_the_agent_too(repository: Path, tmp_path: Path) -> None:
+    """It arrives while the agent looks for strays: whatever is started then would never hear of it."""
+    program = f"""
+import os, pathlib, signal, sys
+sys.path.insert(0, {str(repository / "launch")!r})
+from supervision import agent
+
+def look_for_strays(mark):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return []
+
+agent.kill_strays = look_for_strays
+(run := pathlib.Path({str(tmp_path / "run")!r})).mkdir()
+made = agent.Agent({["sleep", "60"]!r}, run_dir=run, memory=pathlib.Path({str(tmp_path)!r}), host=agent.Host())
+sys.exit(made.run(agent.Limits()))
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=30, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 75, ended.stderr
+
+
 def rank_process(mark: bytes, rank: int) -> int | None:
     """The process of a rank whose environment holds `mark`."""
     for entry in Path("/proc").iterdir():

@@ -79,8 +79,11 @@ def main() -> int:
     logs = Path(os.environ.get("RANK_LOGS") or tempfile.mkdtemp(prefix="ernie5-ranks-"))
     logs.mkdir(parents=True, exist_ok=True)
     ranks: list[subprocess.Popen] = []
+    early: list[int] = []
 
     def forward(number: int, _frame: object) -> None:
+        if not ranks:
+            early.append(number)
         for rank in ranks:
             if rank.poll() is None:
                 rank.send_signal(number)
@@ -88,6 +91,8 @@ def main() -> int:
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, forward)
     ranks += start(int(sys.argv[1]), arguments=sys.argv[2:], logs=logs)
+    for number in early:
+        forward(number, None)
     return wait(ranks, logs=logs)
 
 

@@ -87,6 +87,24 @@ def _wait_for_a_step(run: Path, process: subprocess.Popen) -> None:
         time.sleep(0.2)
 
 
+def test_a_signal_while_the_ranks_are_being_started_reaches_them(repository: Path) -> None:
+    program = f"""
+import os, runpy, signal, subprocess, sys
+
+main = runpy.run_path({str(repository / "launch" / "spawn.py")!r})["main"]
+
+def start(num_processes, **_):
+    os.kill(os.getpid(), signal.SIGTERM)
+    return [subprocess.Popen(["sleep", "60"]) for _ in range(num_processes)]
+
+main.__globals__["start"] = start
+sys.argv = ["spawn.py", "2", "CONFIG"]
+sys.exit(main())
+"""
+    ended = subprocess.run([sys.executable, "-c", program], timeout=30, stderr=subprocess.PIPE, text=True)
+    assert ended.returncode == 128 + signal.SIGTERM, ended.stderr
+
+
 @pytest.mark.skipif(not sys.platform.startswith("linux"), reason="prctl(2) is Linux's")
 def test_a_killed_launcher_takes_its_ranks_along_and_they_save(spawn, tmp_path: Path) -> None:
     run = tmp_path / "run"

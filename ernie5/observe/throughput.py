@@ -63,15 +63,19 @@ def measure_matrix_rate(device: torch.device, *, dtype: torch.dtype) -> MatrixRa
 
 
 def matrix_rate(
-    run_dir: Path, *, device: torch.device, dtype: torch.dtype, peak_tflops: float | None = None
+    run_dir: Path | None, *, device: torch.device, dtype: torch.dtype, peak_tflops: float | None = None
 ) -> MatrixRate:
-    """The rate that mfu refers to, written to RUN_DIR/matrix_rate.json; `peak_tflops` replaces measuring."""
+    """The rate that mfu refers to, written to RUN_DIR/matrix_rate.json; `peak_tflops` replaces measuring.
+
+    run_dir: None on ranks whose figures nobody reads; they may have the same process id on other hosts.
+    """
     if peak_tflops is not None:
         rate = MatrixRate(peak_tflops * 1e12, 0, str(dtype).removeprefix("torch."), device.type, 0)
     else:
         rate = measure_matrix_rate(device, dtype=dtype)
-    run_dir.mkdir(parents=True, exist_ok=True)
-    rate.save(run_dir / "matrix_rate.json")
+    if run_dir is not None:
+        run_dir.mkdir(parents=True, exist_ok=True)
+        rate.save(run_dir / "matrix_rate.json")
     return rate
 
 

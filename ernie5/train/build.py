@@ -205,7 +205,9 @@ def build_hooks(
     sinks = open_sinks(config.observe, run_dir=run_dir, last_step=last_step) if engine.is_main else ()
     metrics = Metrics(sinks, flush_every_steps=config.observe.flush_every_steps)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
-    rate = matrix_rate(run_dir, device=engine.device, dtype=dtype, peak_tflops=config.observe.peak_tflops)
+    rate = matrix_rate(
+        run_dir if engine.is_main else None, device=engine.device, dtype=dtype, peak_tflops=config.observe.peak_tflops
+    )
     flops = flops_per_token(config.model, sequence_tokens=config.data.sequence_tokens)
     board = FiguresBoard(Figures(0))
     snapshot = Snapshot(

@@ -35,6 +35,13 @@ def test_bf16_is_timed_as_fp32_where_the_processor_does_not_multiply_it(
     assert rate.dtype == "float32"
 
 
+def test_ranks_whose_figures_nobody_reads_write_no_rate(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """They share the run directory, and in containers of several hosts their process ids too."""
+    monkeypatch.chdir(tmp_path)
+    assert matrix_rate(None, device=torch.device("cpu"), dtype=torch.float32, peak_tflops=2.0).flops_per_second == 2e12
+    assert not list(tmp_path.iterdir())
+
+
 def test_a_given_peak_replaces_measuring(tmp_path: Path) -> None:
     rate = matrix_rate(tmp_path, device=torch.device("cpu"), dtype=torch.bfloat16, peak_tflops=2.0)
     assert (rate.flops_per_second, rate.side) == (2e12, 0)

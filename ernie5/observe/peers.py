@@ -23,6 +23,7 @@ CONNECT_SECONDS = 4.0  # a lost first packet is sent again after one second, and
 ANSWER_SECONDS = 5.0  # a rank deep in its step shares the interpreter with the thread that answers
 PARALLEL = 64
 MOST_NAMED = 4
+BEYOND = "192.0.2.1"  # an address that belongs to nobody (RFC 5737): whatever route leads there is the way out
 
 
 class Presence(enum.Enum):
@@ -57,11 +58,15 @@ class Answer:
 
 
 class Listener:
-    """This rank's port. standing: called in a thread of its own for each question."""
+    """This rank's port. standing: called in a thread of its own for each question; is_one_host: whether only ranks of
+    this machine ask."""
 
-    def __init__(self, rank: int, *, master: str, standing: Callable[[], str]) -> None:
+    def __init__(
+        self, rank: int, *, master: str, standing: Callable[[], str], is_one_host: bool = True
+    ) -> None:
         self._standing = standing
-        self._socket = socket.create_server((own_address(master), 0), backlog=PARALLEL)
+        address = own_address(master, is_one_host=is_one_host)
+        self._socket = socket.create_server((address, 0), backlog=PARALLEL)
         address, port = self._socket.getsockname()[:2]
         self.peer = Peer(rank, socket.gethostname(), address, port, secrets.token_hex(8))
         threading.Thread(target=self._answer, name="peers", daemon=True).start()
@@ -129,14 +134,19 @@ class Peers:
         self._listener.close()
 
 
-def own_address(master: str) -> str:
-    """The address of this machine on the way to `master`, which is how the others reach it. Sends nothing."""
-    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
-        try:
-            probe.connect((master, 9))
-        except OSError:
-            return "127.0.0.1"
-        return probe.getsockname()[0]
+def own_address(master: str, *, is_one_host: bool) -> str:
+    """The address of this machine on the way to `master`, which is how the others reach it. Sends nothing.
+
+    Of several hosts, the master's own may know itself by a loopback name alone, as Debian's /etc/hosts has it: there it
+    is the address on the way out.
+    """
+    for target in (master,) if is_one_host else (master, BEYOND):
+        with contextlib.suppress(OSError), socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((target, 9))
+            found = str(probe.getsockname()[0])
+            if is_one_host or not found.startswith("127."):
+                return found
+    return "127.0.0.1"
 
 
 def _ask(peer: Peer) -> Answer:

@@ -27,9 +27,10 @@ def meet_peers(engine: Engine) -> Peers | None:
     """Open this rank's port and learn those of the others; collective. None where there are no others."""
     if engine.world_size == 1:
         return None
-    main = threading.get_ident()
+    main, hosts = threading.get_ident(), {one["host"] for one in engine.gather({"host": socket.gethostname()})}
     listener = Listener(
-        engine.rank, master=os.environ.get("MASTER_ADDR", "127.0.0.1"), standing=lambda: str(standing_of_thread(main))
+        engine.rank, master=os.environ.get("MASTER_ADDR", "127.0.0.1"), standing=lambda: str(standing_of_thread(main)),
+        is_one_host=len(hosts) == 1,
     )
     found = [Peer(**one) for one in engine.gather(vars(listener.peer))]
     return Peers(listener, others={peer.rank: peer for peer in found if peer.rank != engine.rank})

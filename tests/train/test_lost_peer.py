@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import socket
+import types
 from pathlib import Path
 
 import pytest
 
 from ernie5.checkpoint.names import LATEST_FILE
+from ernie5.observe import peers as module
 from ernie5.train.command import _can_resume
-from ernie5.train.lost_peer import as_peer_error
+from ernie5.train.lost_peer import as_peer_error, meet_peers
 
 LOST = RuntimeError("[gloo/transport/tcp/pair.cc:534] Connection closed by peer [127.0.0.1]:2100")
 
@@ -42,3 +45,31 @@ def test_nobody_looks_for_checkpoints_where_the_error_is_another_one() -> None:
         raise AssertionError("asked")
 
     assert as_peer_error(RuntimeError("shapes differ"), peers=None, can_resume=refuse) is None
+
+
+@pytest.mark.parametrize("other,address", [("another-host", "127.0.0.2"), (socket.gethostname(), "127.0.0.1")])
+def test_rank_0_listens_where_other_hosts_reach_it_though_its_name_means_loopback_there(
+    other: str, address: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On Debian a host's own name is 127.0.1.1 in its /etc/hosts: asked there, other hosts would ask themselves."""
+
+    class Probe(socket.socket):
+        def connect(self, target: tuple[str, int]) -> None:
+            self._found = {"head": "127.0.0.1", "192.0.2.1": "10.0.0.9"}[target[0]]
+
+        def getsockname(self) -> tuple[str, int]:
+            return (self._found, 1) if self.type == socket.SOCK_DGRAM else super().getsockname()
+
+    def gather(value: dict) -> list[dict]:
+        return [value, {**value, "host": other, "rank": 1}]
+
+    create = socket.create_server
+    monkeypatch.setenv("MASTER_ADDR", "head")
+    monkeypatch.setattr(module.socket, "socket", Probe)
+    monkeypatch.setattr(  # this machine has no such address
+        module.socket, "create_server",
+        lambda place, **options: create((place[0].replace("10.0.0.9", "127.0.0.2"), place[1]), **options),
+    )
+    peers = meet_peers(types.SimpleNamespace(rank=0, world_size=2, gather=gather))
+    assert peers._listener.peer.address == address
+    peers.close()

@@ -99,13 +99,13 @@ def _offload(engine: EngineConfig, *, pin_memory: bool) -> dict[str, object]:
 
 
 def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
-    """Refuse the case in which gradients would be added up in bf16: DeepSpeed's buffers on the host have the dtype of
-    the weights in stages 1 and 2."""
-    if engine.precision == "bf16" and engine.zero_stage < 3 and micro_batches > 1:
+    """Refuse the case in which gradients would be added up in bf16: stage 1 adds them up where autograd leaves them.
+    (Stages 2 and 3 have fp32 pieces of their own for that.)"""
+    if engine.precision == "bf16" and engine.zero_stage == 1 and micro_batches > 1:
         engine.fail(
             "offload_optimizer",
             f"with bf16 weights, zero_stage {engine.zero_stage} would add up the gradients of {micro_batches} "
-            "micro-batches in bf16. Set engine.zero_stage: 3, or a batch of one micro-batch per rank",
+            "micro-batches in bf16. Set engine.zero_stage: 2 or 3, or a batch of one micro-batch per rank",
             error=ConfigError,
         )
 

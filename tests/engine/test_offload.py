@@ -67,6 +67,15 @@ def test_a_step_on_the_host_is_the_local_step(
             assert torch.equal(vars(copy.state())[kind][name], value), name
 
 
+def test_stage_2_in_bf16_adds_up_micro_batches_on_the_host_as_without_it(tiny: types.ModuleType) -> None:
+    there, here = (tiny.two_steps(tiny.make_engine("deepspeed", stage=2, precision="bf16", offload=offload))
+                   for offload in ("cpu", "none"))
+    assert all(torch.equal(there["gradients"][name], value) for name, value in here["gradients"].items())
+    for kind in ("parameters", "moments"):
+        for name, value in vars(here["state"])[kind].items():
+            assert torch.equal(vars(there["state"])[kind][name], value), name
+
+
 @pytest.mark.parametrize("optimizer", ["adamw", "muon"])
 def test_masters_and_moments_are_in_nameless_files_of_the_drive(
     tiny: types.ModuleType, tmp_path: Path, optimizer: str

@@ -1,4 +1,4 @@
-"""What the routers do: entropy, balance, dead experts, drift, and the group analyses of SPEC section 5.
+"""What the routers do: entropy, balance, dead experts, spread of the bias, and the group analyses of SPEC section 5.
 
 loads [L, E]: tokens per MoE layer and expert; group_loads [L, 6, E]: the same by TokenKind 1..6. A layer or group
 that saw no token gives NaN: it has no distribution, and a mean must leave it out (torch.nanmean).
@@ -47,11 +47,6 @@ def max_load_ratio(loads: torch.Tensor) -> torch.Tensor:
 def dead_experts(loads: torch.Tensor) -> torch.Tensor:
     """Number of experts without a single token: [..., E] -> [...] int64."""
     return (loads == 0).sum(-1)
-
-
-def bias_drift(bias: torch.Tensor, *, before: torch.Tensor) -> torch.Tensor:
-    """Mean absolute movement of the balance biases [L, E] since `before` [L, E]: [L] fp64."""
-    return (bias.double() - before.double()).abs().mean(-1)
 
 
 def bias_spread(bias: torch.Tensor) -> torch.Tensor:

@@ -104,7 +104,7 @@ class RunState:
     data: object
     rng: dict[str, str]
     spikes: int = 0
-    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    recent_losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
 
 def read_manifest(directory: Path) -> Manifest:

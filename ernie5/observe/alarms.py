@@ -6,7 +6,7 @@ import collections
 import dataclasses
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 from ernie5.observe.config import AlarmsConfig
 
@@ -31,49 +31,59 @@ class _Limit:
 
 
 class LossAlarm:
-    """Watches loss and gradient norm, one step after another; the state is the window of recent losses."""
+    """Watches the losses of the modalities in a step, each beside its own past (one may be absent from most steps, and
+    a sum would rise whenever it is there), and the gradient norm. The state is the windows of recent losses."""
 
     def __init__(self, config: AlarmsConfig) -> None:
         self._config = config
-        self._window: collections.deque[float] = collections.deque(maxlen=config.spike_window_steps)
+        self._windows: dict[str, collections.deque[float]] = {}
 
-    def check(self, loss: float, *, grad_norm: float, step: int) -> Alarm | None:
-        """The alarm of this step, if any. A spike enters the window too, so that a new level becomes normal."""
-        if not (math.isfinite(loss) and math.isfinite(grad_norm)):
-            return Alarm("nan", self._config.on_nan, f"step {step}: loss {loss}, gradient norm {grad_norm}: not finite")
-        limit = self._limit()
-        alarm = None if loss <= limit.loss else Alarm(
-            "spike", self._config.on_spike, f"step {step}: loss {loss:.4g} is above {limit.text}"
-        )
-        self._window.append(loss)
+    def check(self, losses: Mapping[str, float], *, grad_norm: float, step: int) -> Alarm | None:
+        """The alarm of this step, if any. A spike enters its window too, so that a new level becomes normal."""
+        if not all(map(math.isfinite, (*losses.values(), grad_norm))):
+            told = ", ".join(f"{name} {loss}" for name, loss in losses.items())
+            return Alarm("nan", self._config.on_nan, f"step {step}: loss {told}, gradient norm {grad_norm}: not finite")
+        alarm = None
+        for name, loss in losses.items():
+            limit = self._limit(name)
+            if alarm is None and loss > limit.loss:
+                message = f"step {step}: loss of {name} {loss:.4g} is above {limit.text}"
+                alarm = Alarm("spike", self._config.on_spike, message)
+            self._window(name).append(loss)
         return alarm
 
-    def is_spike(self, loss: float) -> bool:
-        """Whether `check` would call `loss` a spike; changes nothing. What is not finite is no spike."""
-        return math.isfinite(loss) and loss > self._limit().loss
+    def is_spike(self, losses: Mapping[str, float]) -> bool:
+        """Whether `check` would call one of `losses` a spike; changes nothing. What is not finite is no spike."""
+        if not all(map(math.isfinite, losses.values())):
+            return False
+        return any(loss > self._limit(name).loss for name, loss in losses.items())
 
-    def state(self) -> list[float]:
-        """The window, oldest first, for the checkpoint."""
-        return list(self._window)
+    def state(self) -> dict[str, list[float]]:
+        """The windows, oldest first, for the checkpoint."""
+        return {name: list(window) for name, window in self._windows.items()}
 
-    def load_state(self, window: Sequence[float]) -> None:
+    def load_state(self, windows: Mapping[str, Sequence[float]]) -> None:
         """Restore what `state` gave."""
-        self._window.clear()
-        self._window.extend(float(loss) for loss in window)
+        self._windows.clear()
+        for name, losses in windows.items():
+            self._window(name).extend(float(loss) for loss in losses)
 
-    def _limit(self) -> _Limit:
+    def _window(self, name: str) -> collections.deque[float]:
+        return self._windows.setdefault(name, collections.deque(maxlen=self._config.spike_window_steps))
+
+    def _limit(self, name: str) -> _Limit:
         """The largest normal loss; infinite while the window is less than half full."""
-        config = self._config
-        if config.spike_deviations == 0 or len(self._window) < config.spike_window_steps // 2:
+        config, window = self._config, self._windows.get(name, ())
+        if config.spike_deviations == 0 or len(window) < config.spike_window_steps // 2:
             return _Limit(math.inf, "")
-        median = statistics.median(self._window)
-        mad = statistics.median(abs(value - median) for value in self._window)
+        median = statistics.median(window)
+        mad = statistics.median(abs(value - median) for value in window)
         spread = max(MAD_TO_SIGMA * mad, config.spike_floor * abs(median))
         limit = median + config.spike_deviations * spread
         return _Limit(
             limit,
-            f"{limit:.4g} = median {median:.4g} + {config.spike_deviations:g} x spread {spread:.3g} of the last "
-            f"{len(self._window)} steps",
+            f"{limit:.4g} = median {median:.4g} + {config.spike_deviations:g} x spread {spread:.3g} of its last "
+            f"{len(window)} steps",
         )
 
 

@@ -13,11 +13,12 @@ from ernie5.checkpoint.save import point_latest
 from ernie5.engine.interface import Engine, StepSums
 from ernie5.errors import NumericsError
 from ernie5.objectives.config import ObjectivesConfig
-from ernie5.objectives.mix import mean_losses, weighted_loss
+from ernie5.objectives.mix import mean_losses, modality_weights
 from ernie5.observe.alarms import Alarm, LoadAlarm, LossAlarm
 from ernie5.observe.config import AlarmsConfig
 from ernie5.observe.experts import summarise_loads
 from ernie5.observe.log import get_log
+from ernie5.records import Modality
 from ernie5.train.hook import GoBack, Hook, StepContext
 from ernie5.train.state import Progression
 
@@ -35,12 +36,12 @@ class AlarmHook(Hook):
 
     def drops(self, sums: StepSums) -> bool:
         """True for a spike under on_spike = skip; what is not finite, every engine drops by itself."""
-        return self._config.on_spike == "skip" and self._loss.is_spike(self._loss_of(sums))
+        return self._config.on_spike == "skip" and self._loss.is_spike(self._losses_of(sums))
 
     def after_step(self, context: StepContext) -> None:
         """Raises NumericsError or GoBack, on every rank: all of them see the same global losses."""
         sums = context.report.sums
-        alarm = self._loss.check(self._loss_of(sums), grad_norm=float(context.report.grad_norm), step=context.step)
+        alarm = self._loss.check(self._losses_of(sums), grad_norm=float(context.report.grad_norm), step=context.step)
         self._progression.recent_losses = self._loss.state()
         if alarm is not None:
             self._act(alarm, is_last=context.is_last)
@@ -75,11 +76,13 @@ class AlarmHook(Hook):
             dropped = f"; the update is dropped ({in_row} in a row)" if alarm.action == "skip" else ""
             get_log().warning("%s%s", alarm.message, dropped)
 
-    def _loss_of(self, sums: StepSums) -> float:
+    def _losses_of(self, sums: StepSums) -> dict[str, float]:
+        """Nats per target of every modality that is trained and in the step."""
         if not bool(torch.isfinite(sums.objective)):
-            return float("nan")
-        means = mean_losses(sums.terms, counts=sums.counts)
-        return float(weighted_loss(means, counts=sums.counts, config=self._objectives))
+            return {"objective": float(sums.objective)}
+        means, weights = mean_losses(sums.terms, counts=sums.counts), modality_weights(self._objectives)
+        names = [modality.name.lower() for modality, weight in zip(Modality, weights, strict=True) if weight]
+        return {name: float(vars(means)[name]) for name in names if float(vars(sums.counts)[name])}
 
 
 class Rollback:

@@ -12,13 +12,14 @@ from ernie5.checkpoint.manifest import RunState
 @dataclasses.dataclass
 class Progression:
     """Where a run stands. step: optimizer steps attempted; tokens: seen, padding not counted; skipped_in_row: steps
-    dropped for a gradient that was not finite, since the last good one; recent_losses: the window of the loss alarm.
+    dropped for a gradient that was not finite, since the last good one; recent_losses: the windows of the loss alarm by
+    modality.
     """
 
     step: int = 0
     tokens: int = 0
     skipped_in_row: int = 0
-    recent_losses: list[float] = dataclasses.field(default_factory=list)
+    recent_losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
 
     def snapshot(self, *, data: object) -> RunState:
         """What a checkpoint keeps; `data` is the loader's cursor."""
@@ -28,13 +29,14 @@ class Progression:
             data=data,
             rng=capture_rng(),
             spikes=self.skipped_in_row,
-            recent_losses=list(self.recent_losses),
+            recent_losses={name: list(losses) for name, losses in self.recent_losses.items()},
         )
 
     def restore(self, run: RunState) -> None:
         """Continue from a checkpoint."""
         self.step, self.tokens, self.skipped_in_row = run.step, run.tokens, run.spikes
-        self.recent_losses = list(run.recent_losses)
+        # checkpoints of before hold one window, of sums over modalities: the alarm begins anew
+        self.recent_losses = dict(run.recent_losses) if isinstance(run.recent_losses, dict) else {}
         restore_rng(run.rng)
 
 

@@ -13,8 +13,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from ernie5.checkpoint.manifest import RunState
 from ernie5.model import init
 from ernie5.train.command import main
+from ernie5.train.state import Progression
 
 
 @pytest.fixture(scope="module")
@@ -186,6 +188,12 @@ def test_a_run_needs_no_stderr_and_writes_no_output_into_its_files(world: Path, 
     assert "done: 1 steps" in (tmp_path / "run" / "log.txt").read_text("utf-8")
 
 
+def test_a_window_of_sums_as_checkpoints_once_held_it_begins_anew() -> None:
+    progression = Progression()
+    progression.restore(RunState(step=3, tokens=9, data={}, rng={}, recent_losses=[20.0, 19.0]))
+    assert (progression.step, progression.recent_losses) == (3, {})
+
+
 def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
     world: Path, tmp_path: Path, read_rows: Callable
 ) -> None:
@@ -195,7 +203,10 @@ def test_a_longer_run_continues_a_finished_one_and_fresh_starts_over(
     rows = read_rows(tmp_path / "run")
     assert [row["step"] for row in rows] == [1, 2, 3]
     state = json.loads((tmp_path / "run" / "checkpoints" / "step-00000003" / "state.json").read_text("utf-8"))
-    assert state["run"]["recent_losses"] == [row["loss"] for row in rows]  # the alarm's window goes on as well
+    windows = {name: [row[f"loss/{name}"] for row in rows if row[f"loss/{name}"] is not None]
+               for name in ("text", "image", "video", "audio")}
+    # the alarm's windows go on as well
+    assert state["run"]["recent_losses"] == {name: losses for name, losses in windows.items() if losses}
     main([*arguments, "train.steps=1", "--fresh"])
     assert [row["step"] for row in read_rows(tmp_path / "run")] == [1]
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from pathlib import Path
 
@@ -35,8 +36,12 @@ class AlarmHook(Hook):
         self._loss.load_state(progression.recent_losses)
 
     def drops(self, sums: StepSums) -> bool:
-        """True for a spike under on_spike = skip; what is not finite, every engine drops by itself."""
-        return self._config.on_spike == "skip" and self._loss.is_spike(self._losses_of(sums))
+        """True for a loss that is not finite, and for a spike under on_spike = skip; gradients that are not, every
+        engine drops by itself."""
+        losses = self._losses_of(sums)
+        if not all(map(math.isfinite, losses.values())):
+            return True
+        return self._config.on_spike == "skip" and self._loss.is_spike(losses)
 
     def after_step(self, context: StepContext) -> None:
         """Raises NumericsError or GoBack, on every rank: all of them see the same global losses."""

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -10,6 +11,7 @@ import pytest
 import torch
 
 from ernie5.data.loader import Loader
+from ernie5.engine.interface import StepSums
 from ernie5.engine.local import LocalEngine
 from ernie5.errors import NumericsError
 from ernie5.train.command import main
@@ -102,6 +104,24 @@ def test_a_gradient_that_is_not_finite_is_rolled_back(
     rows = read_rows(tmp_path / "run")
     assert [(row["step"], row["skipped"]) for row in rows] == [(step, 0) for step in range(1, 7)]
     assert len(calls) == 6 + 2  # steps 3 and 4 once more
+
+
+def test_a_loss_that_is_not_finite_is_not_applied_though_its_gradients_are(
+    arguments: list[str], tmp_path: Path, read_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A sum that overflows has finite gradients."""
+    whole, seen = LocalEngine.accumulate, []
+
+    def accumulate(engine: LocalEngine, micro_batches: list) -> StepSums:
+        seen.append(next(engine.model.parameters()).detach().clone())
+        sums = whole(engine, micro_batches)
+        return dataclasses.replace(sums, objective=sums.objective + torch.inf) if len(seen) == 2 else sums
+
+    monkeypatch.setattr(LocalEngine, "accumulate", accumulate)
+    assert main([*arguments, "train.steps=4"]) == 0
+    assert [row["skipped"] for row in read_rows(tmp_path / "run")] == [0, 1, 0, 0]
+    assert "the update is dropped (1 in a row)" in (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert torch.equal(seen[1], seen[2]) and not torch.equal(seen[2], seen[3])
 
 
 @pytest.mark.parametrize("spoilt", [{6}, {5, 6}])

@@ -96,7 +96,7 @@ class RunState:
 
     step: optimizer steps attempted; tokens: seen, padding not counted; data: the loader's cursor, JSON values;
     rng: generator states as hexadecimal text by name; spikes: skipped steps in a row; recent_losses: what the loss
-    alarm compares the next step with.
+    alarm compares the next step with; routing: counts since the last line of routing.jsonl, None for none.
     """
 
     step: int
@@ -105,6 +105,7 @@ class RunState:
     rng: dict[str, str]
     spikes: int = 0
     recent_losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    routing: list | None = None
 
 
 def read_manifest(directory: Path) -> Manifest:

@@ -41,7 +41,7 @@ from ernie5.train.replica import ReplicaHook, agree, open_newest, replica_folder
 from ernie5.train.rollback import AlarmHook, Rollback
 from ernie5.train.run_dir import clear_run
 from ernie5.train.samples import SamplesHook
-from ernie5.train.saving import CheckpointHook, CheckpointIdentity, RunRecords, Snapshot
+from ernie5.train.saving import CheckpointHook, CheckpointIdentity, Snapshot
 from ernie5.train.state import Progression
 from ernie5_kernels.native.memory import keep_freed_memory
 
@@ -199,7 +199,9 @@ def build_hooks(
 ) -> tuple[Hook, ...]:
     """What happens after each step, in this order: figures, validation, routing, writing, alarms, checkpoint."""
     last_step = progression.step
-    routing = RoutingHook(run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main)
+    routing = RoutingHook(
+        run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main, progression=progression
+    )
     if engine.is_main:
         keep_until_step(run_dir / ROUTING_FILE, last_step=last_step)
     sinks = open_sinks(config.observe, run_dir=run_dir, last_step=last_step) if engine.is_main else ()
@@ -211,7 +213,7 @@ def build_hooks(
     flops = flops_per_token(config.model, sequence_tokens=config.data.sequence_tokens)
     board = FiguresBoard(Figures(0))
     snapshot = Snapshot(
-        engine=engine, progression=progression, data=loader, identity=identity, records=RunRecords(metrics, routing)
+        engine=engine, progression=progression, data=loader, identity=identity, metrics=metrics
     )
     return (
         StepFiguresHook(

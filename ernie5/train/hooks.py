@@ -105,34 +105,28 @@ class ValidationHook(Hook):
 
 
 class RoutingHook(Hook):
-    """Expert loads by token kind, summed between snapshots, appended to RUN_DIR/routing.jsonl."""
+    """Expert loads by token kind, summed between snapshots, appended to RUN_DIR/routing.jsonl. What is summed since the
+    last line is part of the run's state: a checkpoint may be saved after any step."""
 
-    def __init__(self, path: Path, *, every: int, is_main: bool) -> None:
-        self._path, self._every, self._is_main = path, every, is_main
-        self._sum: torch.Tensor | None = None
-        self._step = 0
+    def __init__(self, path: Path, *, every: int, is_main: bool, progression: Progression) -> None:
+        self._path, self._every, self._is_main, self._progression = path, every, is_main, progression
 
     def after_step(self, context: StepContext) -> None:
         """Add this step's loads; write and start over on the steps of the rhythm."""
         loads = context.report.sums.routing.group_loads
         if not (self._every and self._is_main and loads.shape[0]):
             return
-        self._sum, self._step = loads.clone() if self._sum is None else self._sum + loads, context.step
+        so_far = self._progression.routing
+        loads = loads.clone() if so_far is None else loads + so_far.to(loads.device)
+        self._progression.routing = loads
         if context.step % self._every == 0 or context.is_last:
-            self.save_now()
-
-    def save_now(self) -> str:
-        """Write what was summed since the last line, so that the file reaches as far as the checkpoint."""
-        if self._sum is not None:
-            line = json.dumps({"step": self._step, "group_loads": self._sum.long().tolist()})
+            line = json.dumps({"step": context.step, "group_loads": loads.long().tolist()})
             with self._path.open("a", encoding="utf-8") as file:
                 file.write(line + "\n")
-            self._sum = None
-        return ""
+            self._progression.routing = None
 
     def go_back(self, step: int) -> None:
-        """Drop the lines and sums of later steps; the checkpoint of `step` closed a line."""
-        self._sum = None
+        """Drop the lines of later steps."""
         if self._is_main:
             keep_until_step(self._path, last_step=step)
 

@@ -19,7 +19,7 @@ from ernie5.errors import EnvironmentFault
 from ernie5.observe.faults import refusal_of
 from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Metrics
-from ernie5.train.hooks import FiguresBoard, RoutingHook
+from ernie5.train.hooks import FiguresBoard
 from ernie5.train.hook import Hook, StepContext
 from ernie5.train.state import Progression
 
@@ -40,26 +40,17 @@ class CheckpointIdentity:
     tokenizers: dict[str, str]
 
 
-@dataclasses.dataclass(frozen=True)
-class RunRecords:
-    """What must be on disk as far as the checkpoint that covers it: figures and routing."""
-
-    metrics: Metrics
-    routing: RoutingHook
-
-
 class Snapshot:
-    """Takes what this rank puts into a checkpoint, once the records of the run are on disk as far as it reaches."""
+    """Takes what this rank puts into a checkpoint, once the figures of the run are on disk as far as it reaches."""
 
     def __init__(self, *, engine: Engine, progression: Progression, data: Cursor, identity: CheckpointIdentity,
-                 records: RunRecords) -> None:
+                 metrics: Metrics) -> None:
         self._engine, self._progression, self._data = engine, progression, data
-        self._identity, self._records = identity, records
+        self._identity, self._metrics = identity, metrics
 
     def take(self) -> Contents:
         """This rank's slices, as views of live memory, and the rest of the state; collective."""
-        self._records.metrics.flush()
-        self._records.routing.save_now()
+        self._metrics.flush()
         return Contents(
             slices=tuple(self._engine.slices()),
             updates=self._engine.updates,

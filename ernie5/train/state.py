@@ -13,13 +13,14 @@ from ernie5.checkpoint.manifest import RunState
 class Progression:
     """Where a run stands. step: optimizer steps attempted; tokens: seen, padding not counted; skipped_in_row: steps
     dropped for a gradient that was not finite, since the last good one; recent_losses: the windows of the loss alarm by
-    modality.
+    modality; routing: loads [L, 6, E] since the last line of routing.jsonl, on rank 0.
     """
 
     step: int = 0
     tokens: int = 0
     skipped_in_row: int = 0
     recent_losses: dict[str, list[float]] = dataclasses.field(default_factory=dict)
+    routing: torch.Tensor | None = None
 
     def snapshot(self, *, data: object) -> RunState:
         """What a checkpoint keeps; `data` is the loader's cursor."""
@@ -30,6 +31,7 @@ class Progression:
             rng=capture_rng(),
             spikes=self.skipped_in_row,
             recent_losses={name: list(losses) for name, losses in self.recent_losses.items()},
+            routing=None if self.routing is None else self.routing.long().tolist(),
         )
 
     def restore(self, run: RunState) -> None:
@@ -37,6 +39,7 @@ class Progression:
         self.step, self.tokens, self.skipped_in_row = run.step, run.tokens, run.spikes
         # checkpoints of before hold one window, of sums over modalities: the alarm begins anew
         self.recent_losses = dict(run.recent_losses) if isinstance(run.recent_losses, dict) else {}
+        self.routing = None if run.routing is None else torch.tensor(run.routing, dtype=torch.float32)
         restore_rng(run.rng)
 
 

@@ -15,6 +15,7 @@ import torch
 
 from ernie5.checkpoint.manifest import RunState
 from ernie5.model import init
+from ernie5.train import loop
 from ernie5.train.command import main
 from ernie5.train.state import Progression
 
@@ -133,9 +134,37 @@ def test_a_start_from_an_earlier_checkpoint_that_dies_before_its_first_save_is_g
     main([*arguments, "train.steps=5"])
     assert [row["step"] for row in read_rows(run_dir)] == [1, 2, 3, 4, 5]
     lines = [json.loads(line) for line in (run_dir / "routing.jsonl").read_text("utf-8").splitlines()]
-    assert [line["step"] for line in lines] == [2, 3, 4, 5]
-    loads = [torch.tensor(line["group_loads"]).sum(dim=(1, 2))[0] for line in lines]
-    assert sum(loads) == 2 * read_rows(run_dir)[-1]["tokens"]  # two experts per token
+    assert [line["step"] for line in lines] == [3, 5]
+    assert count_choices(lines) == 2 * read_rows(run_dir)[-1]["tokens"]  # two experts per token
+
+
+def count_choices(lines: list[dict]) -> int:
+    """Choices of the first layer over all lines of routing.jsonl."""
+    return int(sum(torch.tensor(line["group_loads"]).sum(dim=(1, 2))[0] for line in lines))
+
+
+def test_the_state_in_memory_after_every_step_adds_no_line_of_routing_and_loses_no_count(
+    world: Path, tmp_path: Path, read_rows: Callable, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It is saved as a checkpoint is: a line for each would be the larger part of a long run's files."""
+    run_dir, whole, calls = tmp_path / "run", loop._run_step, []
+    monkeypatch.setenv("ERNIE5_REPLICA", str(tmp_path / "memory"))
+    arguments = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.routing_every_steps=3", "train.steps=7",
+                 "checkpoint.every_steps=0"]
+
+    def run_step(*given: object, **named: object) -> object:
+        calls.append(1)
+        return whole(*given, **named) if len(calls) <= 5 else 1 / 0
+
+    with monkeypatch.context() as patch:
+        patch.setattr(loop, "_run_step", run_step)
+        with pytest.raises(ZeroDivisionError):
+            main(arguments)
+    main(arguments)
+    assert "at step 5" in (run_dir / "log.txt").read_text("utf-8")
+    lines = [json.loads(line) for line in (run_dir / "routing.jsonl").read_text("utf-8").splitlines()]
+    assert [line["step"] for line in lines] == [3, 6, 7]
+    assert count_choices(lines) == 2 * read_rows(run_dir)[-1]["tokens"]
 
 
 def test_tokens_follow_the_batch_ramp_and_a_resume_inside_it_repeats_the_losses_bit_for_bit(

@@ -1,4 +1,4 @@
-"""DeepSpeed behind the engine interface: data parallelism with ZeRO 0 to 3, equal to the local engine.
+"""DeepSpeed behind the engine interface: any layout with ZeRO 0 to 3 over it, equal to the local engine.
 
 DeepSpeed averages gradients over ranks; the losses here are already divided by global counts, so each rank's share is
 multiplied by the number of ranks and the average becomes the sum. DeepSpeed's own division by the number of

@@ -1,7 +1,7 @@
 """Forward pass plus losses of one micro-batch, as one module, and the book-keeping of a step's sums.
 
 One module, because ZeRO-3 gathers parameters around modules: the text head that the loss applies in chunks must be
-whole while the loss runs. Both engines call the same code, so that they can differ only in how they step.
+whole while the loss runs. All engines call the same code, so that they can differ only in how they step.
 """
 
 from __future__ import annotations

@@ -197,7 +197,8 @@ def build_hooks(
     progression: Progression,
     identity: CheckpointIdentity,
 ) -> tuple[Hook, ...]:
-    """What happens after each step, in this order: figures, validation, routing, writing, alarms, checkpoint."""
+    """What happens after each step, in this order: figures, validation, routing, writing, alarms, checkpoint, replica;
+    samples (`sample_hooks`) come last."""
     last_step = progression.step
     routing = RoutingHook(
         run_dir / ROUTING_FILE, every=config.train.routing_every_steps, is_main=engine.is_main, progression=progression

@@ -1,6 +1,6 @@
 """What happens after a step, as an explicit ordered list (`build_hooks` in build.py): figures, validation, routing,
-writing; alarms (rollback.py), checkpoints (saving.py) and samples (samples.py) follow. Each hook is small, owns its
-rhythm, and runs on every rank.
+writing; alarms (rollback.py), checkpoints (saving.py), the replica (replica.py) and samples (samples.py) follow. Each
+hook is small, owns its rhythm, and runs on every rank.
 """
 
 from __future__ import annotations

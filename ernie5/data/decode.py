@@ -7,18 +7,29 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import types
 
 import av
 import numpy as np
 import soundfile
 import torch
-from PIL import Image, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 from ernie5.errors import DataError
 
 SAMPLE_RATE = 16_000
 WHITE = (255, 255, 255)
 CENTRE = (0.5, 0.5)
+# EXIF's orientation -> what sets the picture upright; 1 is upright. Cameras turn the note, not the pixels.
+UPRIGHT = types.MappingProxyType({
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+})
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +43,7 @@ class MediaInfo:
 def decode_image(
     data: bytes, *, pixels: int, name: str = "?", background: tuple[int, int, int] = WHITE, crop: tuple = CENTRE
 ) -> torch.Tensor:
-    """A picture as [3, pixels, pixels] fp32 in [-1, 1].
+    """A picture as [3, pixels, pixels] fp32 in [-1, 1], upright as its EXIF orientation says.
 
     Transparency is laid over `background` (RGB 0..255). The picture is resized (antialiased) until its shorter side
     has `pixels`, and a square is cut out; `crop` (x, y) in 0..1 says where. Raises DataError naming `name`.
@@ -50,13 +61,14 @@ def decode_video(
 ) -> torch.Tensor:
     """A clip as [3, frames, pixels, pixels] fp32 in [-1, 1]: its first frames, the last one repeated if it is short.
 
-    Each frame is resized and cut like a picture. Raises DataError naming `name`.
+    Each frame is turned as its container says, resized and cut like a picture. Raises DataError naming `name`.
     """
     decoded: list[torch.Tensor] = []
     try:
         with av.open(io.BytesIO(data)) as container:
             for frame in container.decode(video=0):
-                image = Image.fromarray(frame.to_ndarray(format="rgb24"))
+                upright = np.rot90(frame.to_ndarray(format="rgb24"), round(frame.rotation / 90))
+                image = Image.fromarray(np.ascontiguousarray(upright))
                 decoded.append(_to_tensor(_fit_square(image, pixels=pixels, crop=crop)))
                 if len(decoded) == frames:
                     break
@@ -122,6 +134,10 @@ def _reason(error: Exception) -> str:
 
 
 def _flatten(image: Image.Image, *, background: tuple[int, int, int]) -> Image.Image:
+    turn = UPRIGHT.get(image.getexif().get(ExifTags.Base.Orientation))  # not exif_transpose: it fails on odd EXIF
+    image = image if turn is None else image.transpose(turn)
+    if image.mode == "I" or image.mode.startswith("I;16"):  # Pillow would clip these 16 bits to 8, which is white
+        image = Image.fromarray((np.clip(np.array(image, dtype=np.int32), 0, 65535) / 257).round().astype(np.uint8))
     if "A" in image.getbands() or "transparency" in image.info:
         image = image.convert("RGBA")
         return Image.alpha_composite(Image.new("RGBA", image.size, (*background, 255)), image).convert("RGB")

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 
 LOG = logging.getLogger(__name__)
-MAGIC = b"ernie5f1"
+MAGIC = b"ernie5f2"  # another number makes old entries missing: do so where decode.py changes what it returns
 HEAD = struct.Struct("<8sII")  # magic, crc32 of all that follows it, bytes of the description
 DTYPES = ("uint8", "int64", "float32")
 KEEP_SHARE = 0.8

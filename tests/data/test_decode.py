@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import io
+import struct
 from pathlib import Path
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -124,3 +126,58 @@ def test_what_no_library_can_name_is_said_in_words() -> None:
         decode_video(b"some text", pixels=8, name="a.mp4")
     with pytest.raises(DataError, match="no such track"):
         decode_audio(picture.getvalue(), name="a.wav")
+
+
+def corners(pixels: torch.Tensor) -> str:
+    """The colours of [3, n, n], clockwise from the top left."""
+    names = {(1, 0, 0): "r", (0, 1, 0): "g", (0, 0, 1): "b", (1, 1, 0): "y"}
+    last = pixels.shape[-1] - 2
+    places = ((1, 1), (1, last), (last, last), (last, 1))
+    return "".join(names[tuple((pixels[:, y, x] > 0).int().tolist())] for y, x in places)
+
+
+def four_colours() -> np.ndarray:
+    """[48, 64, 3] uint8: red, green, blue, yellow, clockwise from the top left."""
+    array = np.zeros((48, 64, 3), np.uint8)
+    array[:24, :32], array[:24, 32:], array[24:, 32:], array[24:, :32] = (
+        (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 0)
+    )
+    return array
+
+
+@pytest.mark.parametrize(
+    ("orientation", "seen"),
+    enumerate(("rgby", "gryb", "byrg", "ybgr", "rybg", "yrgb", "bgry", "gbyr", "rgby"), start=1),
+)
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_a_picture_stands_upright_as_its_exif_says(orientation: int, seen: str, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x112] = orientation
+    out = io.BytesIO()
+    Image.fromarray(four_colours()).save(out, kind, exif=exif)
+    assert corners(decode_image(out.getvalue(), pixels=16)) == seen
+
+
+@pytest.mark.parametrize(
+    ("matrix", "seen"),
+    [((1, 0, 0, 1), "rgby"), ((0, 1, -1, 0), "yrgb"), ((-1, 0, 0, -1), "byrg"), ((0, -1, 1, 0), "gbyr")],
+)
+def test_a_clip_stands_upright_as_its_container_says(tmp_path: Path, matrix: tuple, seen: str) -> None:
+    with av.open(str(tmp_path / "a.mp4"), "w") as container:
+        stream = container.add_stream("libx264", rate=8)
+        stream.width, stream.height, stream.pix_fmt = 64, 48, "yuv420p"
+        container.mux(stream.encode(av.VideoFrame.from_ndarray(four_colours(), format="rgb24")))
+        container.mux(stream.encode())
+    data = bytearray((tmp_path / "a.mp4").read_bytes())
+    place = data.find(b"tkhd") + 44  # version and flags, times, ids, layer and volume stand before the matrix
+    a, b, c, d = (value << 16 for value in matrix)
+    struct.pack_into(">9i", data, place, a, b, 0, c, d, 0, 0, 0, 1 << 30)
+    video = decode_video(bytes(data), pixels=16, frames=1)
+    assert corners(video[:, 0]) == seen
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(np.uint16, "PNG"), (np.uint16, "TIFF"), (np.int32, "TIFF")])
+def test_grey_of_16_bits_keeps_its_shades(dtype: type, kind: str) -> None:
+    shades = np.array([[0, 257 * 64], [257 * 128, 65535]]).astype(dtype)
+    pixels = decode_image(encode(Image.fromarray(shades), kind), pixels=2)
+    assert ((pixels[0] + 1) * 127.5).round().tolist() == [[0, 64], [128, 255]]

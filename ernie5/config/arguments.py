@@ -15,16 +15,24 @@ from ernie5.errors import ConfigError
 class CommandParser(argparse.ArgumentParser):
     """An ArgumentParser that raises ConfigError instead of printing its usage and leaving.
 
-    Arguments of type Path may begin with `~`, which no shell expands in `--out=~/x`; those of type `in_home` too.
+    Arguments of type Path may begin with `~`, which no shell expands in `--out=~/x`; those of type `in_home` too. An
+    empty one, as of a shell variable that is not set, is refused: it would be the working directory.
     """
 
     def __init__(self, *arguments: object, **settings: object) -> None:
         super().__init__(*arguments, **settings)
-        self.register("type", Path, lambda text: Path(in_home(text)))
+        self.register("type", Path, lambda text: Path(_place(text)))
+        self.register("type", in_home, _place)
 
     def error(self, message: str) -> NoReturn:
         """Raise `message` with the way to the list of options."""
         raise ConfigError(f"{self.prog}: {message}. `{self.prog} --help` lists what it takes")
+
+
+def _place(text: str) -> str:
+    if not text:
+        raise argparse.ArgumentTypeError("the path is empty (a shell variable that is not set?); `.` is this folder")
+    return in_home(text)
 
 
 def add_overrides(parser: argparse.ArgumentParser) -> None:

@@ -8,7 +8,8 @@ import functools
 import hashlib
 import itertools
 import json
-import os
+import math
+import secrets
 import shutil
 from collections.abc import Iterator
 from pathlib import Path
@@ -19,7 +20,7 @@ from ernie5.data.lengths import SampleRuler
 from ernie5.data.samples import Sample, split_of
 from ernie5.data.shards import ShardWriter
 from ernie5.data.sources import Scan, SourceFile, load_source, scan_folder
-from ernie5.errors import DataError, EnvironmentFault
+from ernie5.errors import ConfigError, DataError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
 from ernie5.observe.progress import Progress
 from ernie5.tokenizers.bundle import load_tokenizers
@@ -62,20 +63,21 @@ class BuildReport:
 def build_corpus(options: BuildOptions) -> BuildReport:
     """Read `options.source`, check every file, and write shards and a manifest to `options.out`.
 
-    The output folder appears only when everything is written. Raises DataError when it exists already (unless
-    `force`), one DataError that names all files which cannot be used (unless `skip_bad`), EnvironmentFault where the
-    disk refuses.
+    The output folder appears only when everything is written, and only then does `force` remove the old one. Raises
+    ConfigError for a limit that is none, DataError when the folder exists already (unless `force`, and it holds nothing
+    but what this command wrote), one DataError that names all files which cannot be used (unless `skip_bad`),
+    EnvironmentFault where the disk refuses.
     """
-    if options.out.exists() and not options.force:
-        raise DataError(f"the output folder {options.out} exists. Choose another one, or add --force to replace it.")
+    _check_limits(options)
+    _check_place(options)
     scan = scan_folder(options.source)
-    partial = options.out.with_name(f"{options.out.name}.partial-{os.getpid()}")
+    out = options.out.resolve()  # `.` gets its name, and a link goes on pointing where it does
+    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
     try:
         partial.mkdir(parents=True)
         report = _write_shards(scan, options=options, folder=partial)
-        if options.out.exists():
-            _remove(options.out)
-        partial.rename(options.out)
+        _check_place(options)  # again: another process may have written there meanwhile
+        _put(partial, place=out)
     except OSError as error:
         raise EnvironmentFault(f"Cannot write {options.out}: {refusal_of(error, place='another --out')}.") from error
     finally:
@@ -83,18 +85,60 @@ def build_corpus(options: BuildOptions) -> BuildReport:
     return report
 
 
-def _remove(path: Path) -> None:
-    if path.is_dir() and not (path / MANIFEST).is_file() and any(path.iterdir()):
-        raise DataError(f"{path} was not written by `ernie5 data build` (it has no {MANIFEST}); remove it yourself.")
-    if path.is_dir():
-        shutil.rmtree(path)
-    else:
-        path.unlink()
+def _check_limits(options: BuildOptions) -> None:
+    limits = {
+        "--shard-mebibytes": options.shard_mebibytes,
+        "--max-audio-seconds": options.max_audio_seconds,
+        "--max-video-frames": options.max_video_frames,
+    }
+    for option, value in limits.items():
+        if not 0 < value < math.inf:
+            raise ConfigError(f"{option} {value:g}: must be a number above 0. `ernie5 data build --help` explains it")
+
+
+def _check_place(options: BuildOptions) -> None:
+    """Raise DataError unless `out` is free, or `force` may replace it."""
+    out = options.out
+    if not out.exists():
+        return
+    if not options.force:
+        raise DataError(f"the output folder {out} exists. Choose another one, or add --force to replace it.")
+    foreign = sorted({path.name for path in out.iterdir()} - _own_files(out)) if out.is_dir() else [out.name]
+    if foreign:
+        more = f" and {len(foreign) - 1} more" if len(foreign) > 1 else ""
+        raise DataError(
+            f"{out} was not written by `ernie5 data build`, or not by it alone ({foreign[0]}{more}), and --force "
+            "replaces nothing else. Choose another --out, or remove it yourself."
+        )
+
+
+def _own_files(folder: Path) -> set[str]:
+    """The manifest of an earlier build in `folder` and the shards that it lists; nothing where there is none."""
+    try:
+        manifest = json.loads((folder / MANIFEST).read_bytes())
+        return {MANIFEST, *(shard["name"] for shard in manifest["shards"])} if manifest["format"] == FORMAT else set()
+    except (OSError, ValueError, RecursionError, LookupError, TypeError):  # somebody else's manifest.json
+        return set()
+
+
+def _put(written: Path, *, place: Path) -> None:
+    """Move the folder `written` to `place`; what stood there is removed once it is in place, and stays otherwise."""
+    old = written.with_name(written.name.replace(".partial-", ".replaced-"))
+    try:
+        if place.exists():
+            place.rename(old)
+        written.rename(place)
+    finally:
+        if old.exists() and not place.exists():
+            old.rename(place)
+    if old.exists():
+        shutil.rmtree(old)
 
 
 def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildReport:
     tally, gauge = _Tally(), _Gauge(options)
-    problems: list[str] = []
+    problems = {path: [why] for path, why in scan.closed.items()}
+    owners: dict[str, Path] = {}
     shards: list[Path] = []
     max_bytes = int(options.shard_mebibytes * 2**20)
     mode = "auto" if options.progress else "off"
@@ -104,20 +148,21 @@ def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildRe
             writer = ShardWriter(folder, prefix=task, max_bytes=max_bytes, compression=compression)
             with writer:
                 for source in files:
-                    for sample in _checked(source, gauge=gauge, problems=problems):
+                    for sample in _checked(source, gauge=gauge, owners=owners, problems=problems):
                         writer.write(sample)
                         tally.add(sample)
                     progress.advance()
             shards += writer.paths
+    told = tuple(itertools.chain.from_iterable(problems.values()))
     if problems and not options.skip_bad:
-        shown = " | ".join(problems[:PROBLEMS_SHOWN])
-        more = f" | and {len(problems) - PROBLEMS_SHOWN} more" if len(problems) > PROBLEMS_SHOWN else ""
-        counts = f"{len(problems)} of {len(scan.files)} files cannot be used"
+        shown = " | ".join(told[:PROBLEMS_SHOWN])
+        more = f" | and {len(told) - PROBLEMS_SHOWN} more" if len(told) > PROBLEMS_SHOWN else ""
+        counts = f"{len(problems)} of {len(scan.files) + len(scan.closed)} files cannot be used"
         raise DataError(f"{counts} (--skip-bad leaves them out): {shown}{more}")
     if not tally.samples:
-        raise DataError(f"no sample is left of {len(scan.files)} files: {' | '.join(problems[:PROBLEMS_SHOWN])}")
+        raise DataError(f"no sample is left of {len(scan.files)} files: {' | '.join(told[:PROBLEMS_SHOWN])}")
     (folder / MANIFEST).write_text(json.dumps(tally.manifest(shards), indent=1, ensure_ascii=False) + "\n", "utf-8")
-    return BuildReport(tuple(p.name for p in shards), dict(tally.samples), scan.ignored, tuple(problems))
+    return BuildReport(tuple(p.name for p in shards), dict(tally.samples), scan.ignored, told)
 
 
 def _compression_of(task: str, *, chosen: str) -> str:
@@ -127,13 +172,22 @@ def _compression_of(task: str, *, chosen: str) -> str:
     return "xz" if task in ("text", "page") else "gzip"
 
 
-def _checked(source: SourceFile, *, gauge: _Gauge, problems: list[str]) -> Iterator[Sample]:
-    """The samples of one file that fit; what does not is added to `problems`."""
+def _checked(
+    source: SourceFile, *, gauge: _Gauge, owners: dict[str, Path], problems: dict[Path, list[str]]
+) -> Iterator[Sample]:
+    """The samples of one file that fit, whose keys `owners` takes; what does not is added to its `problems`."""
     try:
         for sample in load_source(source, language=gauge.options.language):
+            if isinstance(sample, Sample) and sample.key in owners:
+                first = owners[sample.key]
+                sample = DataError(f"{first} and {source.path} give the same key {sample.key}. Rename one of them.")
+            if isinstance(sample, DataError):
+                problems.setdefault(source.path, []).append(str(sample))
+                continue
+            owners[sample.key] = source.path
             yield gauge.measure(sample, name=str(source.path))
     except (DataError, OSError) as error:
-        problems.append(str(error))
+        problems.setdefault(source.path, []).append(str(error))
 
 
 class _Gauge:

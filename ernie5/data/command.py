@@ -10,7 +10,7 @@ from ernie5.config.arguments import CommandParser
 from ernie5.config.home import in_home
 
 BUILD_RULES = """
-what becomes a sample (folders are searched; hidden files and folders are left out):
+what becomes a sample (folders and links are followed; hidden files and folders are left out):
   a.txt a.md a.html          one text document (Markdown and html with local pictures: one interleaved page)
   a.jsonl                    one text document per line: {"text": "...", "language": "en"}
   a.png|jpg|webp + a.txt     picture with its caption; or a.json: {"captions": [{"language": "en", "text": "..."}],

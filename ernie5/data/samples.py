@@ -109,7 +109,7 @@ def parse_meta(data: bytes, *, where: str) -> SampleMeta:
     """Read the description of one sample. Raises DataError that begins with `where` when it breaks a rule."""
     try:
         raw = json.loads(data)
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:  # no UTF-8, no json, a number too long, nested too deep
         raise DataError(f"{where}: the sample's json cannot be read ({error}). Build the shard again.") from error
     return meta_from_json(raw, where=where)
 

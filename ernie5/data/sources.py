@@ -9,6 +9,7 @@ import dataclasses
 import hashlib
 import html.parser
 import json
+import os
 import re
 import urllib.parse
 from collections.abc import Iterator
@@ -48,22 +49,25 @@ class SourceFile:
 
 @dataclasses.dataclass(frozen=True)
 class Scan:
-    """What a folder holds: files to build from, in order of task and key, and files that no rule recognises."""
+    """What a folder holds: files to build from, in order of task and key, files that no rule recognises, and why
+    folders cannot be looked into."""
 
     files: tuple[SourceFile, ...]
     ignored: tuple[Path, ...]
+    closed: dict[Path, str]
 
 
 def scan_folder(root: Path) -> Scan:
     """List the sample files under `root`. Raises DataError when it is missing, empty, or two files share a key."""
     if not root.is_dir():
-        raise DataError(f"the source folder {root} does not exist.")
-    paths = sorted(p for p in root.rglob("*") if p.is_file() and not _is_hidden(p.relative_to(root)))
+        raise DataError(f"the source {root} {'is not a folder' if root.exists() else 'does not exist'}.")
+    paths, closed = _list_files(root)
     present = set(paths)
     pages = {path.parent for path in paths if path.name == PAGE_FILE}
     found = [_recognise(path, root=root, present=present, pages=pages) for path in paths]
     files = [source for source in found if source is not None]
-    linked = {image for source in files if source.task == "page" for image in _page_images(source.path)}
+    shown = {image for source in files if source.task == "page" for image in _page_images(source.path)}
+    linked = {path for path in paths if os.path.normpath(path) in shown}
     sidecars = {source.sidecar for source in files if source.sidecar}
     files = [f for f in files if f.path not in sidecars and not (f.path in linked and f.sidecar is None)]
     files.sort(key=lambda source: (source.task, source.key))
@@ -72,11 +76,29 @@ def scan_folder(root: Path) -> Scan:
         raise DataError(f"{root} holds no file that can become a sample. `ernie5 data build --help` lists the rules.")
     taken = {f.path for f in files} | sidecars | linked
     ignored = tuple(p for p in paths if p not in taken and p.parent not in pages)
-    return Scan(tuple(files), ignored)
+    return Scan(tuple(files), ignored, closed)
 
 
-def _is_hidden(relative: Path) -> bool:
-    return any(part.startswith((".", "__")) for part in relative.parts)
+def _list_files(root: Path) -> tuple[list[Path], dict[Path, str]]:
+    """All files under `root`, links followed, sorted, without hidden ones; and why folders cannot be looked into.
+    Links to nothing are listed, so that reading them says it."""
+    refused: list[OSError] = []
+    paths: list[Path] = []
+    for name, folders, files in os.walk(root, followlinks=True, onerror=refused.append):
+        here = Path(name)
+        folders[:] = [inner for inner in folders if not _is_hidden(inner) and not _is_around(here / inner)]
+        found = (here / file for file in files if not _is_hidden(file))
+        paths += [path for path in found if os.path.isfile(path) or not os.path.exists(path)]
+    return sorted(paths), {Path(error.filename): str(error) for error in refused}
+
+
+def _is_hidden(name: str) -> bool:
+    return name.startswith((".", "__"))
+
+
+def _is_around(folder: Path) -> bool:
+    """Whether it is a link to a folder that was passed on the way to it: following that one would never end."""
+    return folder.is_symlink() and any(passed.resolve().is_relative_to(folder.resolve()) for passed in folder.parents)
 
 
 def _recognise(path: Path, *, root: Path, present: set[Path], pages: set[Path]) -> SourceFile | None:
@@ -94,9 +116,9 @@ def _recognise(path: Path, *, root: Path, present: set[Path], pages: set[Path]) 
 
 def make_key(path: Path, *, root: Path) -> str:
     """A sample key from a path: folders joined by `-`; a hash is added when a character had to be replaced."""
-    plain = "-".join(path.relative_to(root).parts) or root.name
+    plain = "-".join(path.relative_to(root).parts) or root.resolve().name
     safe = re.sub(r"[^A-Za-z0-9_-]", "_", plain)
-    return safe if safe == plain else f"{safe}-{hashlib.sha256(plain.encode()).hexdigest()[:8]}"
+    return safe if safe == plain else f"{safe}-{hashlib.sha256(os.fsencode(plain)).hexdigest()[:8]}"
 
 
 def _check_keys(files: list[SourceFile]) -> None:
@@ -108,8 +130,9 @@ def _check_keys(files: list[SourceFile]) -> None:
         owners[source.key] = source.path
 
 
-def load_source(source: SourceFile, *, language: str) -> Iterator[Sample]:
-    """Read the sample(s) of one file; `language` fills what the files leave open. Raises DataError naming the file."""
+def load_source(source: SourceFile, *, language: str) -> Iterator[Sample | DataError]:
+    """Read the sample(s) of one file; `language` fills what the files leave open. Raises DataError naming the file;
+    that of a line of jsonl is yielded in its place, since the lines behind it are samples of their own."""
     if source.task == "page":
         yield _load_page(source, language=language)
     elif source.task == "text":
@@ -125,28 +148,27 @@ def _load_media(source: SourceFile, *, language: str) -> Sample:
             f"{source.path.with_suffix('.txt').name}, or a description into {source.path.with_suffix('.json').name}."
         )
     text = _read_text(source.sidecar).strip()
+    field = "transcript" if source.task == "audio" else "captions"
     raw: dict = {"task": source.task, "language": language}
     if source.sidecar.suffix == ".json":
         raw |= _parse_json(text, path=source.sidecar)
-    elif source.task == "audio":
-        raw["transcript"] = text
     else:
-        raw["captions"] = [{"language": language, "text": text}]
-    if not (raw.get("transcript") if source.task == "audio" else raw.get("captions")):
-        raise DataError(f"{source.sidecar}: the {'transcript' if source.task == 'audio' else 'caption'} is empty.")
+        raw[field] = text if source.task == "audio" else [{"language": language, "text": text}]
     meta = meta_from_json(raw | {"task": source.task}, where=str(source.sidecar))
+    words = [meta.transcript or ""] if source.task == "audio" else [caption.text for caption in meta.captions]
+    if not words or not all(text.strip() for text in words):
+        empty = f"`{field}` is missing, or has no words" if source.sidecar.suffix == ".json" else "it is empty"
+        raise DataError(f"{source.sidecar}: {empty}. It says what {source.path.name} holds.")
     suffix = source.path.suffix.lower().removeprefix(".")
     return Sample(source.key, meta, (Media(suffix, source.path.read_bytes()),))
 
 
-def _load_text(source: SourceFile, *, language: str) -> Iterator[Sample]:
+def _load_text(source: SourceFile, *, language: str) -> Iterator[Sample | DataError]:
     text = _read_text(source.path)
     if source.path.suffix.lower() == ".jsonl":
         for number, line in enumerate(text.split("\n")):
             if line.strip():
-                where = f"{source.path}:{number + 1}"
-                raw = {"language": language} | _parse_json(line, path=where) | {"task": "text"}
-                yield Sample(f"{source.key}-{number:06d}", meta_from_json(raw, where=where))
+                yield _load_line(line, source=source, number=number, language=language)
         return
     if source.path.suffix.lower() in (".html", ".htm"):
         text = "\n\n".join(value for kind, value in split_html(text) if kind == "text")
@@ -154,21 +176,28 @@ def _load_text(source: SourceFile, *, language: str) -> Iterator[Sample]:
     yield Sample(source.key, meta_from_json(raw, where=str(source.path)))
 
 
+def _load_line(line: str, *, source: SourceFile, number: int, language: str) -> Sample | DataError:
+    where = f"{source.path}:{number + 1}"
+    try:
+        raw = {"language": language} | _parse_json(line, path=where) | {"task": "text"}
+        if isinstance(raw.get("text"), str) and not raw["text"].strip():
+            raw["text"] = ""
+        return Sample(f"{source.key}-{number:06d}", meta_from_json(raw, where=where))
+    except DataError as error:
+        return error
+
+
 def _load_page(source: SourceFile, *, language: str) -> Sample:
+    pieces, raw = _page_pieces(source.path), {"language": language}
     if source.path.name == PAGE_FILE:
-        raw = {"language": language} | _parse_json(_read_text(source.path), path=source.path)
-        meta = meta_from_json(raw | {"task": "page"}, where=str(source.path))
-        pieces = [("image", s.image) if s.image is not None else ("text", s.text) for s in meta.segments]
-        raw.pop("segments", None)
-    else:
-        pieces, raw = _page_pieces(source.path), {"language": language}
+        raw |= _parse_json(_read_text(source.path), path=source.path)
     segments, media = [], []
     for kind, value in pieces:
         if kind == "text":
             segments.append({"text": value})
             continue
         path = _resolve_link(source.path, link=value)
-        if path is None or not path.is_file():
+        if path is None or not os.path.isfile(path):
             raise DataError(f"{source.path} shows {value}, which is not a file beside it.")
         suffix = path.suffix.lower().removeprefix(".")
         if suffix not in IMAGE_SUFFIXES:
@@ -179,16 +208,22 @@ def _load_page(source: SourceFile, *, language: str) -> Sample:
     return Sample(source.key, meta, tuple(media))
 
 
-def _page_images(path: Path) -> set[Path]:
-    """Existing local pictures that a page shows (absolute links to the web do not count)."""
-    if path.name == PAGE_FILE:
+def _page_images(path: Path) -> set[str]:
+    """Existing local pictures that a page shows (absolute links to the web do not count), as normal paths; none where
+    it cannot be read, which `load_source` will say."""
+    try:
+        links = [_resolve_link(path, link=value) for kind, value in _page_pieces(path) if kind == "image"]
+    except (DataError, OSError):
         return set()
-    links = [_resolve_link(path, link=value) for kind, value in _page_pieces(path) if kind == "image"]
-    return {link for link in links if link is not None and link.is_file()}
+    return {os.path.normpath(link) for link in links if link is not None and os.path.isfile(link)}
 
 
 def _page_pieces(path: Path) -> list[tuple[str, str]]:
     text = _read_text(path)
+    if path.name == PAGE_FILE:
+        raw = _parse_json(text, path=path) | {"task": "page"}
+        segments = meta_from_json(raw, where=str(path)).segments
+        return [("image", s.image) if s.image is not None else ("text", s.text) for s in segments]
     if path.suffix.lower() in (".html", ".htm"):
         pieces = split_html(text)
     else:
@@ -198,7 +233,10 @@ def _page_pieces(path: Path) -> list[tuple[str, str]]:
 
 
 def _resolve_link(page: Path, *, link: str) -> Path | None:
-    parsed = urllib.parse.urlsplit(link)
+    try:
+        parsed = urllib.parse.urlsplit(link)
+    except ValueError:  # `http://[` and the like: a broken address of the web
+        return None
     return None if parsed.scheme or parsed.netloc else page.parent / urllib.parse.unquote(parsed.path)
 
 
@@ -212,8 +250,8 @@ def _read_text(path: Path) -> str:
 def _parse_json(text: str, *, path: Path | str) -> dict:
     try:
         raw = json.loads(text)
-    except json.JSONDecodeError as error:
-        raise DataError(f"{path} is not json ({error}).") from error
+    except (ValueError, RecursionError) as error:  # no json, a number of too many digits, nested too deep
+        raise DataError(f"{path} is not json that can be read ({error}).") from error
     if not isinstance(raw, dict):
         raise DataError(f"{path}: the description must be a json object, not {type(raw).__name__}.")
     return raw

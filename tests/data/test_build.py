@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
+import os
 import re
 from pathlib import Path
 
@@ -223,3 +225,151 @@ def test_a_place_that_cannot_be_written_names_out_and_not_a_training_setting(use
     (tmp_path / "file").write_text("x")
     with pytest.raises(EnvironmentFault, match=r"Cannot write .*out: a file stands .* another --out"):
         build_corpus(BuildOptions(user_folder, tmp_path / "file" / "out", progress=False))
+
+
+def folder_of(root: Path, **files: str | bytes) -> Path:
+    """A folder `mine` in `root` with these files; `__` in a name is a slash, `_DOT_` a dot."""
+    for name, content in files.items():
+        path = root / "mine" / name.replace("__", "/").replace("_DOT_", ".")
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+    return root / "mine"
+
+
+def texts(corpus: Corpus) -> list[str]:
+    return [corpus.read(ref).meta.text for ref in corpus.samples("text")]
+
+
+def test_a_line_of_jsonl_with_the_key_of_a_file_is_named_and_does_not_make_shards_that_nobody_can_open(
+    tmp_path: Path,
+) -> None:
+    mine = folder_of(tmp_path, a_DOT_jsonl='{"text": "one"}\n{"text": "two"}\n')
+    (mine / "a-000000.txt").write_text("file")
+    with pytest.raises(DataError, match=r"a\.jsonl and .*a-000000\.txt give the same key a-000000\. Rename"):
+        build(mine, tmp_path / "out")
+    assert texts(build(mine, tmp_path / "out", skip_bad=True)) == ["one", "two"]
+
+
+def test_skip_bad_leaves_bad_lines_out_and_not_those_behind_them(tmp_path: Path) -> None:
+    lines = ['{"text": "one"}', "{", '{"text": "three"}', '{"text": 4}', '{"text": " "}', '{"text": "six"}']
+    lines += ["[" * 10**5, '{"text": "x", "n": ' + "1" * 5000 + "}"]
+    mine = folder_of(tmp_path, a_DOT_jsonl="\n".join(lines), b_DOT_txt="b")
+    with pytest.raises(DataError, match=r"^1 of 2 files cannot be used .*a\.jsonl:2 .*:4.*:5.*:7.*:8 "):
+        build(mine, tmp_path / "out")
+    options = BuildOptions(mine, tmp_path / "out", skip_bad=True, progress=False)
+    assert len(build_corpus(options).problems) == 5
+    assert texts(open_corpus(list_shards(str(tmp_path / "out")))) == ["one", "three", "six", "b"]
+
+
+@pytest.mark.parametrize(
+    "page", [b"caf\xe9 ![x](a.png)", b"![x](http://[oops) words", b"![x](" + b"a" * 5000 + b".png)"]
+)
+def test_a_page_that_cannot_be_read_or_shows_strange_addresses_does_not_end_the_scan(
+    tmp_path: Path, page: bytes
+) -> None:
+    mine = folder_of(tmp_path, a_DOT_md=page, b_DOT_txt="b")
+    assert texts(build(mine, tmp_path / "out", skip_bad=True))[-1] == "b"
+
+
+def test_file_names_that_are_no_utf8_get_keys(tmp_path: Path) -> None:
+    mine = folder_of(tmp_path, a_DOT_txt="a")
+    (mine / os.fsdecode(b"caf\xe9.txt")).write_text("coffee")
+    assert sorted(texts(build(mine, tmp_path / "out"))) == ["a", "coffee"]
+
+
+def test_pictures_of_a_page_may_lie_in_other_folders_and_need_no_caption_there(
+    tmp_path: Path, media_writers: tuple, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    segments = '{"segments": [{"text": "see"}, {"image": "img/f.png"}]}'
+    mine = folder_of(tmp_path, page_DOT_json=segments, docs__a_DOT_md="x ![x](../img/g.png)")
+    (mine / "img").mkdir()
+    for name in "fg":
+        media_writers[0](mine / "img" / f"{name}.png")
+    assert keys(build(mine, tmp_path / "out"), "page") == ["docs-a", "mine"]
+    monkeypatch.chdir(mine)
+    assert keys(build(Path("."), tmp_path / "here"), "page") == ["docs-a", "mine"]
+
+
+def test_links_are_followed_once_and_a_link_to_nothing_is_named(tmp_path: Path) -> None:
+    mine = folder_of(tmp_path, a_DOT_txt="a", b__b_DOT_txt="b")
+    (tmp_path / "elsewhere").mkdir()
+    (tmp_path / "elsewhere" / "c.txt").write_text("c")
+    (mine / "c").symlink_to(tmp_path / "elsewhere")
+    (mine / "b" / "up").symlink_to(mine)
+    (tmp_path / "elsewhere" / "back").symlink_to(mine / "b")
+    (mine / "b" / "there").symlink_to(tmp_path / "elsewhere")
+    corpus = build(mine, tmp_path / "out")
+    assert set(texts(corpus)) == {"a", "b", "c"} and "c-c" in keys(corpus, "text")
+    (mine / "gone.txt").symlink_to("nowhere")
+    with pytest.raises(DataError, match=r"gone\.txt"):
+        build(mine, tmp_path / "again")
+
+
+@pytest.mark.parametrize("described", ['{"captions": [{"text": " "}]}', '{"captions": []}', '{"caption": "x"}'])
+def test_a_description_without_words_is_refused_by_its_field(
+    tmp_path: Path, media_writers: tuple, described: str
+) -> None:
+    mine = folder_of(tmp_path, a_DOT_json=described)
+    media_writers[0](mine / "a.png")
+    with pytest.raises(DataError, match=r"a\.json: `captions` is missing, or has no words\. .*a\.png"):
+        build(mine, tmp_path / "out")
+
+
+@pytest.mark.parametrize("option", ["--shard-mebibytes", "--max-audio-seconds"])
+@pytest.mark.parametrize("value", ["nan", "inf", "0", "-1"])
+def test_limits_that_are_none_are_refused(user_folder: Path, tmp_path: Path, option: str, value: str) -> None:
+    with pytest.raises(ConfigError, match=rf"{option} {value}: must be a number above 0"):
+        main(["build", str(user_folder), "--out", str(tmp_path / "out"), option, value])
+
+
+def test_force_removes_neither_the_source_nor_a_file_nor_a_folder_with_a_manifest_of_somebody_else(
+    tmp_path: Path,
+) -> None:
+    mine = folder_of(tmp_path, manifest_DOT_json='{"name": "app"}', a_DOT_txt="a")
+    (tmp_path / "thesis.txt").write_text("precious")
+    built = tmp_path / "out"
+    build(mine, built)
+    (built / "notes.txt").write_text("mine")
+    for out in (mine, tmp_path / "thesis.txt", built, tmp_path):
+        with pytest.raises(DataError, match="was not written by"):
+            build(mine, out, force=True)
+    assert (mine / "a.txt").read_text() == "a" and (tmp_path / "thesis.txt").read_text() == "precious"
+    (built / "notes.txt").unlink()
+    build(mine, built, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out", "thesis.txt"]
+
+
+def test_force_keeps_the_old_shards_where_the_new_ones_cannot_take_their_place(
+    user_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build(user_folder, out)
+    before = {path.name: path.read_bytes() for path in out.iterdir()}
+    (user_folder / "note.txt").write_text("another")
+    rename = Path.rename
+
+    def refuse(path: Path, target: Path) -> Path:
+        if ".partial-" in path.name:
+            raise OSError(errno.ENOSPC, "full", str(path))
+        return rename(path, target)
+
+    monkeypatch.setattr(Path, "rename", refuse)
+    with pytest.raises(EnvironmentFault, match="disk is full"):
+        build(user_folder, out, force=True)
+    assert {path.name: path.read_bytes() for path in out.iterdir()} == before
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+def test_the_output_may_be_a_link_to_a_folder(user_folder: Path, tmp_path: Path) -> None:
+    (tmp_path / "disk").mkdir()
+    (tmp_path / "out").symlink_to(tmp_path / "disk" / "shards")
+    assert len(build(user_folder, tmp_path / "out")) == len(build(user_folder, tmp_path / "out", force=True)) == 11
+    assert (tmp_path / "out").is_symlink() and (tmp_path / "disk" / "shards" / "manifest.json").is_file()
+
+
+@pytest.mark.parametrize("arguments", [["", "--out", "out"], ["mine", "--out", ""]])
+def test_an_empty_path_is_refused_not_taken_for_the_working_directory(arguments: list[str]) -> None:
+    with pytest.raises(ConfigError, match="the path is empty"):
+        main(["build", *arguments])
+    with pytest.raises(ConfigError, match="the path is empty"):
+        main(["inspect", ""])

@@ -12,6 +12,7 @@ import gzip
 import io
 import lzma
 import os
+import zlib
 from collections.abc import Iterator
 from pathlib import Path
 from typing import BinaryIO
@@ -29,7 +30,7 @@ from ernie5.data.samples import (
     parse_meta,
     split_of,
 )
-from ernie5.errors import DataError
+from ernie5.errors import DataError, EnvironmentFault
 
 __all__ = [
     "Caption",
@@ -203,7 +204,10 @@ def _open_tar(path: Path) -> BinaryIO:
         return path.open("rb")
     except FileNotFoundError as error:
         raise DataError(f"shard {path} does not exist.") from error
-    except (OSError, EOFError, lzma.LZMAError) as error:
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        if isinstance(error, OSError) and error.errno:  # of the system; gzip's own complaints have no number
+            reason = f"{error.strerror}. Look at the disk and at permissions"
+            raise EnvironmentFault(f"shard {path} cannot be read: {reason}.") from error
         raise DataError(f"shard {path} cannot be read ({error}). It is truncated or damaged; build it anew.") from error
 
 

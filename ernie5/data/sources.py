@@ -73,7 +73,8 @@ def scan_folder(root: Path) -> Scan:
     files.sort(key=lambda source: (source.task, source.key))
     _check_keys(files)
     if not files:
-        raise DataError(f"{root} holds no file that can become a sample. `ernie5 data build --help` lists the rules.")
+        ways = [*closed.values(), "`ernie5 data build --help` lists the rules."]
+        raise DataError(f"{root} holds no file that can become a sample. {' | '.join(ways)}")
     taken = {f.path for f in files} | sidecars | linked
     ignored = tuple(p for p in paths if p not in taken and p.parent not in pages)
     return Scan(tuple(files), ignored, closed)
@@ -97,7 +98,7 @@ def _is_hidden(name: str) -> bool:
 
 
 def _is_around(folder: Path) -> bool:
-    """Whether it is a link to a folder that was passed on the way to it: following that one would never end."""
+    """Whether it is a link to a folder passed on the way to it: following that one would never end."""
     return folder.is_symlink() and any(passed.resolve().is_relative_to(folder.resolve()) for passed in folder.parents)
 
 

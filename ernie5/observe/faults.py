@@ -34,6 +34,11 @@ ENVIRONMENT_ERRNOS: Mapping[int, tuple[str, str]] = types.MappingProxyType({
     errno.ENOMEM: OUT_OF_MEMORY,
     errno.EMFILE: ("too many open files", "Raise the limit with `ulimit -n 65536`"),
 })
+# Where it is not known whether something was read or written.
+FORBIDDEN: Mapping[int, tuple[str, str]] = types.MappingProxyType({
+    errno.EACCES: ("permission denied", "Name a place that you may read and write, or change its permissions"),
+    errno.EPERM: ("operation not permitted", "Name a place that you may read and write, or change its permissions"),
+})
 # What means the machine only where something is being written: elsewhere the program asked for what is not there.
 WRITING_ERRNOS: Mapping[int, tuple[str, str]] = types.MappingProxyType({
     errno.ENOENT: ("the folder is not there: it was removed, or is not mounted",
@@ -121,7 +126,7 @@ def classify(error: BaseException) -> Fault:
     if isinstance(error, MemoryError):
         return Fault(EXIT_ENVIRONMENT, "EnvironmentFault", f"{'. '.join(OUT_OF_MEMORY)}.")
     number = error.errno if isinstance(error, OSError) else _number_in(str(error))
-    known = [ENVIRONMENT_ERRNOS[number]] if number in ENVIRONMENT_ERRNOS else []
+    known = [(ENVIRONMENT_ERRNOS | FORBIDDEN)[number]] if number in ENVIRONMENT_ERRNOS else []
     known += [message for sign, message in WRAPPED_FAULTS if sign in str(error)]
     if known:
         file = error.filename if isinstance(error, OSError) else None

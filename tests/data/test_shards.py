@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import lzma
@@ -13,7 +14,7 @@ from pathlib import Path
 import pytest
 
 from ernie5.data.shards import Corpus, Media, Sample, SampleMeta, ShardWriter, list_shards, open_corpus, split_of
-from ernie5.errors import DataError
+from ernie5.errors import DataError, EnvironmentFault
 
 
 def write_shards(folder: Path, *, count: int = 20, compression: str = "none", prefix: str = "s") -> tuple[Path, ...]:
@@ -204,3 +205,26 @@ def test_packed_shards_are_not_unpacked_once_per_read(tmp_path: Path, monkeypatc
     for ref in corpus.refs:
         corpus.read(ref)
     assert len(calls) == len(corpus.shards)
+
+
+@pytest.mark.parametrize("compression", ["none", "gzip", "xz"])
+def test_a_shard_that_the_machine_refuses_is_not_called_damaged(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, compression: str
+) -> None:
+    paths = write_shards(tmp_path, compression=compression)
+
+    def refuse(path: Path, *_: object, **__: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied", str(path))
+
+    monkeypatch.setattr(Path, "open", refuse)
+    with pytest.raises(EnvironmentFault, match=r"cannot be read: Permission denied\. Look at"):
+        open_corpus(paths)
+
+
+def test_a_gzip_shard_with_changed_bytes_is_refused_by_name(tmp_path: Path) -> None:
+    path = write_shards(tmp_path, compression="gzip")[0]
+    whole = path.read_bytes()
+    for place in range(10, len(whole), 7):
+        path.write_bytes(whole[:place] + bytes([whole[place] ^ 0x5A]) + whole[place + 1 :])
+        with pytest.raises(DataError, match="s-000000.tar.gz"):
+            open_corpus((path,))

@@ -44,6 +44,12 @@ def test_the_machines_faults_name_the_file_and_the_way_out() -> None:
     assert line.startswith("EnvironmentFault: runs/a.bin: the disk is full. Free some space")
 
 
+def test_what_was_perhaps_only_read_is_not_said_to_need_another_place_to_write() -> None:
+    line = classify(PermissionError(errno.EACCES, "Permission denied", "shards/a.tar")).line()
+    assert line.startswith("EnvironmentFault: shards/a.tar: permission denied. Name a place that you may read")
+    assert "train.run_dir" not in line
+
+
 def test_a_bug_is_saved_and_noted_and_a_user_error_is_not(tmp_path: Path) -> None:
     with pytest.raises(CheckpointError), keep_tracebacks(tmp_path):
         raise CheckpointError("gone")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import importlib
+import io
 import os
 import sys
 import traceback
@@ -49,7 +50,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     Errors that a user can act on become one line on stderr; anything else is a bug and keeps its traceback, which
     the verbs that have a run directory also save there (observe/faults.py: `keep_tracebacks`).
     """
-    _open_closed_streams()
+    _open_streams()
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "help"):
         print(help_text())
@@ -78,14 +79,16 @@ def help_text() -> str:
     return "\n".join(lines)
 
 
-def _open_closed_streams() -> None:
-    """Where the caller closed stdout or stderr (`2>&-`), Python has none, and the next file that is opened would take
+def _open_streams() -> None:
+    """Streams that take every text. Where the caller closed stdout or stderr (`2>&-`), Python has none, and the next file that is opened would take
     its number and receive what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)
     sys.stdout = sys.stdout or open(os.devnull, "w", encoding="utf-8")
     sys.stderr = sys.stderr or open(os.devnull, "w", encoding="utf-8")
+    if isinstance(sys.stdout, io.TextIOWrapper):  # what a terminal cannot show ends no verb; stderr is so by default
+        sys.stdout.reconfigure(errors="backslashreplace")
 
 
 def _let_threads_sleep() -> None:

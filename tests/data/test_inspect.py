@@ -56,3 +56,13 @@ def test_a_missing_shard_ends_in_one_line_and_exit_code_2(run_ernie5: Callable, 
     result = run_ernie5("data", "inspect", tmp_path / "gone.tar")
     assert result.exit_code == 2
     assert "gone.tar" in result.stderr and "Traceback" not in result.stderr
+
+
+def test_words_that_the_terminal_cannot_show_are_printed_as_numbers(
+    run_ernie5: Callable, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with ShardWriter(tmp_path, prefix="x", max_bytes=10**6) as writer:
+        writer.write(Sample("a", SampleMeta(task="text", text="caf\xe9 猫")))
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    result = run_ernie5("data", "inspect", tmp_path)
+    assert result.exit_code == 0 and r"text a: caf\xe9 \u732b" in result.stdout

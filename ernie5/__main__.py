@@ -80,8 +80,8 @@ def help_text() -> str:
 
 
 def _open_streams() -> None:
-    """Streams that take every text. Where the caller closed stdout or stderr (`2>&-`), Python has none, and the next file that is opened would take
-    its number and receive what libraries print."""
+    """Streams that take every text. Where the caller closed stdout or stderr (`2>&-`), Python has none, and the next
+    file that is opened would take its number and receive what libraries print."""
     while (number := os.open(os.devnull, os.O_RDWR)) <= 2:
         pass
     os.close(number)

@@ -9,6 +9,7 @@ the rank's streams: they change when a row is made, never what is in it.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import queue
 import threading
 
@@ -22,6 +23,7 @@ from ernie5.errors import ConfigError, DataError, LayoutError
 from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle
 
+LOG = logging.getLogger(__name__)
 WAKE_SECONDS = 0.2
 
 
@@ -167,13 +169,15 @@ class Loader:
             "step": self.step,
             "seed": self._seed,
             "num_streams": self._config.streams,
+            "contents": dict(sorted(self._source.contents.items())),
             "streams": {str(number): dataclasses.asdict(state) for number, state in sorted(self._states.items())},
         }
 
     def load_state_dict(self, state: dict) -> None:
         """Continue behind the step of `state`, which must hold this rank's streams, from any number of ranks.
 
-        Raises DataError when seed or stream count differ from those of the run, or a sample has gone.
+        Warns where the shards hold other samples than they did. Raises DataError when seed or stream count differ from
+        those of the run, or a sample has gone.
         """
         self.close()
         if state["seed"] != self._seed or state["num_streams"] != self._config.streams:
@@ -182,6 +186,7 @@ class Loader:
                 f"{state['num_streams']}, the config has {self._seed} and {self._config.streams}. Resume with the "
                 "values of the run, or start --fresh."
             )
+        self._compare_contents(state.get("contents", {}))
         for stream in self._streams:
             if str(stream.number) not in state["streams"]:
                 raise DataError(
@@ -190,6 +195,17 @@ class Loader:
             stream.restore(_parse_state(state["streams"][str(stream.number)]))
             self._states[stream.number] = stream.state()
         self.step, self._ran_ahead = state["step"], False
+
+    def _compare_contents(self, stored: dict[str, list[int]]) -> None:
+        """Warn of pools whose samples changed; cursors of before this was stored name none."""
+        now = self._source.contents
+        changed = [f"{pool} {stored[pool][0]}, now {now[pool][0]}" for pool in sorted(stored.keys() & now.keys())
+                   if list(now[pool]) != list(stored[pool])]
+        if changed:
+            LOG.warning(
+                "the shards hold other samples than when the checkpoint was written (%s): the run goes on in the order "
+                "of the new ones, so that some come again early and some late", "; ".join(changed)
+            )
 
     def close(self) -> None:
         """Stop the workers. The loader can be used on: the next step first makes again what was made ahead, so that

@@ -131,8 +131,19 @@ def open_corpus(shards: tuple[Path, ...], *, split: str | None = None) -> Corpus
             else:
                 elsewhere.add(ref.task)
     if not refs:
-        raise DataError(f"no {split or ''} sample in {len(shards)} shard(s), first {shards[0]}. Add shards or samples.")
+        raise DataError(_no_sample(split if elsewhere else None, shards=shards))
     return Corpus(shards, refs=tuple(sorted(refs, key=lambda ref: ref.key)), elsewhere=frozenset(elsewhere))
+
+
+def _no_sample(split: str | None, *, shards: tuple[Path, ...]) -> str:
+    where = f"in {len(shards)} shard(s), first {shards[0]}"
+    if split is None:
+        return f"no sample {where}. Add shards or samples."
+    without = ", or do without validation: train.eval_every_steps=0" if split == "validation" else ""
+    return (
+        f"no sample for {split} {where}: all are of the other split. 5 % by their keys are validation, unless their "
+        f'json says "split": "{split}". Write that into some and build again, add shards{without}.'
+    )
 
 
 class Corpus:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import threading
+import zlib
 
 from ernie5.data.collate import Row
 from ernie5.data.config import DataConfig
@@ -40,6 +41,7 @@ class SampleSource:
         self.maker = maker
         self._corpus = corpus
         counts = {task: len(corpus.samples(POOLS[task])) for task in self.shares}
+        self.contents = {pool: contents_of(corpus.samples(pool)) for pool in {POOLS[task] for task in self.shares}}
         self._order = SampleOrder(counts, seed=seed, streams=config.streams)
         self._lock = threading.Lock()
         self._named: set[str] = set()
@@ -68,6 +70,14 @@ class SampleSource:
             self._named.add(ref.key)
         if not known:
             LOG.warning("skipped sample %s (%d so far): %s", ref.key, self.num_skipped, error)
+
+
+def contents_of(refs: tuple[SampleRef, ...]) -> list[int]:
+    """[number of samples, checksum of their keys]: where either differs, the same ticket means another sample."""
+    checksum = 0
+    for ref in refs:
+        checksum = zlib.crc32(ref.key.encode("utf-8", errors="surrogateescape"), checksum)
+    return [len(refs), checksum]
 
 
 class Stream:

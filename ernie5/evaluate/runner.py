@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterable
 
 import torch
 
-from ernie5.errors import NumericsError
+from ernie5.errors import DataError, NumericsError
 from ernie5.evaluate import answers, likelihood
 from ernie5.evaluate.figures import Evaluation, Figure, Loss, RoutingFigures, Timing
 from ernie5.evaluate.routing import describe_routing
@@ -33,8 +33,14 @@ def evaluate(
     """All figures of one checkpoint. announce: told the name of each part as it begins.
 
     A part whose modality or samples are missing is listed in `skipped`, so that a figure is never silently absent.
-    Raises NumericsError where a loss is not finite: nothing that is measured of such weights means anything.
+    Raises DataError where no sample is of the validation split, NumericsError where a loss is not finite: nothing that
+    is measured of such weights means anything.
     """
+    if not any(ref.split == "validation" for ref in subject.corpus.refs):
+        raise DataError(
+            f"none of the {len(subject.corpus)} samples is of the validation split, on which all is measured. Name "
+            'shards that hold some (--data SHARDS), or build again with "split": "validation" in the json of some.'
+        )
     timings, skipped, figures = [], [], []
     announce("losses and routing")
     start = time.monotonic()
@@ -48,7 +54,7 @@ def evaluate(
         timings.append(Timing(name, time.monotonic() - start))
         figures += found
         if not found:
-            skipped.append(f"{name}: the model or the shards have none of it, or none that can be read")
+            skipped.append(f"{name}: the model or the validation samples have none of it, or none that can be read")
     routing = describe_routing(survey.drawn_loads) if survey.drawn_loads.sum() > 0 else None
     if routing is not None:
         figures += load_figures(routing, plain=describe_routing(survey.group_loads))

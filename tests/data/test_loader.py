@@ -239,3 +239,29 @@ def test_an_error_in_a_worker_reaches_the_training_loop(tiny_data, tiny_tokenize
     loader.maker.build_document = lambda *args, **kwargs: 1 / 0
     with pytest.raises(ZeroDivisionError):
         loader.next_step()
+
+
+def _texts(folder, count: int) -> str:
+    with ShardWriter(folder, prefix="t", max_bytes=1 << 20) as writer:
+        for n in range(count):
+            writer.write(Sample(f"t-{n}", SampleMeta(task="text", text=f"cat {n} barks", split="train")))
+    return str(folder / "*.tar")
+
+
+def test_resuming_with_other_samples_in_the_same_files_is_said(
+    tiny_data, tiny_tokenizers, tmp_path, caplog: pytest.LogCaptureFixture
+) -> None:
+    shards = (_texts(tmp_path, 5),)
+    state = json.loads(json.dumps(_open(tiny_data, tiny_tokenizers, shards=shards).state_dict()))
+    _open(tiny_data, tiny_tokenizers, shards=shards).load_state_dict(state)
+    _open(tiny_data, tiny_tokenizers, shards=shards).load_state_dict({k: state[k] for k in state if k != "contents"})
+    assert "other samples" not in caplog.text
+    _texts(tmp_path, 7)
+    _open(tiny_data, tiny_tokenizers, shards=shards).load_state_dict(state)
+    assert "the shards hold other samples than when the checkpoint was written (text 5, now 7)" in caplog.text
+
+
+def test_a_split_without_samples_names_the_ways_out(tiny_data, tiny_tokenizers, tmp_path) -> None:
+    config = dataclasses.replace(tiny_data, shards=(_texts(tmp_path, 3),))
+    with pytest.raises(DataError, match=r'no sample for validation .*"split": "validation".*train.eval_every_steps=0'):
+        build_loader(config, tokenizers=tiny_tokenizers, shape=StepShape(4, 1), seed=3, split="validation")

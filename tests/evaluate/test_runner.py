@@ -16,7 +16,7 @@ import torch
 from ernie5.data.config import MixtureConfig
 from ernie5.data.samples import Caption
 from ernie5.data.shards import ShardWriter, list_shards, open_corpus
-from ernie5.errors import NumericsError
+from ernie5.errors import DataError, NumericsError
 from ernie5.evaluate import likelihood
 from ernie5.evaluate.answers import measure_captions, measure_pictures, measure_speech, measure_transcripts
 from ernie5.evaluate.command import describe
@@ -73,6 +73,13 @@ def test_weights_that_are_not_numbers_are_refused_and_not_measured(build_tiny_wo
     next(broken.generation.decoder.model.parameters()).data.fill_(math.nan)
     with pytest.raises(NumericsError, match=r"loss of ckpt is not finite \(text nan.*earlier checkpoint"):
         evaluate(_subject(broken), checkpoint="ckpt", step=3)
+
+
+def test_shards_without_a_validation_sample_are_refused_instead_of_measuring_nothing(world: object) -> None:
+    corpus = open_corpus(list_shards(str(world.shards)), split="train")
+    subject = dataclasses.replace(_subject(world), corpus=corpus)
+    with pytest.raises(DataError, match=rf"none of the {len(corpus)} samples is of the validation split.*--data"):
+        evaluate(subject, checkpoint="ckpt", step=3)
 
 
 def test_bits_per_byte_do_not_depend_on_how_rows_are_batched(world: object) -> None:

@@ -139,10 +139,9 @@ def _no_sample(split: str | None, *, shards: tuple[Path, ...]) -> str:
     where = f"in {len(shards)} shard(s), first {shards[0]}"
     if split is None:
         return f"no sample {where}. Add shards or samples."
-    without = ", or do without validation: train.eval_every_steps=0" if split == "validation" else ""
     return (
         f"no sample for {split} {where}: all are of the other split. 5 % by their keys are validation, unless their "
-        f'json says "split": "{split}". Write that into some and build again, add shards{without}.'
+        f'json says "split": "{split}". Write that into some and build again, or add shards.'
     )
 
 

@@ -17,6 +17,7 @@ from PIL import Image
 
 from ernie5.errors import DataError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
+from ernie5.observe.files import replace_file
 
 MIME_TYPES = {".png": "image/png", ".mp4": "video/mp4", ".wav": "audio/wav"}
 
@@ -64,10 +65,11 @@ def encode_wav(waveform: torch.Tensor, *, sample_rate: int) -> bytes:
 
 
 def write_file(path: Path, *, content: bytes) -> None:
-    """Write `content` to `path`, making its folder; a machine that refuses raises EnvironmentFault."""
+    """Write `content` to `path`, whole or not at all, making its folder. Raises EnvironmentFault where the machine
+    refuses."""
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(content)
+        replace_file(path, content=content)
     except OSError as error:
         refusal = refusal_of(error, place="another --out")
         raise EnvironmentFault(f"Cannot write {path} ({len(content)} bytes): {refusal}.") from error

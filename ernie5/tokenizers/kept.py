@@ -31,8 +31,7 @@ def keep_tokenizers(config: TokenizersConfig, *, folder: Path) -> None:
     try:
         text = load_text_tokenizer(config.text)
         if _identity("text", folder / "text") != text.identity:
-            temporary = text.save(folder / "text" / f"tmp-{TEXT_FILE}")
-            os.replace(temporary, folder / "text" / TEXT_FILE)
+            text.save(folder / "text" / TEXT_FILE)
         for kind in LEARNED:
             stored = load_weights(vars(config)[kind], kind=kind)
             if _identity(kind, folder / kind) != stored.identity:

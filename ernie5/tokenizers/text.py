@@ -21,6 +21,7 @@ from pathlib import Path
 from tokenizers import Regex, Tokenizer, models, pre_tokenizers, trainers
 
 from ernie5.errors import TokenizerError
+from ernie5.observe.files import replace_file
 from ernie5.tokenizers.bpe import MergeTable, build_table, merge_piece
 from ernie5.tokenizers.external import TextVocabulary, read_tiktoken, read_tokenizer_json
 
@@ -105,7 +106,7 @@ class TextTokenizer:
         target = Path(path)
         target = target if target.suffix == ".json" else target / FILE_NAME
         target.parent.mkdir(parents=True, exist_ok=True)
-        target.write_text(_document(self._vocabulary) + "\n", encoding="utf-8")
+        replace_file(target, content=f"{_document(self._vocabulary)}\n".encode())
         return target
 
     def _merged(self, piece: bytes) -> list[int]:

@@ -21,7 +21,7 @@ from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.data.patches import SIDE
 from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.recompute import install_recompute
-from ernie5.errors import ConfigError, EnvironmentFault
+from ernie5.errors import ConfigError, DataError, EnvironmentFault
 from ernie5.generate.interleave import Generation
 from ernie5.model.backbone import UnifiedModel
 from ernie5.model.config import flops_per_token
@@ -314,7 +314,10 @@ def validation_batches(
     """The first `eval_batches` steps of the validation stream, kept in memory; empty where validation is off."""
     if not config.train.eval_every_steps:
         return ()
-    loader = open_loader(config, tokenizers=tokenizers, split="validation", engine=engine)
+    try:
+        loader = open_loader(config, tokenizers=tokenizers, split="validation", engine=engine)
+    except DataError as error:
+        raise DataError(f"{error} Or do without validation: train.eval_every_steps=0.") from error
     batches = tuple(batch for _ in range(config.train.eval_batches) for batch in loader.next_step())
     loader.close()  # its workers would go on making rows that nobody takes
     return batches

@@ -12,8 +12,10 @@ import copy
 import json
 import math
 import os
+import pickle
 import sys
 import time
+import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -22,7 +24,7 @@ from ernie5_kernels.processor import multiplies_bf16
 from torch import nn
 from tqdm import tqdm
 
-from ernie5.errors import NumericsError
+from ernie5.errors import CheckpointError, NumericsError
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.muon import Muon
@@ -228,22 +230,48 @@ def _save_atomically(content: object, *, path: Path) -> None:
 
 
 def _load_state(task: CodecTask, state: CodecState, *, path: Path) -> None:
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    state.step, state.seconds, state.best_score = content["step"], content["seconds"], content["best_score"]
-    for network, weights in zip(_networks(task, state), content["networks"], strict=True):
-        network.load_state_dict(weights)
-    for optimizer, saved in zip(state.optimizers, content["optimizers"], strict=True):
-        optimizer.load_state_dict(saved)
-    state.generator.set_state(content["generator"])
+    """Raises CheckpointError for a file that is damaged, or of a codec of another kind or shape."""
+    try:
+        with zipfile.ZipFile(path) as archive:  # torch would fail in any way on what is torn
+            damage = archive.testzip()
+    except zipfile.BadZipFile as error:
+        damage = str(error)
+    if damage:
+        raise CheckpointError(
+            f"{path} is damaged, so the run cannot go on ({damage}). Bring back a copy, or remove it to start over; "
+            f"the best weights so far are in {path.parent / 'export'}."
+        )
+    try:
+        content = torch.load(path, map_location="cpu", weights_only=True)
+        state.step, state.seconds, state.best_score = content["step"], content["seconds"], content["best_score"]
+        for network, weights in zip(_networks(task, state), content["networks"], strict=True):
+            network.load_state_dict(weights)
+        for optimizer, saved in zip(state.optimizers, content["optimizers"], strict=True):
+            optimizer.load_state_dict(saved)
+        state.generator.set_state(content["generator"])
+    except (LookupError, TypeError, RuntimeError, ValueError, pickle.UnpicklingError) as error:
+        reason = " ".join(str(error).split())[:200]
+        raise CheckpointError(
+            f"{path} is of another tokenizer than the one configured ({reason}). Go on with the settings of that run, "
+            "or give this one another --out."
+        ) from error
 
 
 def _forget_after(curves: Path, *, step: int) -> None:
     """Drop the lines of steps that are about to be repeated, and a line that a killed run left half written."""
     lines = curves.read_text(encoding="utf-8").splitlines(keepends=True) if curves.exists() else []
-    kept = [line for line in lines if line.endswith("\n") and json.loads(line)["step"] <= step]
+    kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
     temporary = curves.with_suffix(".tmp")
     temporary.write_text("".join(kept), encoding="utf-8")
     os.replace(temporary, curves)
+
+
+def _step_of(line: str) -> float:
+    """The step of a line of the curves; infinity for one that a full disk or a crash has torn."""
+    try:
+        return json.loads(line)["step"]
+    except (ValueError, LookupError, TypeError):
+        return math.inf
 
 
 def _append(out: Path, record: dict[str, object]) -> None:

@@ -13,6 +13,7 @@ from torch.nn import functional
 from ernie5.data.decode import decode_audio
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import DataError
+from ernie5.observe.files import replace_file
 from ernie5.tokenizers.audio.losses import (
     Discriminators,
     SemanticTeacher,
@@ -246,7 +247,7 @@ class AudioCodecTask(CodecTask):
     def export(self, codec: AudioCodec, directory: Path, *, facts: CodecFacts) -> None:
         save_audio_tokenizer(codec.tokenizer, directory=directory)
         quality = {"steps": facts.steps, "minutes": facts.minutes, **facts.quality}
-        (directory / "quality.json").write_text(json.dumps(quality, indent=1) + "\n", encoding="utf-8")
+        replace_file(directory / "quality.json", content=f"{json.dumps(quality, indent=1)}\n".encode())
 
 
 def build_audio_task(config: TokenizerRunConfig) -> AudioCodecTask:

@@ -12,6 +12,7 @@ from ernie5.config.arguments import CommandParser, add_overrides
 from ernie5.config.home import in_home
 from ernie5.config.load import load_config, peek_keys
 from ernie5.errors import EXIT_DONE, ConfigError, EnvironmentFault
+from ernie5.observe.faults import refusal_of
 from ernie5.tokenizers.config import TokenizerRunConfig
 
 if typing.TYPE_CHECKING:
@@ -28,10 +29,17 @@ def main(argv: Sequence[str]) -> int:
         )
     config = load_config(arguments.config, schema=TokenizerRunConfig, overrides=tuple(arguments.overrides))
     out = Path(arguments.out if arguments.out else f"runs/tokenizer_{config.tokenizer.kind}")
-    if config.tokenizer.kind == "text":
-        _train_text(config, out=out)
-    else:
-        _train_codec(config, out=out, progress=not arguments.quiet)
+    try:
+        out.mkdir(parents=True, exist_ok=True)  # before the work: what takes no files would be told after it
+        if config.tokenizer.kind == "text":
+            _train_text(config, out=out)
+        else:
+            _train_codec(config, out=out, progress=not arguments.quiet)
+    except (OSError, RuntimeError) as error:
+        refusal = refusal_of(error, place="another --out")
+        if refusal is None or isinstance(error, BrokenPipeError):
+            raise
+        raise EnvironmentFault(f"Cannot write {out}: {refusal}.") from error
     return EXIT_DONE
 
 

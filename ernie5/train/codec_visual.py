@@ -12,6 +12,7 @@ from torch import nn
 from torch.nn import functional
 
 from ernie5.config.load import config_to_yaml
+from ernie5.observe.files import replace_file
 from ernie5.tokenizers.config import TokenizerRunConfig, VisualTokenizerConfig
 from ernie5.tokenizers.losses import (
     PatchDiscriminator,
@@ -198,8 +199,8 @@ class VisualCodecTask(CodecTask):
         """weights.safetensors, config.yaml and quality.json; the curves so far are copied beside them."""
         directory.mkdir(parents=True, exist_ok=True)
         save_visual_tokenizer(codec.tokenizer, directory)
-        (directory / "config.yaml").write_text(config_to_yaml(self._run_config), encoding="utf-8")
-        (directory / "quality.json").write_text(json.dumps(asdict(facts), indent=1) + "\n", encoding="utf-8")
+        replace_file(directory / "config.yaml", content=config_to_yaml(self._run_config).encode())
+        replace_file(directory / "quality.json", content=f"{json.dumps(asdict(facts), indent=1)}\n".encode())
         curves = directory.parent / "curves.jsonl"
         if curves.exists():
             shutil.copyfile(curves, directory / "curves.jsonl")

@@ -17,6 +17,7 @@ from ernie5.config.load import config_to_yaml, load_config, peek_keys
 from ernie5.errors import ConfigError, EnvironmentFault, Ernie5Error, PeerError
 from ernie5.model.config import num_active_params, num_params
 from ernie5.observe.faults import classify, keep_tracebacks, refusal_of
+from ernie5.observe.files import replace_file
 from ernie5.observe.log import get_log, open_log
 from ernie5.observe.watchdog import Watchdog
 from ernie5.train.config import RootConfig
@@ -126,7 +127,7 @@ def _train(
                 "train.steps, or start over with --fresh", source, run.progression.step, config.train.steps,
             )
         elif run.engine.is_main:  # only now: a start that is refused must not describe a run that it never was
-            (run_dir / CONFIG_FILE).write_text(config_to_yaml(config), encoding="utf-8")
+            replace_file(run_dir / CONFIG_FILE, content=config_to_yaml(config).encode())
         run_steps(
             run.engine,
             data=run.loader,

@@ -13,6 +13,7 @@ from ernie5.config.load import config_to_yaml
 from ernie5.data.samples import Sample
 from ernie5.data.shards import list_shards, open_corpus
 from ernie5.errors import DataError
+from ernie5.observe.files import replace_file
 from ernie5.tokenizers.config import TextTokenizerConfig, TokenizerRunConfig
 from ernie5.tokenizers.text import TextTokenizer, train_text_tokenizer
 
@@ -35,7 +36,7 @@ def train_text_vocabulary(run: TokenizerRunConfig, *, out: Path) -> str:
     """
     config, began = run.tokenizer.text, time.monotonic()
     shards = list_shards(run.data.shards)
-    texts = _read_texts(shards, split=TRAINING_SPLIT)
+    texts, held_out = (_read_texts(shards, split=split) for split in (TRAINING_SPLIT, HELD_OUT_SPLIT))
     chosen = balance_languages(texts, config=config, seed=run.train.seed)
     tokenizer = train_text_tokenizer(
         (piece.text for piece in chosen), vocab_size=config.vocab_size, min_frequency=config.min_frequency
@@ -45,13 +46,14 @@ def train_text_vocabulary(run: TokenizerRunConfig, *, out: Path) -> str:
         "identity": tokenizer.identity,
         "seed": run.train.seed,
         "training_characters": sum(len(piece.text) for piece in chosen),
-        "utf8_bytes_per_token": measure_compression(tokenizer, _read_texts(shards, split=HELD_OUT_SPLIT)),
+        "utf8_bytes_per_token": measure_compression(tokenizer, held_out),
         "seconds": round(time.monotonic() - began, 1),
     }
     out.mkdir(parents=True, exist_ok=True)
     tokenizer.save(out)
-    (out / "config.yaml").write_text(config_to_yaml(run), encoding="utf-8")
-    (out / "quality.json").write_text(json.dumps(quality, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    replace_file(out / "config.yaml", content=config_to_yaml(run).encode())
+    described = json.dumps(quality, indent=2, ensure_ascii=False)
+    replace_file(out / "quality.json", content=f"{described}\n".encode(errors="replace"))
     rates = ", ".join(
         f"{language} {rate['plain']:.2f}" for language, rate in quality["utf8_bytes_per_token"].items()
     )

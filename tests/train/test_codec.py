@@ -7,10 +7,13 @@ import pytest
 import torch
 from torch import nn
 
-from ernie5.errors import NumericsError
+from ernie5.data.samples import Sample, SampleMeta
+from ernie5.data.shards import ShardWriter
+from ernie5.errors import CheckpointError, DataError, EnvironmentFault, NumericsError
 from ernie5.tokenizers.config import CodecTrainConfig
 from ernie5.train import codec
 from ernie5.train.codec import learning_rate_at, train_codec
+from ernie5.train.codec_command import main
 from ernie5.train.codec_task import CodecClock, CodecLosses, CodecTask
 
 
@@ -111,3 +114,51 @@ def test_the_learning_rate_warms_up_and_ends_at_its_final_share():
     assert learning_rate_at(CodecClock(0, 0.0), config=config) == pytest.approx(0.1)
     assert learning_rate_at(CodecClock(20, 0.0), config=config) == pytest.approx(1.0)
     assert learning_rate_at(CodecClock(20, 1.0), config=config) == pytest.approx(0.1)
+
+
+class WideTask(LineTask):
+    """Of another shape than LineTask."""
+
+    def __init__(self):
+        super().__init__()
+        self._codec = nn.Linear(5, 5)
+
+
+def test_a_state_that_is_damaged_or_of_another_codec_is_refused_by_its_path(tmp_path):
+    train_codec(LineTask(), config=config_of(steps=4), out=tmp_path, progress=False)
+    with pytest.raises(CheckpointError, match=r"state\.pt is of another tokenizer .*another --out"):
+        train_codec(WideTask(), config=config_of(), out=tmp_path, progress=False)
+    whole = (tmp_path / "state.pt").read_bytes()
+    for damaged in (b"", b"rubbish", whole[: len(whole) // 2], whole.replace(b"best_score", b"best_scare")):
+        (tmp_path / "state.pt").write_bytes(damaged)  # empty, none of ours, torn, and one that a disk changed
+        with pytest.raises(CheckpointError, match=r"state\.pt is damaged.*remove it"):
+            train_codec(LineTask(), config=config_of(), out=tmp_path, progress=False)
+    torch.save({"some": "thing"}, tmp_path / "state.pt")
+    with pytest.raises(CheckpointError, match="of another tokenizer"):
+        train_codec(LineTask(), config=config_of(), out=tmp_path, progress=False)
+
+
+def test_torn_lines_of_the_curves_do_not_stop_a_run_that_goes_on(tmp_path):
+    train_codec(LineTask(), config=config_of(steps=4), out=tmp_path, progress=False)
+    with (tmp_path / "curves.jsonl").open("a") as file:
+        file.write('{"step": 4, "lo\n\n[]\n')
+    train_codec(LineTask(), config=config_of(steps=8), out=tmp_path, progress=False)
+    assert list(losses_in(tmp_path)) == list(range(1, 9))
+
+
+@pytest.mark.parametrize("kind", ["text", "visual_debug"])
+def test_an_out_that_takes_no_files_is_told_before_the_work(repository, tmp_path, monkeypatch, kind):
+    (tmp_path / "file").write_text("x")
+    monkeypatch.setattr("ernie5.train.text_vocabulary.train_text_vocabulary", None)
+    for out in (tmp_path / "file", tmp_path / "file" / "out"):
+        with pytest.raises(EnvironmentFault, match=r"Cannot write .*file.* another --out"):
+            main(["train", str(repository / f"configs/tokenizer/{kind}.yaml"), "--out", str(out)])
+
+
+def test_a_vocabulary_without_held_out_text_is_refused_before_it_is_trained(tmp_path, repository, monkeypatch):
+    with ShardWriter(tmp_path, prefix="t", max_bytes=1 << 20) as writer:
+        writer.write(Sample("t", SampleMeta(task="text", text="some words", split="train")))
+    monkeypatch.setattr("ernie5.train.text_vocabulary.train_text_tokenizer", None)
+    with pytest.raises(DataError, match="no sample for validation"):
+        main(["train", str(repository / "configs/tokenizer/text.yaml"), f"data.shards=[{tmp_path}]",
+              "--out", str(tmp_path / "out")])

@@ -16,6 +16,7 @@ from ernie5.parallel.boxes import Box, covers, whole_box
 FORMAT = "ernie5-checkpoint"
 VERSION = 2
 OLDEST_VERSION = 1
+DTYPES_HELD = ("F64", "F32", "BF16", "F16", "I64", "U8")  # tensor_file.py says what they are
 
 
 @dataclasses.dataclass(frozen=True)
@@ -115,7 +116,7 @@ def read_manifest(directory: Path) -> Manifest:
         values = json.loads(path.read_text(encoding="utf-8"))
     except FileNotFoundError:
         raise CheckpointError(f"{directory} has no {MANIFEST_FILE}, so it is no complete checkpoint") from None
-    except (UnicodeDecodeError, json.JSONDecodeError) as error:
+    except (ValueError, RecursionError) as error:
         raise CheckpointError(f"{path} is damaged ({error}). Use another checkpoint") from None
     if not isinstance(values, dict) or values.get("format") != FORMAT:
         raise CheckpointError(f"{path} is not a manifest of this program (format is not {FORMAT!r})")
@@ -131,19 +132,27 @@ def read_manifest(directory: Path) -> Manifest:
             step=int(values["step"]),
             tokens=int(values["tokens"]),
             precision=str(values["precision"]),
-            tokenizers=dict(values["tokenizers"]),
-            files={name: FileEntry(**entry) for name, entry in values["files"].items()},
+            tokenizers={kind: _text(identity) for kind, identity in values["tokenizers"].items()},
+            files={name: FileEntry(int(e["num_bytes"]), _text(e["sha256"])) for name, e in values["files"].items()},
             tensors={n: read_entry(n, entry, is_part=bool(part_of)) for n, entry in values["tensors"].items()},
             part_of=part_of,
         )
-    except (KeyError, TypeError, ValueError, AttributeError) as error:
+    except (KeyError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise CheckpointError(f"{path} is damaged ({error!r}). Use another checkpoint") from None
+
+
+def _text(value: object) -> str:
+    if not isinstance(value, str):
+        raise TypeError(f"{value!r} is no text")
+    return value
 
 
 def read_entry(name: str, values: dict, /, *, is_part: bool = False) -> TensorEntry:
     """The entry of a tensor out of JSON values; those of version 1 are one whole slice. Raises ValueError where the
     slices are not the tensor (of one rank's part they need not be), and KeyError or TypeError for other damage."""
-    shape = tuple(int(size) for size in values["shape"])
+    shape, dtype = tuple(int(size) for size in values["shape"]), _text(values["dtype"])
+    if dtype not in DTYPES_HELD:
+        raise ValueError(f"{name} is of dtype {dtype}; a checkpoint holds {', '.join(DTYPES_HELD)}")
     found = values.get("slices") or [
         {"file": values["file"], "start": [0] * len(shape), "shape": shape, "crc32": values["crc32"]}
     ]
@@ -154,4 +163,4 @@ def read_entry(name: str, values: dict, /, *, is_part: bool = False) -> TensorEn
     if not is_part and not covers(shape, boxes=[part.box for part in slices]):
         boxes = ", ".join(part.box.describe() for part in slices)
         raise ValueError(f"the slices {boxes} do not make up {name} of shape {list(shape)}")
-    return TensorEntry(shape, str(values["dtype"]), int(values["num_bytes"]), slices)
+    return TensorEntry(shape, dtype, int(values["num_bytes"]), slices)

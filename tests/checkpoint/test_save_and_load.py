@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import functools
 import json
 from collections.abc import Callable
 from pathlib import Path
@@ -13,10 +14,11 @@ import torch
 from ernie5.checkpoint import save as save_module
 from ernie5.checkpoint.config import CheckpointConfig
 from ernie5.checkpoint.load import check_tokenizers, load_run
-from ernie5.checkpoint.manifest import RunState, read_manifest
+from ernie5.checkpoint.manifest import DTYPES_HELD, RunState, read_manifest
 from ernie5.checkpoint.names import find_checkpoint, latest_checkpoint
 from ernie5.checkpoint.retention import checkpoints_to_remove, clear_checkpoints
 from ernie5.checkpoint.save import Contents, point_latest, save_checkpoint
+from ernie5.checkpoint.tensor_file import DTYPES
 from ernie5.engine.interface import EngineState
 from ernie5.errors import CheckpointError, EnvironmentFault, TokenizerError
 
@@ -108,6 +110,25 @@ def test_a_damaged_manifest_is_one_clear_error(text: str, tmp_path: Path) -> Non
     (path / "manifest.json").write_text(text)
     with pytest.raises(CheckpointError, match=r"manifest\.json"):
         read_manifest(path)
+
+
+@pytest.mark.parametrize(
+    ("place", "value"),
+    [(("tokenizers", "text"), None), (("files", "state.json", "num_bytes"), {"a": 1}), (("step",), float("inf")),
+     (("files", "state.json", "sha256"), {}), (("tensors", "a.weight", "dtype"), "F17"),
+     (("tensors", "a.weight", "dtype"), 0)],
+)
+def test_a_manifest_with_values_of_other_kinds_is_damaged(place: tuple, value: object, tmp_path: Path) -> None:
+    path = save_checkpoint(tmp_path, contents=make_contents(1), config=CheckpointConfig())
+    values = json.loads((path / "manifest.json").read_text())
+    functools.reduce(dict.__getitem__, place[:-1], values)[place[-1]] = value
+    (path / "manifest.json").write_text(json.dumps(values))
+    with pytest.raises(CheckpointError, match=r"manifest\.json is damaged"):
+        read_manifest(path)
+
+
+def test_the_manifest_names_the_dtypes_that_files_hold() -> None:
+    assert DTYPES_HELD == tuple(DTYPES)
 
 
 def test_a_disk_that_fills_up_while_saving_leaves_the_previous_checkpoint(

@@ -177,6 +177,12 @@ def test_nothing_is_overwritten_without_force_and_force_spares_what_is_no_model(
     (thesis / "chapter.tex").write_text("mine")
     code, _, err = verb("convert", hub, thesis, "--to", "ernie5", "--force")
     assert code == 2 and "it is no model" in err and (thesis / "chapter.tex").read_text() == "mine"
+    # Shards have a manifest.json too, and programs a config.json: neither makes a model.
+    for name, content in (("manifest.json", '{"format": 1, "shards": []}'), ("config.json", '{"debug": true}'),
+                          ("config.json", "[1]"), ("manifest.json", "{")):
+        (thesis / name).write_text(content)
+        code, _, err = verb("convert", hub, thesis, "--to", "ernie5", "--force")
+        assert code == 2 and "it is no model" in err and (thesis / "chapter.tex").read_text() == "mine"
     for target in (hub, hub / "inside", tmp_path):
         code, _, err = verb("convert", hub, target, "--to", "ernie5", "--force")
         assert code == 2 and "Choose another DST" in err

@@ -14,6 +14,7 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ernie5.checkpoint.manifest import FORMAT
 from ernie5.checkpoint.names import MANIFEST_FILE
 from ernie5.errors import CheckpointError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
@@ -91,10 +92,22 @@ def check_target(target: Path, *, source: Path, force: bool) -> None:
         return
     if not force:
         raise CheckpointError(f"{target} exists and nothing is overwritten. Choose another DST, or give --force")
-    is_model = target.is_dir() and any((target / name).is_file() for name in (MANIFEST_FILE, CONFIG_NAME))
-    if not is_model:
-        raise CheckpointError(f"{target} holds neither {MANIFEST_FILE} nor {CONFIG_NAME}, so it is no model: --force "
-                              "replaces converted models only. Remove it yourself or choose another DST")
+    own, hub = _read_object(target / MANIFEST_FILE), _read_object(target / CONFIG_NAME)
+    if own.get("format") != FORMAT and not hub.keys() & {"architectures", "model_type"}:
+        raise CheckpointError(
+            f"{target} holds neither a checkpoint's {MANIFEST_FILE} nor a model's {CONFIG_NAME}, so it is no model: "
+            "--force replaces converted models only. Remove it yourself or choose another DST"
+        )
+
+
+def _read_object(path: Path) -> dict[str, object]:
+    """The object in a JSON file; nothing where there is none. Shards have a manifest.json and programs a config.json
+    of their own."""
+    try:
+        values = json.loads(path.read_bytes())
+    except (OSError, ValueError, RecursionError):
+        return {}
+    return values if isinstance(values, dict) else {}
 
 
 @contextlib.contextmanager

@@ -15,13 +15,19 @@ from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
 from ernie5.observe.log import get_log
+from ernie5.observe.watchdog import MARKER
 from ernie5.train.config import RootConfig
 from ernie5.train.recover import RUN_DIR_VARIABLE
 
 CONFIG_FILE = "config.yaml"
 METRICS_FILE = "metrics.jsonl"
 RUN_FILES = (METRICS_FILE, "routing.jsonl", "evaluation.json", "report.html", CONFIG_FILE)
-RUN_FOLDERS = ("checkpoints", "tensorboard", "samples", "errors")
+# In its folders, by name, too: a run directory may be a project's folder, with errors/ and samples/ of its own.
+GALLERY = "samples.json"  # generate/manifest.py's, which loads torch: what stands beside it goes with it
+RUN_PATTERNS = (
+    "tensorboard/events.out.tfevents.*", f"samples/*/{GALLERY}", "samples/step-[0-9]*",
+    "errors/hang-*-rank*.txt", f"errors/{MARKER}", "errors/[0-9]*-[0-9]*-[0-9]*.txt",
+)
 LOCK_FILE = ".train.lock"  # launch/supervise.py has its own: an agent and its ranks hold the directory together
 ENDING_SECONDS = 3.0  # until a process that was killed is gone
 LEASE_SECONDS = 120.0  # until shared storage gives up on a machine that is gone
@@ -73,9 +79,15 @@ def clear_run(run_dir: Path, *, folder: Path) -> None:
     """Remove what a run writes, by name, and its checkpoints in `folder`; other files of the user stay."""
     for name in RUN_FILES:
         (run_dir / name).unlink(missing_ok=True)
-    clear_checkpoints(folder)
-    for name in RUN_FOLDERS:
-        shutil.rmtree(run_dir / name, ignore_errors=True)
+    for place in {folder, run_dir / "checkpoints"}:
+        clear_checkpoints(place)
+    for pattern in RUN_PATTERNS:
+        for path in run_dir.glob(pattern):
+            path = path.parent if path.name == GALLERY else path
+            shutil.rmtree(path, ignore_errors=True) if path.is_dir() else path.unlink(missing_ok=True)
+    for name in {pattern.split("/")[0] for pattern in RUN_PATTERNS}:
+        with contextlib.suppress(OSError):  # not there, or the user's files are in it
+            (run_dir / name).rmdir()
 
 
 def check_folder(config: RootConfig, *, folder: Path) -> None:

@@ -51,6 +51,24 @@ def test_fresh_takes_the_old_run_only_when_the_new_one_can_begin(
     assert "changed since the last start" not in (run_dir / "log.txt").read_text("utf-8")
 
 
+def test_fresh_takes_only_what_a_run_wrote_out_of_the_folders_of_a_run(world: Path, tmp_path: Path) -> None:
+    run_dir, theirs = tmp_path / "project", ("samples/voice/a.wav", "errors/notes.txt", "checkpoints/mine/weights.bin")
+    command = [str(world / "run.yaml"), f"train.run_dir={run_dir}", "train.eval_every_steps=0"]
+    main([*command, "train.steps=2", "train.sample_every_steps=1"])
+    written = ("errors/20260101-010203-77.txt", "errors/hang-20260101-010203-rank0.txt", "errors/hang",
+               "samples/final/samples.json", "samples/final/cat.png")
+    for name in (*theirs, *written):
+        (run_dir / name).parent.mkdir(parents=True, exist_ok=True)
+        (run_dir / name).write_text("x")
+    main([*command, "train.steps=1", "--fresh", "observe.tensorboard=false"])
+    kept = {str(path.relative_to(run_dir)) for path in run_dir.rglob("*") if path.is_file()}
+    gone = ("samples/step", "samples/final", "tensorboard")
+    assert kept >= set(theirs) and not any(name.startswith(gone) for name in kept)
+    assert {name for name in kept if name.startswith("errors")} == {"errors/notes.txt"}
+    assert {Path(name).parts[1] for name in kept if name.startswith("checkpoints")} == {
+        "mine", "latest", "step-00000001"}
+
+
 @pytest.fixture
 def long_run(start_train: Callable[..., subprocess.Popen], tmp_path: Path) -> Iterator[subprocess.Popen]:
     """A run in tmp_path/mine that has saved and goes on."""

@@ -38,8 +38,8 @@ def build_parser() -> argparse.ArgumentParser:
     parser.add_argument("checkpoint", type=in_home, help="checkpoint, folder of checkpoints, or run directory")
     parser.add_argument("--data", type=in_home, nargs="+", metavar="SHARDS", help="shards (default: those of the run)")
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
-    parser.add_argument("--out", type=Path,
-                        help=f"where to write the JSON (default: {EVALUATION_NAME} of the run directory)")
+    parser.add_argument("--out", type=Path, help=f"where to write the JSON (default: {EVALUATION_NAME} of the run "
+                        "directory, or beside a checkpoint that is in none)")
     parser.add_argument("--logits", type=Path, metavar="IDS.pt",
                         help="measure nothing; write the fp32 text logits [B, T, V] of these ids (a LongTensor [B, T], "
                         "torch.save) to --out")

@@ -33,7 +33,8 @@ def evaluate(
     """All figures of one checkpoint. announce: told the name of each part as it begins.
 
     A part whose modality or samples are missing is listed in `skipped`, so that a figure is never silently absent.
-    Raises DataError where no sample is of the validation split, NumericsError where a loss is not finite: nothing that
+    Raises DataError where no sample is of the validation split, TokenizerError where the model was trained with other
+    tokenizers, NumericsError where a loss is not finite: nothing that
     is measured of such weights means anything.
     """
     if not any(ref.split == "validation" for ref in subject.corpus.refs):
@@ -41,6 +42,8 @@ def evaluate(
             f"none of the {len(subject.corpus)} samples is of the validation split, on which all is measured. Name "
             'shards that hold some (--data SHARDS), or build again with "split": "validation" in the json of some.'
         )
+    for modality in subject.generation.decoder.model.config.modalities:
+        subject.generation.require(modality)
     timings, skipped, figures = [], [], []
     announce("losses and routing")
     start = time.monotonic()

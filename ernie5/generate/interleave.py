@@ -15,7 +15,7 @@ from ernie5.data.config import DataConfig
 from ernie5.data.document import Document
 from ernie5.data.examples import ExampleMaker, PromptPart, shapes_of
 from ernie5.data.patches import SIDE
-from ernie5.errors import CheckpointError
+from ernie5.errors import CheckpointError, TokenizerError
 from ernie5.generate.audio import CodeChoice, generate_speech
 from ernie5.generate.config import GenerateConfig
 from ernie5.generate.image import BitChoice, Canvas, generate_images
@@ -23,6 +23,7 @@ from ernie5.generate.sampling import Sampling
 from ernie5.generate.session import Decoder
 from ernie5.generate.text import TextLimits, generate_text, search_text
 from ernie5.generate.video import generate_videos
+from ernie5.generate.widths import misfits
 from ernie5.model.backbone import UnifiedModel
 from ernie5.tokenizers.bundle import TokenizerBundle
 
@@ -70,12 +71,18 @@ class Generation:
         )
 
     def require(self, modality: str) -> None:
-        """Raise CheckpointError unless the model was built with `modality`."""
+        """Raise CheckpointError where the model lacks `modality`, TokenizerError where the tokenizer does not fit."""
         known = self.decoder.model.config.modalities
         if modality not in known:
             raise CheckpointError(
                 f"This model has no {modality}: model.modalities = {', '.join(known)}. "
                 f"Use a checkpoint that was trained with {modality}, or another --to."
+            )
+        for found in misfits(self.decoder.model.config, tokenizers=self.tokenizers, modality=modality):
+            raise TokenizerError(
+                f"model.{found.key} = {found.value}, and the tokenizer at hand needs {found.needed}: it is not the one "
+                f"that this model was trained with for {modality}, which an export does not keep. Use the checkpoint "
+                "that it was made of."
             )
 
     def can_read(self, medium: str) -> bool:

@@ -14,8 +14,6 @@ from ernie5.checkpoint.places import folder_of_run
 from ernie5.checkpoint.save import failures_explained, point_latest
 from ernie5.config.load import config_to_yaml
 from ernie5.config.registry import resolve
-from ernie5.data.document import SPEAKER_FEATURES
-from ernie5.data.features import FRAMES_PER_GROUP
 from ernie5.data.lengths import shortest_documents
 from ernie5.data.loader import Loader, StepShape, build_loader
 from ernie5.data.patches import SIDE
@@ -23,6 +21,7 @@ from ernie5.engine.interface import Engine, StepSettings
 from ernie5.engine.recompute import install_recompute
 from ernie5.errors import ConfigError, DataError, EnvironmentFault
 from ernie5.generate.interleave import Generation
+from ernie5.generate.widths import misfits
 from ernie5.model.backbone import UnifiedModel
 from ernie5.model.config import flops_per_token
 from ernie5.model.init import MarkedValues
@@ -351,28 +350,14 @@ def choose_device(name: str) -> torch.device:
 
 def check_widths(config: RootConfig, *, tokenizers: TokenizerBundle) -> None:
     """Raise ConfigError where the model's widths are not those of its tokenizers."""
-    visual, audio, model = tokenizers.visual, tokenizers.audio, config.model
-    wanted = [("vocab_size", model.vocab_size, tokenizers.vocab.size_head)]
-    if model.has_visual:
-        wanted += [
-            ("visual.bits", model.visual.bits, visual.bits),
-            ("visual.patch_pixels", model.visual.patch_pixels, visual.stride),
-            ("visual.encoder_channels", model.visual.encoder_channels, visual.feature_channels),
-            ("visual.num_scales", model.visual.num_scales, len(visual.sizes)),
-            ("visual.image_merge", model.visual.image_merge, SIDE * SIDE),
-            ("visual.video_merge", model.visual.video_merge, FRAMES_PER_GROUP * SIDE * SIDE),
-        ]
-    if model.has_audio:
-        wanted += [
-            ("audio.levels", model.audio.levels, tokenizers.audio_levels),
-            ("audio.codes", model.audio.codes, audio.codes),
-            ("audio.speaker_features", model.audio.speaker_features, SPEAKER_FEATURES),
-        ]
-    for key, value, needed in wanted:
-        if value != needed:
-            config.fail(f"model.{key}", f"the tokenizers need {needed}. Set model.{key}: {needed}", error=ConfigError)
-    check_pixels(config, stride=visual.stride)
-    check_lengths(config, lengths=shortest_documents(config.data, visual=visual))
+    for modality in ("text", *(name for name in config.model.modalities if name != "text")):
+        for found in misfits(config.model, tokenizers=tokenizers, modality=modality):
+            config.fail(
+                f"model.{found.key}", f"the tokenizers need {found.needed}. Set model.{found.key}: {found.needed}",
+                error=ConfigError,
+            )
+    check_pixels(config, stride=tokenizers.visual.stride)
+    check_lengths(config, lengths=shortest_documents(config.data, visual=tokenizers.visual))
 
 
 def check_pixels(config: RootConfig, *, stride: int) -> None:

@@ -160,7 +160,7 @@ def test_an_empty_list_of_shards_is_refused(patterns: tuple[str, ...]) -> None:
 
 def test_a_corpus_without_samples_of_the_split_is_refused(tmp_path: Path) -> None:
     absent = "train" if split_of("s-000") == "validation" else "validation"
-    with pytest.raises(DataError, match=f"no {absent} sample"):
+    with pytest.raises(DataError, match=f"no sample for {absent}"):
         open_corpus(write_shards(tmp_path, count=1), split=absent)
     with pytest.raises(DataError, match="split is 'test'"):
         open_corpus(write_shards(tmp_path, count=1), split="test")

@@ -14,9 +14,10 @@ import pytest
 import torch
 
 from ernie5.data.config import MixtureConfig
+from ernie5.data.examples import PromptPart
 from ernie5.data.samples import Caption
 from ernie5.data.shards import ShardWriter, list_shards, open_corpus
-from ernie5.errors import DataError, NumericsError
+from ernie5.errors import DataError, NumericsError, TokenizerError
 from ernie5.evaluate import likelihood
 from ernie5.evaluate.answers import measure_captions, measure_pictures, measure_speech, measure_transcripts
 from ernie5.evaluate.command import describe
@@ -26,6 +27,7 @@ from ernie5.evaluate.likelihood import measure_clips, measure_text, survey_valid
 from ernie5.evaluate.runner import evaluate
 from ernie5.evaluate.subject import Subject
 from ernie5.generate.interleave import Generation
+from ernie5.tokenizers.visual.tokenizer import load_visual_tokenizer
 
 KEYS = {
     "text_bits_per_byte_order2", "text_bits_per_byte_order3", "text_bits_per_byte_xz", "image_to_text_keywords",
@@ -80,6 +82,17 @@ def test_shards_without_a_validation_sample_are_refused_instead_of_measuring_not
     subject = dataclasses.replace(_subject(world), corpus=corpus)
     with pytest.raises(DataError, match=rf"none of the {len(corpus)} samples is of the validation split.*--data"):
         evaluate(subject, checkpoint="ckpt", step=3)
+
+
+def test_tokenizers_that_the_model_was_not_trained_with_are_refused_before_an_index_runs_out(world: object) -> None:
+    model, tokenizers = world.generation.decoder.model, world.generation.tokenizers
+    other = dataclasses.replace(tokenizers, visual=load_visual_tokenizer("embedded"))
+    generation = Generation(model, tokenizers=other, data=world.data, config=world.generation.config)
+    with pytest.raises(TokenizerError, match=r"model\.visual\.\w+ = \d+, and the tokenizer at hand needs \d+"):
+        generation.draw([(PromptPart(text="a cat"),)])
+    with pytest.raises(TokenizerError, match="which an export does not keep"):
+        evaluate(dataclasses.replace(_subject(world), generation=generation), checkpoint="ckpt", step=3)
+    generation.require("audio")
 
 
 def test_bits_per_byte_do_not_depend_on_how_rows_are_batched(world: object) -> None:

@@ -178,7 +178,7 @@ def _checked(
     """The samples of one file that fit, whose keys `owners` takes; what does not is added to its `problems`."""
     try:
         for sample in load_source(source, language=gauge.options.language):
-            if isinstance(sample, Sample) and sample.key in owners:
+            if isinstance(sample, Sample) and sample.key in owners:  # a line of a.jsonl is a-000000: so may a file be
                 first = owners[sample.key]
                 sample = DataError(f"{first} and {source.path} give the same key {sample.key}. Rename one of them.")
             if isinstance(sample, DataError):
@@ -191,12 +191,11 @@ def _checked(
 
 
 class _Gauge:
-    """Decodes every medium once, and refuses what cannot be read, cannot fit a row or has the key of another sample.
-    Tokenizers are loaded when the first medium comes."""
+    """Decodes every medium once, and refuses what cannot be read or cannot fit a row. Tokenizers are loaded when the
+    first medium comes."""
 
     def __init__(self, options: BuildOptions) -> None:
         self.options = options
-        self._owners: dict[str, str] = {}
 
     @functools.cached_property
     def _ruler(self) -> SampleRuler:
@@ -205,9 +204,6 @@ class _Gauge:
 
     def measure(self, sample: Sample, *, name: str) -> Sample:
         """The sample with the length of its media; DataError naming the file `name`."""
-        if sample.key in self._owners:  # a line of a.jsonl is a-000000, and so may a file be
-            first = self._owners[sample.key]
-            raise DataError(f"{first} and {name} both give a sample with the key {sample.key}. Rename one of them.")
         info = MediaInfo()
         for media in sample.media:
             if sample.meta.task == "audio":
@@ -219,7 +215,6 @@ class _Gauge:
         self._check_limits(sample, info=info, name=name)
         if sample.media:
             self._check_row(sample, info=info, name=name)
-        self._owners[sample.key] = name
         seconds = None if info.seconds is None else round(info.seconds, 3)
         return dataclasses.replace(sample, meta=dataclasses.replace(sample.meta, seconds=seconds, frames=info.frames))
 

@@ -135,16 +135,6 @@ def test_two_files_with_one_key_are_refused(tmp_path: Path, media_writers: tuple
         build(tmp_path / "mine", tmp_path / "out")
 
 
-def test_a_line_and_a_file_with_one_key_are_refused(tmp_path: Path) -> None:
-    source = tmp_path / "mine"
-    source.mkdir()
-    (source / "a.jsonl").write_text('{"text": "a line"}\n{"text": "another"}', "utf-8")
-    (source / "a-000000.txt").write_text("a file", "utf-8")
-    with pytest.raises(DataError, match=r"a.jsonl and .*a-000000.txt both give a sample with the key a-000000"):
-        build(source, tmp_path / "out")
-    assert keys(build(source, tmp_path / "out", skip_bad=True), "text") == ["a-000000", "a-000001"]
-
-
 @pytest.mark.parametrize("prepare", [lambda p: None, lambda p: p.mkdir()])
 def test_a_missing_or_empty_source_is_refused(tmp_path: Path, prepare: object) -> None:
     prepare(tmp_path / "mine")

@@ -37,5 +37,4 @@ class NativeSwiGLU(torch.autograd.Function):
 
 
 def _sizes(gate_up: torch.Tensor) -> list:
-    width = gate_up.shape[-1] // 2
-    return sizes(gate_up.numel() // max(1, 2 * width), width)
+    return sizes(gate_up.shape[:-1].numel(), gate_up.shape[-1] // 2)

@@ -21,6 +21,7 @@ from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.sum_squares import sum_squares
 from ernie5_kernels.swiglu import swiglu
+from ernie5_kernels.testing import poisoned_memory
 from ernie5_kernels.token_rows import RowPlan, gather_rows, spread_rows, sum_places
 
 ONE = torch.ones
@@ -273,6 +274,16 @@ def test_a_linear_map_of_no_inputs_gives_zeros_and_empty_gradients(backend: str)
     out = linear(x, weight=weight, backend=backend)
     out.sum().backward()
     assert torch.equal(out, torch.zeros(3, 5)) and x.grad.shape == (3, 0) and weight.grad.shape == (5, 0)
+
+
+@pytest.mark.parametrize("backend", BY_TORCH)
+def test_weights_of_rows_without_columns_get_a_zero_gradient(backend: str) -> None:
+    """C++ was told of no rows, and the gradient stayed what memory held."""
+    weights = torch.ones(3, requires_grad=True)
+    with poisoned_memory():
+        out = swiglu(torch.ones(3, 0), row_weights=weights, backend=backend)
+        (grad,) = torch.autograd.grad(out, weights, torch.ones(3, 0))
+    assert torch.equal(grad, torch.zeros(3))
 
 
 @pytest.mark.parametrize("op", ("rms_norm", "swiglu", "linear"))

@@ -119,7 +119,7 @@ def first_order(
     backward: Callable[..., object], *, way_out: str = 'Use backend="reference"'
 ) -> Callable[..., object]:
     """A backward pass by hand that refuses to be differentiated: it takes what was saved for constants, so a second
-    derivative would be wrong without a word."""
+    derivative would be wrong without a word. The gradients that it gets hold their own numbers, not the opposite."""
 
     @functools.wraps(backward)
     def checked(ctx: object, *grads: torch.Tensor | None) -> object:
@@ -128,7 +128,7 @@ def first_order(
                 f"{backward.__qualname__}: backward was called with create_graph=True, and has no second derivative. "
                 f"{way_out}"
             )
-        return backward(ctx, *grads)
+        return backward(ctx, *(grad if grad is None else grad.resolve_neg() for grad in grads))
 
     return checked
 

@@ -35,7 +35,7 @@ def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") ->
     require_shape(rotation, shape=pairs, op=OP, name="rotation", meaning="one per token and pair of x")
     require(rotation.is_complex(), op=OP, name="rotation", tensor=rotation, rule="it must be complex, of rotation_of")
     require_beside(rotation, first=x, op=OP, name="rotation")
-    rotation = rotation.resolve_conj()
+    rotation = rotation.resolve_conj().resolve_neg()
     native = runs_native(x) and rotation.dtype == torch.complex64
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=x.device, dtype=x.dtype, native=native)
     if chosen == "reference":

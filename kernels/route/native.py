@@ -26,7 +26,7 @@ class NativeRoute(torch.autograd.Function):
         ctx, hidden: torch.Tensor, weight: torch.Tensor, bias: torch.Tensor, active: torch.Tensor | None,
         given: torch.Tensor | None, top_k: int, uses_sigmoid: bool, scale: float,
     ) -> tuple[torch.Tensor, torch.Tensor]:
-        hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.contiguous()
+        hidden, weight, bias = hidden.contiguous(), weight.contiguous(), bias.resolve_neg().contiguous()
         active = None if active is None else active.contiguous()
         slots = hidden.shape[0], top_k
         choices = hidden.new_empty(slots, dtype=torch.int64) if given is None else given.clone().contiguous()

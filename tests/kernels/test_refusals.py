@@ -19,6 +19,7 @@ from ernie5_kernels.native.library import native_library
 from ernie5_kernels.quant_cast import quant_cast
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
+from ernie5_kernels.route import route
 from ernie5_kernels.sum_squares import sum_squares
 from ernie5_kernels.swiglu import swiglu
 from ernie5_kernels.testing import poisoned_memory
@@ -238,6 +239,32 @@ def test_views_give_what_their_copies_give(op: str, backend: str) -> None:
             results.append([out, *torch.autograd.grad(out, leaves, upstream)])
         for one, other in zip(*results, strict=True):  # auto may choose PyTorch for the view and C++ for its copy
             torch.testing.assert_close(one, other, rtol=1e-5, atol=2e-5, msg=f"{op}, {kind}")
+
+
+@pytest.mark.parametrize("backend", BY_TORCH)
+@pytest.mark.parametrize("op", CALLS)
+def test_an_upstream_gradient_in_a_negative_view_keeps_its_sign(op: str, backend: str) -> None:
+    """What torch.complex hands back below a conjugate is one; its memory holds the opposite numbers."""
+    function, shapes = CALLS[op]
+    leaves = [normal(*shape, seed=n).requires_grad_() for n, shape in enumerate(shapes)]
+    out = function(backend, *leaves)
+    upstream = torch._neg_view(normal(*out.shape, seed=9))
+    for one, other in zip(*(
+        torch.autograd.grad(out, leaves, grad, retain_graph=True) for grad in (upstream, upstream.resolve_neg())
+    ), strict=True):
+        assert torch.equal(one, other)
+
+
+@pytest.mark.parametrize("backend", BY_TORCH)
+def test_a_rotation_and_a_bias_in_a_negative_view_keep_their_sign(backend: str) -> None:
+    rotation, bias = torch._neg_view(ANGLES.clone()), torch._neg_view(normal(6))
+    one, other = (rope3d(normal(2, 5, 4, 8), rotation=r, backend=backend) for r in (rotation, rotation.resolve_neg()))
+    assert torch.equal(one, other)
+    one, other = (
+        route(normal(9, 8), weight=normal(6, 8, seed=1), bias=b, top_k=2, backend=backend).choices
+        for b in (bias, bias.resolve_neg())
+    )
+    assert torch.equal(one, other)
 
 
 @pytest.mark.parametrize("backend", BY_TORCH)

@@ -71,7 +71,8 @@ def lies_open(tensor: torch.Tensor) -> bool:
 def require_part(
     tensor: torch.Tensor, *, dtypes: tuple[torch.dtype, ...], shape: torch.Size, first: torch.Tensor, op: str, name: str
 ) -> None:
-    """Ask for one of `dtypes`, the parameter's `shape`, no gaps, and the device of `first`."""
+    """Ask for one of `dtypes`, the parameter's `shape`, no gaps, its own numbers in memory, and the device of `first`.
+    """
     if tensor.dtype not in dtypes:
         rule = f"it must be {' or '.join(str(x).removeprefix('torch.') for x in dtypes)}"
         require(False, op=op, name=name, tensor=tensor, rule=rule)
@@ -79,6 +80,8 @@ def require_part(
         rule = f"it must have the parameter's shape {tuple(shape)}"
         require(False, op=op, name=name, tensor=tensor, rule=rule)
     require(tensor.is_contiguous(), op=op, name=name, tensor=tensor, rule="it must be contiguous")
+    rule = "it must hold its own numbers, which resolve_neg() of a negative view gives"
+    require(not tensor.is_neg(), op=op, name=name, tensor=tensor, rule=rule)
     require_beside(tensor, first=first, op=op, name=name)
 
 

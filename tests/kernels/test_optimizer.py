@@ -49,6 +49,14 @@ def test_three_steps_match_the_reference(gradient: torch.dtype, copies: bool) ->
             assert torch.equal(one.copy, one.parameter.bfloat16())
 
 
+def test_a_gradient_in_a_negative_view_is_refused() -> None:
+    """C++ stepped the wrong way: the view's memory holds the opposite numbers."""
+    gradient = torch._neg_view(torch.ones(4))
+    tensors = AdamWTensors(torch.ones(4), gradient, torch.zeros(4), torch.zeros(4), weight_decay=0.0)
+    with pytest.raises(ValueError, match="adamw: gradient .*must hold its own numbers, which resolve_neg"):
+        adamw([tensors], step=AdamWStep(1e-2, 0.9, 0.95, 1e-8, 1))
+
+
 def test_threads_do_not_change_a_bit() -> None:
     one, two = (tensors_of(gradient=torch.float32, copies=False) for _ in range(2))
     kept = torch.get_num_threads()

@@ -22,7 +22,7 @@ def sum_squares(tensors: Sequence[torch.Tensor], *, backend: str = "auto") -> to
     mix fp32 and bf16. Raises KernelError for a backend that cannot run, ValueError for tensors that do not fit.
     """
     if not tensors:
-        return torch.zeros(())
+        return torch.zeros((), dtype=torch.float32)
     for tensor in tensors:
         require_fractions(tensor, op="sum_squares", name="tensor")
         require_beside(tensor, first=tensors[0], op="sum_squares", name="tensor")

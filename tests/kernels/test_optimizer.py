@@ -81,6 +81,16 @@ def test_squares_of_mixed_tensors_add_up(backend: str) -> None:
     assert_close(found, expected=expected, tolerance=1e-6, reason="fp32 sums of 16,384 elements")
 
 
+def test_the_squares_of_no_tensors_are_zero_in_fp32() -> None:
+    default = torch.get_default_dtype()
+    try:
+        torch.set_default_dtype(torch.bfloat16)
+        total = sum_squares([])
+    finally:
+        torch.set_default_dtype(default)
+    assert total.dtype == torch.float32 and total.item() == 0
+
+
 def test_what_is_not_finite_shows() -> None:
     values = torch.ones(20_000)
     values[19_999] = torch.nan

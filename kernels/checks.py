@@ -9,6 +9,7 @@ import functools
 from collections.abc import Callable, Iterable
 
 import torch
+from torch.autograd.function import FunctionCtx
 
 from ernie5.errors import KernelError
 
@@ -116,6 +117,15 @@ def note_writes(tensors: Iterable[torch.Tensor | None]) -> None:
     """Tell autograd that a kernel wrote there: a backward pass that saved one of them before is then refused, as after
     PyTorch's own operations in place, instead of taking the new values for the old."""
     torch.autograd.graph.increment_version([tensor for tensor in tensors if tensor is not None])
+
+
+def kept_for_product(
+    ctx: FunctionCtx, x: torch.Tensor, weight: torch.Tensor
+) -> tuple[torch.Tensor | None, torch.Tensor | None]:
+    """What the backward pass of a product of x and weight, its first two arguments, reads: x for the gradient of weight
+    and the other way round, None where nobody asks for that. Beside a frozen weight x would be kept for nothing."""
+    needs_x, needs_weight = ctx.needs_input_grad[:2]
+    return x if needs_weight else None, weight if needs_x else None
 
 
 def first_order(

@@ -11,7 +11,7 @@ import dataclasses
 
 import torch
 
-from ..checks import first_order
+from ..checks import first_order, kept_for_product
 
 ROUND_ROWS = 64
 LARGEST_WASTE = 4
@@ -24,7 +24,7 @@ class SegmentedGemm(torch.autograd.Function):
     def forward(ctx, rows: torch.Tensor, weight: torch.Tensor, offsets: torch.Tensor) -> torch.Tensor:
         ctx.ends = offsets.tolist()
         ctx.slots = _slots(rows, ends=ctx.ends)
-        ctx.save_for_backward(rows, weight)
+        ctx.save_for_backward(*kept_for_product(ctx, rows, weight))
         if ctx.slots is not None:
             return ctx.slots.take(torch.bmm(ctx.slots.spread(rows), weight.transpose(1, 2)))
         return _multiply(rows, weight=weight.transpose(1, 2), ends=ctx.ends)
@@ -42,7 +42,7 @@ class SegmentedGemm(torch.autograd.Function):
                 None,
             )
         grad_rows = _multiply(grad, weight=weight, ends=ctx.ends) if ctx.needs_input_grad[0] else None
-        grad_weight = _outer(grad, rows=rows, weight=weight, ends=ctx.ends) if ctx.needs_input_grad[1] else None
+        grad_weight = _outer(grad, rows=rows, ends=ctx.ends) if ctx.needs_input_grad[1] else None
         return grad_rows, grad_weight, None
 
 
@@ -94,8 +94,8 @@ def _multiply(rows: torch.Tensor, *, weight: torch.Tensor, ends: list[int]) -> t
     return out
 
 
-def _outer(grad: torch.Tensor, *, rows: torch.Tensor, weight: torch.Tensor, ends: list[int]) -> torch.Tensor:
-    out = torch.empty_like(weight, memory_format=torch.contiguous_format)
+def _outer(grad: torch.Tensor, *, rows: torch.Tensor, ends: list[int]) -> torch.Tensor:
+    out = rows.new_empty(len(ends), grad.shape[1], rows.shape[1])
     start = 0
     for group, end in enumerate(ends):
         if end > start:

@@ -6,7 +6,7 @@ import ctypes
 
 import torch
 
-from ..checks import first_order
+from ..checks import first_order, kept_for_product
 from ..native.library import is_narrow, native_library, pointer, sizes, threads
 
 
@@ -16,7 +16,7 @@ class NativeLinear(torch.autograd.Function):
     @staticmethod
     def forward(ctx, x: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
         x, weight = x.contiguous(), weight.contiguous()
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(*kept_for_product(ctx, x, weight))
         return _product(x, weight, columns=weight.shape[0], transposed=True)
 
     @staticmethod
@@ -27,10 +27,10 @@ class NativeLinear(torch.autograd.Function):
         grad_x = _product(grad, weight, columns=weight.shape[1], transposed=False) if ctx.needs_input_grad[0] else None
         grad_weight = None
         if ctx.needs_input_grad[1]:
-            grad_weight = torch.empty_like(weight)
+            grad_weight = x.new_empty(grad.shape[-1], x.shape[-1])
             native_library().ernie5_outer(
                 is_narrow(x), *map(pointer, (grad, x, grad_weight)),
-                *sizes(*weight.shape, x.numel() // max(1, x.shape[-1])), threads(),
+                *sizes(*grad_weight.shape, x.numel() // max(1, x.shape[-1])), threads(),
             )
         return grad_x, grad_weight
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import torch
 
-from ..checks import first_order
+from ..checks import first_order, kept_for_product
 from ..linear import linear
 
 
@@ -23,7 +23,7 @@ def router_logits(hidden: torch.Tensor, *, weight: torch.Tensor) -> torch.Tensor
 class _NarrowProduct(torch.autograd.Function):
     @staticmethod
     def forward(ctx, hidden: torch.Tensor, weight: torch.Tensor) -> torch.Tensor:
-        ctx.save_for_backward(hidden, weight)
+        ctx.save_for_backward(*kept_for_product(ctx, hidden, weight))
         return _multiply(hidden, weight.t())
 
     @staticmethod
@@ -32,8 +32,8 @@ class _NarrowProduct(torch.autograd.Function):
         hidden, weight = ctx.saved_tensors
         needs_hidden, needs_weight = ctx.needs_input_grad
         return (
-            _multiply_wide(grad, weight).to(hidden.dtype) if needs_hidden else None,
-            _multiply_wide(grad.t(), hidden).to(weight.dtype) if needs_weight else None,
+            _multiply_wide(grad, weight).to(weight.dtype) if needs_hidden else None,
+            _multiply_wide(grad.t(), hidden).to(hidden.dtype) if needs_weight else None,
         )
 
 

@@ -22,6 +22,7 @@ from ernie5_kernels.native.library import native_library
 from ernie5_kernels.rms_norm import rms_norm
 from ernie5_kernels.rope3d import rope3d, rotation_of
 from ernie5_kernels.route import route
+from ernie5_kernels.route.logits import router_logits
 from ernie5_kernels.router_topk import router_topk
 from ernie5_kernels.sum_squares import sum_squares
 from ernie5_kernels.swiglu import swiglu
@@ -174,3 +175,27 @@ def test_python_threads_do_not_share_scratch_memory() -> None:
     for worker in workers:
         worker.join()
     assert not wrong
+
+
+PRODUCTS: dict[str, Callable[[torch.Tensor, torch.Tensor], torch.Tensor]] = {
+    "linear": lambda x, w: linear(x, weight=w[0]),
+    "grouped_gemm": lambda x, w: grouped_gemm(x, weight=w, offsets=torch.tensor([2, TOKENS]), backend="torch"),
+    "router_logits": lambda x, w: router_logits(x.bfloat16(), weight=w[0].bfloat16()),
+}
+
+
+@pytest.mark.parametrize("name", PRODUCTS)
+def test_a_product_keeps_no_rows_for_a_weight_that_is_frozen(name: str) -> None:
+    """And no weight for rows that ask for nothing: what a layer keeps lives until its backward pass."""
+    shapes = {"rows": (TOKENS, WIDTH), "weight": (2, 7, WIDTH)}
+    for asking in (("rows",), ("weight",), ("rows", "weight")):
+        made = {side: torch.ones(shape, requires_grad=side in asking) for side, shape in shapes.items()}
+        kept: list[tuple[int, ...]] = []
+        with torch.autograd.graph.saved_tensors_hooks(
+            lambda x, kept=kept: (kept.append(tuple(x.shape)), x)[1], lambda x: x
+        ):
+            out = PRODUCTS[name](made["rows"], made["weight"])
+        assert (shapes["rows"] in kept) == ("weight" in asking)
+        assert any(shape[-2:] == (7, WIDTH) for shape in kept) == ("rows" in asking)
+        for side, grad in zip(asking, torch.autograd.grad(out.sum(), [made[side] for side in asking]), strict=True):
+            assert grad.shape == shapes[side] and grad.any()

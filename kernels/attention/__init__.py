@@ -43,7 +43,10 @@ def attention(
     scale = query.shape[-1] ** -0.5 if scale is None else scale
     if not math.isfinite(scale):
         raise ValueError(f"attention: scale is {scale}; it must be a finite number")
-    native = runs_native(query, key, value) and query.shape[-1] % 2 == 0
+    is_even = query.shape[-1] % 2 == 0
+    rule = "native takes heads of an even width; use auto or torch"
+    require(is_even or backend != "native", op=OP, name="query", tensor=query, rule=rule)
+    native = runs_native(query, key, value) and is_even
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=query.device, dtype=query.dtype, native=native)
     if chosen in ("triton", "native") and scale <= 0:  # they take the largest score before they scale
         query, scale = query * (-1.0 if scale < 0 else 0.0), -scale or 1.0

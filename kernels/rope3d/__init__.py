@@ -36,7 +36,10 @@ def rope3d(x: torch.Tensor, *, rotation: torch.Tensor, backend: str = "auto") ->
     require(rotation.is_complex(), op=OP, name="rotation", tensor=rotation, rule="it must be complex, of rotation_of")
     require_beside(rotation, first=x, op=OP, name="rotation")
     rotation = rotation.resolve_conj().resolve_neg()
-    native = runs_native(x) and rotation.dtype == torch.complex64
+    is_narrow = rotation.dtype == torch.complex64
+    rule = "native takes complex64; use auto or torch"
+    require(is_narrow or backend != "native", op=OP, name="rotation", tensor=rotation, rule=rule)
+    native = runs_native(x) and is_narrow
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=x.device, dtype=x.dtype, native=native)
     if chosen == "reference":
         return rope3d_reference(x, angles=rotation.detach().angle())

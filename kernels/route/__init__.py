@@ -56,7 +56,10 @@ def route(
     _require(hidden, weight=weight, bias=bias, top_k=top_k, active=active, choices=choices)
     if keeps_scores and backend == "native":
         raise KernelError("route: native keeps no scores of all experts, which keeps_scores asks for. Use backend auto")
-    native = runs_native(hidden, weight) and bias.dtype == torch.float32 and not keeps_scores
+    has_fp32 = bias.dtype == torch.float32
+    rule = "native takes float32; use auto or torch"
+    require(has_fp32 or backend != "native", op=OP, name="bias", tensor=bias, rule=rule)
+    native = runs_native(hidden, weight) and has_fp32 and not keeps_scores
     dtype = torch.promote_types(hidden.dtype, weight.dtype)
     chosen = choose_backend(backend, op=OP, offered=OFFERED, device=hidden.device, dtype=dtype, native=native)
     if chosen == "native":

@@ -341,6 +341,17 @@ def test_rows_beyond_int32_stay_beyond_all_rows(backend: str) -> None:
     torch.testing.assert_close(out, attend(query, key, intervals, backend="reference"), rtol=0, atol=2e-6)
 
 
+@pytest.mark.skipif(native_library() is None, reason="no C++ compiler on this machine")
+def test_what_native_alone_cannot_take_is_named() -> None:
+    """It said that tensors must all be in fp32 or all in bf16, which they were."""
+    with pytest.raises(ValueError, match="attention: query .*native takes heads of an even width"):
+        attend(ONE(2, 5, 4, 7), key=ONE(2, 5, 2, 7), backend="native")
+    with pytest.raises(ValueError, match="rope3d: rotation .*native takes complex64"):
+        rope3d(normal(2, 5, 4, 8), rotation=ANGLES.to(torch.complex128), backend="native")
+    with pytest.raises(ValueError, match="route: bias .*native takes float32"):
+        route(normal(9, 8), weight=normal(6, 8), bias=normal(6).double(), top_k=2, backend="native")
+
+
 def test_more_queries_than_positions_are_refused() -> None:
     with pytest.raises(ValueError, match="5 queries cannot be the last of 4 positions"):
         plan_attention(None, batch_rows=1, query_tokens=5, key_tokens=4)

@@ -1,4 +1,4 @@
-// Vectors of one register's width, bf16 and exp, in GCC's portable vector types; intrinsics only for bf16 products.
+// Vectors of one register's width, bf16 and exp, in GCC's portable vector types; with AVX-512 some steps by intrinsics.
 #pragma once
 #include <algorithm>
 #include <cmath>

@@ -219,7 +219,7 @@ def _check_processes(config: RootConfig, *, is_start: bool) -> None:
     told = os.environ.get("WORLD_SIZE")
     if told is None and not is_start:
         return
-    if told is not None and not told.isdecimal():
+    if told is not None and not (told.isdecimal() and int(told)):
         raise ConfigError(
             f"WORLD_SIZE is {told!r} in the environment, where a launcher writes the number of processes. Unset it to "
             "start one"
@@ -232,6 +232,28 @@ def _check_processes(config: RootConfig, *, is_start: bool) -> None:
             with contextlib.suppress(OSError):
                 write_exit(run_dir, record=refusal_record(error, run_dir=run_dir))
         raise
+    if is_start:
+        _check_rank(world_size=int(told or "1"))
+
+
+def _check_rank(*, world_size: int) -> None:
+    """Refuse a process that was told its place by halves: it would train alone on its share of every batch and call
+    itself all of them, or train without writing anything down."""
+    needed = ("RANK", "MASTER_ADDR", "MASTER_PORT") if world_size > 1 else ()
+    missing = [name for name in needed if not os.environ.get(name)]
+    if missing:
+        raise ConfigError(
+            f"WORLD_SIZE is {world_size} in the environment and {' and '.join(missing)} not set: a launcher sets all, "
+            "so that the processes find each other. Start them with one (launch/README.md), or unset WORLD_SIZE"
+        )
+    for name, above in (("RANK", world_size), ("LOCAL_RANK", world_size), ("MASTER_PORT", 65536)):
+        number = os.environ.get(name, "0")
+        if not (number.isdecimal() and int(number) < above):
+            raise ConfigError(
+                f"{name} is {number!r} in the environment, where a launcher writes a number from 0 to {above - 1}; "
+                f"WORLD_SIZE is {os.environ.get('WORLD_SIZE', 'not set: one process')}. Start the processes with a "
+                f"launcher (launch/README.md), or unset {name} to start one"
+            )
 
 
 def _in_its_place(config: RootConfig, *, file: Path, overrides: Sequence[str]) -> RootConfig:

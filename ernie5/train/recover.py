@@ -172,7 +172,7 @@ def _leave_in_turn(run_dir: Path, *, record: ExitRecord) -> bool:
 def await_turn() -> None:
     """Wait, on other ranks than 0, before an error that all ranks meet is raised: launchers end the other ranks as soon
     as one has ended, so that it is said once."""
-    if int(os.environ.get("RANK", "0")):
+    if os.environ.get("RANK", "0") != "0":
         time.sleep(CAUSE_SECONDS if os.environ.get("LOCAL_RANK") == "0" else 2 * CAUSE_SECONDS)
 
 

@@ -292,6 +292,29 @@ def test_a_start_with_the_wrong_number_of_processes_clears_nothing_and_leaves_it
         main(command)
 
 
+@pytest.mark.parametrize(("told", "said"), [
+    ({"WORLD_SIZE": "2"}, "RANK and MASTER_ADDR and MASTER_PORT not set"),
+    ({"WORLD_SIZE": "2", "RANK": "1", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": ""}, "and MASTER_PORT not set"),
+    ({"WORLD_SIZE": "2", "RANK": "2", "MASTER_ADDR": "h", "MASTER_PORT": "1"}, "RANK is '2' .* from 0 to 1"),
+    ({"RANK": "1"}, "RANK is '1' .* from 0 to 0; WORLD_SIZE is not set"),
+    ({"RANK": "abc"}, "RANK is 'abc'"),
+    ({"RANK": ""}, "RANK is ''"),
+    ({"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "h", "MASTER_PORT": "abc"}, "MASTER_PORT is 'abc'"),
+    ({"LOCAL_RANK": "x"}, "LOCAL_RANK is 'x'"),
+    ({"WORLD_SIZE": "0"}, "WORLD_SIZE is '0' in the environment.* Unset it"),
+])
+def test_a_process_that_was_told_its_place_by_halves_does_not_train_alone(
+    told: dict[str, str], said: str, world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One that knew of two processes and not its rank trained on half of every batch and called itself both."""
+    monkeypatch.setattr("ernie5.train.recover.time.sleep", lambda _: None)  # other ranks than 0 let it speak first
+    for name, value in told.items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ConfigError, match=said):
+        main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "engine.kind=grid", "train.steps=1"])
+    assert not (tmp_path / "run").exists()
+
+
 def test_a_start_that_is_refused_says_where_the_run_stands(
     world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

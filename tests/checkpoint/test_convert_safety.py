@@ -163,6 +163,19 @@ def test_a_tied_head_that_is_stored_all_the_same_is_taken_for_the_embedding(
     assert "text_head.weight" not in load_file(tmp_path / "own" / "model.safetensors")
 
 
+def test_force_on_a_symbolic_link_works_twice_and_leaves_the_place_that_it_named(
+    hub: Path, tmp_path: Path, verb: Callable
+) -> None:
+    """The link was left aside under a hidden name for good, and the second call ended at it."""
+    link, real = tmp_path / "link", tmp_path / "real"
+    assert verb("convert", hub, real, "--to", "ernie5")[0] == 0
+    link.symlink_to(real)
+    assert verb("convert", hub, link, "--to", "ernie5", "--force")[0] == 0
+    assert not list(tmp_path.glob(".link*"))
+    assert verb("convert", hub, link, "--to", "ernie5", "--force")[0] == 0
+    assert (real / "manifest.json").is_file() and (link / "manifest.json").is_file()
+
+
 def test_nothing_is_overwritten_without_force_and_force_spares_what_is_no_model(
     hub: Path, verb: Callable, tmp_path: Path
 ) -> None:

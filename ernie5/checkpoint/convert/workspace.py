@@ -149,10 +149,17 @@ def publish(folder: Path, *, target: Path) -> None:
         os.close(descriptor)
     old = target.parent / f".{target.name}.replaced"
     if target.exists():
-        shutil.rmtree(old, ignore_errors=True)
+        _remove(old)
         target.rename(old)
     folder.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
+    _remove(old)
     descriptor = os.open(target.parent, os.O_RDONLY)
     os.fsync(descriptor)
     os.close(descriptor)
+
+
+def _remove(old: Path) -> None:
+    """Remove what stood under the target's name; of a symbolic link the link alone, which rmtree would leave."""
+    if old.is_symlink():
+        old.unlink()
+    shutil.rmtree(old, ignore_errors=True)

@@ -21,53 +21,49 @@ from __future__ import annotations
 
 import argparse
 import fcntl
-import os
 import sys
-from pathlib import Path
 
 from supervision.agent import Agent, Host
+from supervision.options import parse
 from supervision.policy import Limits
 
-NODE_RANKS = ("NODE_RANK", "SLURM_NODEID", "JOB_COMPLETION_INDEX")
-NODES = ("NODES", "SLURM_NNODES")
+from ernie5.errors import ConfigError, EnvironmentFault
+from ernie5.observe.faults import classify, refusal_of
 
 
-def number_from(names: tuple[str, ...], *, otherwise: int) -> int:
-    """What the first of these variables says that whoever started this has set."""
-    return int(next((os.environ[name] for name in names if name in os.environ), otherwise))
-
-
-def in_home(text: str) -> Path:
-    """A path whose leading `~`, which no shell expands in --run-dir=~/mine, is the home folder."""
-    return Path(os.path.expanduser(text))
-
-
-def main() -> int:
-    """Parse, lock the run directory against a second agent, run."""
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--run-dir", type=in_home, required=True, help="the run's directory, as in train.run_dir")
-    parser.add_argument("--restarts", type=int, default=10, help="failed starts in a row without progress (10)")
-    parser.add_argument("--delay", type=float, default=1.0, help="seconds before the first restart (1)")
-    parser.add_argument("--memory", type=Path, default=Path("/dev/shm"), help="where the last step is kept (/dev/shm)")
-    parser.add_argument("--node-rank", type=int, default=number_from(NODE_RANKS, otherwise=0),
-                        help="number of this host (NODE_RANK, SLURM_NODEID or JOB_COMPLETION_INDEX, else 0)")
-    parser.add_argument("--nodes", type=int, default=number_from(NODES, otherwise=1),
-                        help="hosts of the run; agents of several keep each other's last step (NODES or SLURM_NNODES)")
-    parser.add_argument("--address", help="where other agents reach this one (its address towards HEAD)")
-    parser.add_argument("command", nargs="+", metavar="COMMAND", help="after --, what starts the ranks")
-    arguments = parser.parse_args()
-    arguments.run_dir.mkdir(parents=True, exist_ok=True)
+def supervise(arguments: argparse.Namespace) -> int:
+    """Lock the run directory against a second agent, run. Raises ConfigError or EnvironmentFault."""
     of_host = f"-node{arguments.node_rank}" if arguments.node_rank else ""
-    with (arguments.run_dir / f".supervise{of_host}.lock").open("w") as lock:
+    try:
+        arguments.run_dir.mkdir(parents=True, exist_ok=True)
+        lock = (arguments.run_dir / f".supervise{of_host}.lock").open("w")
+    except (FileExistsError, NotADirectoryError):
+        raise ConfigError(
+            f"--run-dir {arguments.run_dir}: a file stands in its place. Name another directory") from None
+    except OSError as error:
+        refusal = refusal_of(error, place="--run-dir runs/mine")
+        raise EnvironmentFault(f"--run-dir {arguments.run_dir}: {refusal}") from error
+    with lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            print(f"ConfigError: another agent supervises {arguments.run_dir} as node {arguments.node_rank}. End it "
-                  "first, or give every host its own --node-rank", file=sys.stderr)
-            return 2
+            raise ConfigError(f"another agent supervises {arguments.run_dir} as node {arguments.node_rank}. End it "
+                              "first, or give every host its own --node-rank") from None
         host = Host(arguments.node_rank, arguments.nodes, arguments.address)
         agent = Agent(arguments.command, run_dir=arguments.run_dir, memory=arguments.memory, host=host)
         return agent.run(Limits(restarts=arguments.restarts, delay_seconds=arguments.delay))
+
+
+def main() -> int:
+    """Run; a mistake or a fault of the machine is one line and its exit code."""
+    try:
+        return supervise(parse(__doc__))
+    except Exception as error:
+        fault = classify(error)
+        if fault.is_bug:
+            raise
+        print(fault.line(), file=sys.stderr)
+        return fault.exit_code
 
 
 if __name__ == "__main__":

@@ -20,7 +20,8 @@ from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
 from supervision.policy import EXIT_FILE, Limits, Outcome, RestartPolicy, farthest_step, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
 
-from ernie5.errors import EXIT_BUG, EXIT_DONE, EXIT_INTERRUPTED
+from ernie5.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError
+from ernie5.observe.faults import classify
 from ernie5.train.recover import RUN_DIR_VARIABLE
 
 CONFIG_FILE = "config.yaml"
@@ -78,7 +79,8 @@ class Agent:
         try:
             return self._run(limits)
         except Exception as error:
-            self._endings.leave(code=EXIT_BUG, reason=repr(error))
+            fault = classify(error)
+            self._endings.leave(code=fault.exit_code, reason=repr(error) if fault.is_bug else fault.line())
             raise
         finally:
             if neighbours is not None:
@@ -167,9 +169,14 @@ class Agent:
         return lost.code
 
     def _start_and_wait(self) -> int:
-        self._child = subprocess.Popen(
-            self._command, env={**os.environ, **self._environment}, start_new_session=True
-        )
+        environment = {**os.environ, **self._environment}
+        try:
+            self._child = subprocess.Popen(self._command, env=environment, start_new_session=True)
+        except OSError as error:
+            raise ConfigError(
+                f"{self._command[0]!r} does not start: {error.strerror}. After --, name a program of this host's PATH, "
+                "or an executable file"
+            ) from error
         if self._stopping:  # asked while there was no child to pass it on to
             self._child.terminate()
         while self._child.poll() is None:

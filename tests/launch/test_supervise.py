@@ -77,6 +77,44 @@ def test_settings_that_are_refused_end_it_also_under_a_launcher_that_blurs_codes
     assert "a user's mistake stays one, parallel.ep = 3" in said
 
 
+@pytest.mark.parametrize(("options", "variables", "said"), [
+    (("--nodes", "2", "--node-rank", "5"), {}, "--node-rank is 5, and must be at least 0 and at most 1"),
+    (("--nodes", "0"), {}, "--nodes is 0"),
+    (("--restarts", "-1"), {}, "--restarts is -1"),
+    (("--delay", "nan"), {}, "--delay is nan"),
+    (("--run-dir", ""), {}, "the path is empty"),
+    (("--run-dir", "file/inside"), {}, "a file stands in its place"),
+    ((), {"NODES": "abc"}, "NODES is 'abc' in the environment"),
+    ((), {"NODE_RANK": "", "SLURM_NODEID": "x"}, "SLURM_NODEID is 'x'"),
+])
+def test_what_would_be_waited_for_in_vain_is_refused_in_one_line(
+    options: tuple[str, ...], variables: dict[str, str], said: str, supervise: Callable, tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "file").write_text("mine")
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    agent = supervise(*script("end(2)"), options=options)
+    _, err = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 2 and said in err and err.count("\n") == 1, err
+    assert not (tmp_path / "count").exists() and (tmp_path / "file").read_text() == "mine"
+
+
+@pytest.mark.parametrize("mode", [None, 0o644])
+def test_a_command_that_does_not_start_is_a_mistake_and_other_hosts_hear_of_it(
+    mode: int | None, supervise: Callable, tmp_path: Path
+) -> None:
+    if mode is not None:
+        (tmp_path / "start.sh").write_text("exit 0")
+    agent = supervise(str(tmp_path / "start.sh"))
+    _, err = agent.communicate(timeout=PATIENCE_SECONDS)
+    assert agent.returncode == 2 and err.startswith("ConfigError: ") and err.count("\n") == 1, err
+    assert "start.sh' does not start" in err
+    word = json.loads((tmp_path / "run" / "agents" / "ended-node-0.json").read_text())
+    assert word["code"] == 2 and "does not start" in word["reason"]
+
+
 @pytest.mark.parametrize(("code", "restarts"), [(0, 0), (1, 1), (2, 0), (3, 3), (4, 0), (5, 4), (75, 4)])
 def test_each_exit_code_has_its_policy(code: int, restarts: int, policy: types.ModuleType) -> None:
     decide = policy.RestartPolicy(policy.Limits(restarts=4), step=0).decide

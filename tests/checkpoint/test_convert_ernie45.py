@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
+from ernie5.checkpoint.convert.ernie45_config import model_config_of, read_config_file
 from ernie5.checkpoint.load import load_model
 from ernie5.checkpoint.manifest import read_manifest
 from ernie5.data.document import DocumentBuilder, Shapes
@@ -76,6 +77,24 @@ def test_logits_and_bytes_survive_the_way_in_and_out(
     extra = {"torch_dtype", "rope_theta", "num_nextn_predict_layers", "head_dim", "dtype", "moe_layer_interval",
              "moe_layer_start_index", "use_bias", "moe_norm_min"}
     assert {k: v for k, v in before.items() if k not in extra} == {k: v for k, v in after.items() if k not in extra}
+
+
+@pytest.mark.parametrize("rope", [
+    {"rope_parameters": {"rope_type": "default"}, "rope_theta": 3e5},
+    {"rope_parameters": {"rope_theta": 7e5}, "rope_theta": 3e5},
+    {"rope_parameters": {"rope_type": "default"}},
+    {"rope_parameters": None, "rope_theta": 3e5},
+])
+def test_the_base_of_the_positions_is_the_one_that_transformers_takes(rope: dict[str, object], tmp_path: Path) -> None:
+    """In rope_parameters, else beside them, as releases before transformers 5 have it, else the default."""
+    from transformers import AutoConfig
+
+    values = {"model_type": "ernie4_5", "num_hidden_layers": 1, "hidden_size": 8, "num_attention_heads": 2,
+              "vocab_size": 9, "intermediate_size": 8, **rope}
+    (tmp_path / "config.json").write_text(json.dumps({k: v for k, v in values.items() if v is not None}))
+    theirs = AutoConfig.from_pretrained(tmp_path).rope_parameters["rope_theta"]
+    ours = model_config_of(read_config_file(tmp_path / "config.json"), mtp_depth=0, from_paddle=False)
+    assert ours.rope_base == theirs
 
 
 @pytest.mark.parametrize("shape", ["sparse", "untied"])

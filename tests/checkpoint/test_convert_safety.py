@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import fcntl
 import json
+import math
 import os
 import re
 import signal
@@ -128,6 +129,11 @@ COMPLAINTS = {
     "bias": (lambda hub: change_config(hub, use_bias=True), "use_bias = true"),
     "activation": (lambda hub: change_config(hub, hidden_act="gelu"), 'hidden_act = "gelu"'),
     "yarn": (lambda hub: change_config(hub, rope_parameters={"rope_type": "yarn"}), "rope_type 'yarn' is not supp"),
+    "scaled, as it was called before": (
+        lambda hub: change_config(hub, rope_parameters={"type": "linear", "factor": 2.0}), "rope_type 'linear' is not"
+    ),
+    "two names": (lambda hub: change_config(hub, num_experts_per_tok=3), "num_experts_per_tok = 3: moe_k = 2 means"),
+    "endless": (lambda hub: change_config(hub, num_hidden_layers=math.inf), "num_hidden_layers = Infinity: expected a"),
     "alternating": (lambda hub: change_config(hub, moe_layer_end_index=1), r"layers \[1\] of 3 have experts"),
     "norm": (lambda hub: change_config(hub, moe_norm_min=1e-3), r"moe_norm_min = 0\.001"),
     "text": (lambda hub: change_config(hub, hidden_size="12"), 'hidden_size = "12": expected a number'),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import json
+import math
 from pathlib import Path
 
 from ernie5.errors import CheckpointError, ConfigError
@@ -43,7 +44,7 @@ class ConfigFile:
         value = self.values.get(key)
         value = value[0] if isinstance(value, list) and value else value
         value = default if value is None else value
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value >= 0:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not 0 <= value < math.inf:
             raise self.fail(key, "expected a number. Without it the model cannot be built")
         return value
 
@@ -142,10 +143,11 @@ def _rope_base(text: ConfigFile, *, from_paddle: bool) -> float:
         return text.number("rope_theta", default=None if from_paddle else HUB_ROPE_BASE)
     if not isinstance(parameters, dict):
         raise text.fail("rope_parameters", "expected an object with rope_type and rope_theta")
-    kind = parameters.get("rope_type", "default")
+    kind = parameters.get("rope_type", parameters.get("type", "default"))
     if kind != "default":
         raise text.fail("rope_parameters", f"rope_type {kind!r} is not supported, only default")
-    return ConfigFile(text.path, values=parameters).number("rope_theta", default=HUB_ROPE_BASE)
+    outer = {"rope_theta": text.values.get("rope_theta")}  # what transformers falls back to as well
+    return ConfigFile(text.path, values=outer | parameters).number("rope_theta", default=HUB_ROPE_BASE)
 
 
 def _dense_prefix(text: ConfigFile, *, layers: int) -> int:
@@ -174,6 +176,10 @@ def _moe_config(text: ConfigFile) -> MoEConfig:
     norm_min = text.number("moe_norm_min", default=NORM_MIN)
     if norm_min != NORM_MIN:
         raise text.fail("moe_norm_min", f"the router renormalises with the floor {NORM_MIN} alone")
+    for key, alias in (("moe_k", "num_experts_per_tok"), ("moe_num_experts", "num_experts")):
+        pair = [text.whole(name, default=0) for name in (key, alias)]
+        if all(pair) and pair[0] != pair[1]:
+            raise text.fail(alias, f"{key} = {pair[0]} means the same and says otherwise. Remove the one that is wrong")
     try:
         return MoEConfig(
             num_experts=text.whole("moe_num_experts", default=text.whole("num_experts", default=64)),

@@ -209,6 +209,22 @@ def test_nothing_is_overwritten_without_force_and_force_spares_what_is_no_model(
     assert sorted(path.name for path in tmp_path.iterdir()) == ["hub", "own", "thesis"]
 
 
+def test_force_spares_a_model_folder_that_holds_more_than_a_model(
+    hub: Path, convert: Callable, verb: Callable, tmp_path: Path
+) -> None:
+    """Fine-tuning with transformers writes its model into a folder, and its own checkpoints into folders below."""
+    trained, own = tmp_path / "trained", tmp_path / "own"
+    convert(hub, trained, "ernie45-hf")
+    convert(hub, own, "ernie5")  # has a folder huggingface, which is ours
+    (trained / "checkpoint-10").mkdir()
+    (trained / "checkpoint-10" / "optimizer.pt").write_text("mine")
+    for command in (["convert", hub, trained, "--to", "ernie45-hf"], ["reshard", own, trained]):
+        code, _, err = verb(*command, "--force")
+        assert code == 2 and "no conversion writes (checkpoint-10)" in err and err.count("\n") == 1, err
+        assert (trained / "checkpoint-10" / "optimizer.pt").read_text() == "mine"
+    assert verb("convert", hub, own, "--to", "ernie5", "--force")[0] == 0
+
+
 def test_mistakes_on_the_command_line_are_one_line(hub: Path, verb: Callable, tmp_path: Path) -> None:
     for arguments, message in (
         (["nowhere", "x", "--to", "ernie5"], "nowhere does not exist"),

@@ -14,14 +14,17 @@ import shutil
 from collections.abc import Iterator
 from pathlib import Path
 
+from ernie5.checkpoint.convert.source import STASH
 from ernie5.checkpoint.manifest import FORMAT
 from ernie5.checkpoint.names import MANIFEST_FILE
 from ernie5.errors import CheckpointError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
+from ernie5.tokenizers.kept import KEPT_FOLDER
 
 JOURNAL = ".journal.jsonl"
 LOCK = ".lock"
 CONFIG_NAME = "config.json"
+OWN_FOLDERS = (STASH, KEPT_FOLDER)
 
 
 class Workspace:
@@ -97,6 +100,12 @@ def check_target(target: Path, *, source: Path, force: bool) -> None:
         raise CheckpointError(
             f"{target} holds neither a checkpoint's {MANIFEST_FILE} nor a model's {CONFIG_NAME}, so it is no model: "
             "--force replaces converted models only. Remove it yourself or choose another DST"
+        )
+    strange = sorted(path.name for path in target.iterdir() if path.is_dir() and path.name not in OWN_FOLDERS)
+    if strange:
+        raise CheckpointError(
+            f"{target} holds folders that no conversion writes ({', '.join(strange[:3])}), as a fine-tuning's folder "
+            "does: --force would remove them with the model. Move them away or choose another DST"
         )
 
 

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
+import signal
+import threading
 from collections import Counter
+from collections.abc import Iterator
 
 import torch
 import torch.distributed as dist
@@ -111,15 +115,31 @@ def build_state(dims: GridDims, *, node_size: int | None = None) -> ParallelStat
 def join_processes(device: torch.device) -> None:
     """Join the process group of the launcher (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT), or make a group of one.
 
-    Without a launcher the store lives in memory, so that one process needs no port.
+    Without a launcher the store lives in memory, so that one process needs no port. SIGINT and SIGTERM end a rank that
+    still waits for others.
     """
     if dist.is_initialized():
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        dist.init_process_group(backend)
+        with _signals_end_at_once():
+            dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
+
+
+@contextlib.contextmanager
+def _signals_end_at_once() -> Iterator[None]:
+    """For a call into torch that may wait half an hour: Python's handlers would run after it alone."""
+    if threading.current_thread() is not threading.main_thread():  # others may not set handlers
+        yield
+        return
+    previous = {number: signal.signal(number, signal.SIG_DFL) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)
 
 
 def real_group(axis: Axis, *, all_ranks: tuple[tuple[int, ...], ...]) -> dist.ProcessGroup:

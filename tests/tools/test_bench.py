@@ -71,9 +71,11 @@ def test_layers_of_other_packages_run_beside_ours(repository: Path, tmp_path: Pa
     ("arguments", "message"),
     [(("tools/bench_step/main.py", "Q"), "unknown shape Q; known: S, M, X"),
      (("tools/bench_kernels/main.py", "--tokens", "100"), "multiple of 1024"),
-     (("tools/bench_gpu/main.py", "--out", "x", "--budget", "0"), "--budget must be positive"),
-     (("tools/bench_gpu/main.py", "--out", "x", "--tune"), "no CUDA device here")],
+     (("tools/bench_gpu/main.py", "--out", "OUT", "--budget", "0"), "--budget must be positive"),
+     (("tools/bench_gpu/main.py", "--out", "OUT", "--tune"), "no CUDA device here")],
 )
-def test_what_is_not_known_is_refused(repository: Path, arguments: tuple[str, ...], message: str) -> None:
-    done = run(repository, *arguments)
+def test_what_is_not_known_is_refused(
+    repository: Path, arguments: tuple[str, ...], message: str, tmp_path: Path
+) -> None:
+    done = run(repository, *(str(tmp_path) if word == "OUT" else word for word in arguments))
     assert done.returncode == 2 and message in done.stderr and "Traceback" not in done.stderr

@@ -4,12 +4,13 @@ from __future__ import annotations
 
 import dataclasses
 import json
-import os
 import time
 from pathlib import Path
 
 import torch
 from ernie5_kernels.processor import multiplies_bf16
+
+from ernie5.observe.files import replace_file
 
 CPU_SIDE, GPU_SIDE = 1024, 8192
 REPEATS = 5
@@ -27,9 +28,7 @@ class MatrixRate:
 
     def save(self, path: Path) -> None:
         """Write it as JSON, atomically."""
-        temporary = path.with_name(f".{path.name}.{os.getpid()}")
-        temporary.write_text(json.dumps(dataclasses.asdict(self), indent=2) + "\n", encoding="utf-8")
-        os.replace(temporary, path)
+        replace_file(path, content=(json.dumps(dataclasses.asdict(self), indent=2) + "\n").encode("utf-8"))
 
 
 @dataclasses.dataclass(frozen=True)

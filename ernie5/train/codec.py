@@ -25,6 +25,7 @@ from torch import nn
 from tqdm import tqdm
 
 from ernie5.errors import CheckpointError, NumericsError
+from ernie5.observe.files import replace_file
 from ernie5.optim.config import OptimConfig
 from ernie5.optim.groups import ParameterGroup
 from ernie5.optim.muon import Muon
@@ -261,9 +262,7 @@ def _forget_after(curves: Path, *, step: int) -> None:
     """Drop the lines of steps that are about to be repeated, and a line that a killed run left half written."""
     lines = curves.read_text(encoding="utf-8").splitlines(keepends=True) if curves.exists() else []
     kept = [line for line in lines if line.endswith("\n") and _step_of(line) <= step]
-    temporary = curves.with_suffix(".tmp")
-    temporary.write_text("".join(kept), encoding="utf-8")
-    os.replace(temporary, curves)
+    replace_file(curves, content="".join(kept).encode("utf-8"))
 
 
 def _step_of(line: str) -> float:

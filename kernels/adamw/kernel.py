@@ -27,7 +27,7 @@ def addressed(place, KIND: tl.constexpr, ALIGNMENT: tl.constexpr):
 
 @triton.jit
 def update_chunk(
-    entry, index, inside, decay, scale, learning_rate, beta1, beta2, epsilon, correction1, correction2,
+    entry, index, inside, keep, scale, rate, blend1, beta2, blend2, epsilon, root,
     COPIES: tl.constexpr, GRADIENT: tl.constexpr, ALIGNMENT: tl.constexpr,
 ):
     """The elements `index` of the tensor that `entry` describes; inside: None where all of them exist."""
@@ -35,10 +35,11 @@ def update_chunk(
     first = addressed(entry + 3, tl.float32, ALIGNMENT) + index
     second = addressed(entry + 4, tl.float32, ALIGNMENT) + index
     gradient = tl.load(addressed(entry + 2, GRADIENT, ALIGNMENT) + index, mask=inside).to(tl.float32) * scale
-    mean = beta1 * tl.load(first, mask=inside) + (1.0 - beta1) * gradient
-    spread = beta2 * tl.load(second, mask=inside) + (1.0 - beta2) * gradient * gradient
-    value = tl.load(parameter, mask=inside) * (1.0 - learning_rate * decay)
-    value -= learning_rate * (mean / correction1) / (tl.sqrt(spread / correction2) + epsilon)
+    mean = tl.load(first, mask=inside)
+    mean += (gradient - mean) * blend1
+    spread = beta2 * tl.load(second, mask=inside) + blend2 * gradient * gradient
+    value = tl.load(parameter, mask=inside) * keep
+    value -= rate * mean / (tl.sqrt(spread) * root + epsilon)
     tl.store(first, mean, mask=inside)
     tl.store(second, spread, mask=inside)
     tl.store(parameter, value, mask=inside)
@@ -48,8 +49,7 @@ def update_chunk(
 
 @triton.jit
 def adamw_kernel(
-    table, decays, chunk_tensors, chunk_starts, scale,
-    learning_rate, beta1, beta2, epsilon, correction1, correction2,
+    table, keeps, chunk_tensors, chunk_starts, scale, rate, blend1, beta2, blend2, epsilon, root,
     SCALED: tl.constexpr, COPIES: tl.constexpr, GRADIENT: tl.constexpr, ALIGNMENT: tl.constexpr, CHUNK: tl.constexpr,
 ):
     """One chunk. Rows of `table`: elements, then addresses of parameter, gradient, both moments and the copy.
@@ -62,14 +62,14 @@ def adamw_kernel(
     start = tl.multiple_of(tl.load(chunk_starts + tl.program_id(0)), CHUNK)
     index = start + tl.arange(0, CHUNK)
     size = tl.load(entry)
-    decay = tl.load(decays + tensor)
+    keep = tl.load(keeps + tensor)
     factor = tl.load(scale) if SCALED else 1.0
     if start + CHUNK <= size:
-        update_chunk(entry, index, None, decay, factor, learning_rate, beta1, beta2, epsilon, correction1, correction2,
+        update_chunk(entry, index, None, keep, factor, rate, blend1, beta2, blend2, epsilon, root,
                      COPIES, GRADIENT, ALIGNMENT)
     else:
-        update_chunk(entry, index, index < size, decay, factor, learning_rate, beta1, beta2, epsilon, correction1,
-                     correction2, COPIES, GRADIENT, ALIGNMENT)
+        update_chunk(entry, index, index < size, keep, factor, rate, blend1, beta2, blend2, epsilon, root,
+                     COPIES, GRADIENT, ALIGNMENT)
 
 
 def adamw_triton(
@@ -101,13 +101,11 @@ def _launch(tensors: Sequence[AdamWTensors], *, step: AdamWStep, gradient_scale:
     dtype, copies, aligned = _kind(tensors[0])
     rows = [(one.parameter.numel(), *_addresses(one)) for one in tensors]
     owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
-    decays = host_table([one.weight_decay for one in tensors], device=device, dtype=torch.float32)
+    keeps = host_table([step.keep(one.weight_decay) for one in tensors], device=device, dtype=torch.float32)
     adamw_kernel[(len(owners),)](
-        host_table(rows, device=device), decays, to_device(owners, device=device), to_device(starts, device=device),
-        decays if gradient_scale is None else gradient_scale,
-        step.learning_rate, step.beta1, step.beta2, step.epsilon,
-        1 - step.beta1**step.number, 1 - step.beta2**step.number,
-        gradient_scale is not None, copies, tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
+        host_table(rows, device=device), keeps, to_device(owners, device=device), to_device(starts, device=device),
+        keeps if gradient_scale is None else gradient_scale,
+        *step.factors, gradient_scale is not None, copies, tl.bfloat16 if dtype == torch.bfloat16 else tl.float32,
         VECTOR_BYTES if aligned else 1, CHUNK,
         num_warps=WARPS,
     )

@@ -16,20 +16,17 @@ def adamw_native(
 ) -> None:
     """See `adamw`."""
     count = len(tensors)
-    rates = (
-        step.learning_rate, step.beta1, step.beta2, step.epsilon, 1 - step.beta1**step.number,
-        1 - step.beta2**step.number, 1.0 if gradient_scale is None else float(gradient_scale),
-    )
+    scale = 1.0 if gradient_scale is None else float(gradient_scale)
     native_library().ernie5_adamw(
         ctypes.c_int64(count),
         int64s(one.parameter.numel() for one in tensors),
         (ctypes.c_int * count)(*(one.gradient.dtype == torch.bfloat16 for one in tensors)),
-        (ctypes.c_float * count)(*(one.weight_decay for one in tensors)),
+        (ctypes.c_float * count)(*(step.keep(one.weight_decay) for one in tensors)),
         addresses(one.parameter for one in tensors),
         addresses(one.gradient for one in tensors),
         addresses(one.first_moment for one in tensors),
         addresses(one.second_moment for one in tensors),
         addresses(one.copy for one in tensors),
-        *map(ctypes.c_float, rates),
+        *map(ctypes.c_float, (*step.factors, scale)),
         threads(),
     )

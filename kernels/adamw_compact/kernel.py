@@ -6,7 +6,6 @@ how the work is cut: weights, codes and scales are the reference's bit for bit.
 
 from __future__ import annotations
 
-import math
 import types
 from collections.abc import Sequence
 
@@ -199,15 +198,12 @@ def _launch(tensors: Sequence[CompactTensors], *, step: AdamWStep, gradient_scal
     first, device = tensors[0], tensors[0].parameter.device
     rows = [table_row(one, number=step.number) for one in tensors]
     owners, starts = chunk_table([row[0] for row in rows], chunk=CHUNK)
-    keeps = [1 - step.learning_rate * one.weight_decay for one in tensors]
-    keeps = host_table(keeps, device=device, dtype=torch.float32)
+    keeps = host_table([step.keep(one.weight_decay) for one in tensors], device=device, dtype=torch.float32)
     kinds = {torch.bfloat16: tl.bfloat16, torch.float32: tl.float32}
     adamw_compact_kernel[(len(owners),)](
         host_table(rows, device=device), keeps, to_device(owners, device=device),
         to_device(starts, device=device), keeps if gradient_scale is None else gradient_scale,
-        step.learning_rate / (1 - step.beta1**step.number), 1 - step.beta1, step.beta2, 1 - step.beta2, step.epsilon,
-        1 / math.sqrt(1 - step.beta2**step.number),
-        gradient_scale is not None, first.first.scales is not None, first.copy is not None,
+        *step.factors, gradient_scale is not None, first.first.scales is not None, first.copy is not None,
         kinds[first.parameter.dtype], kinds[first.gradient.dtype],
         VECTOR_BYTES if _kind(first)[-1] else 1, CHUNK,
         **OPTIONS,

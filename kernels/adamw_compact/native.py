@@ -16,12 +16,9 @@ def adamw_compact_native(one: CompactTensors, *, step: AdamWStep, gradient_scale
     coded = one.first.scales is not None
     values = (None, None) if coded else (one.first.values, one.second.values)
     codes = (one.first.values, one.second.values) if coded else (None, None)
-    rates = (
-        one.weight_decay, step.learning_rate, step.beta1, step.beta2, step.epsilon, 1 - step.beta1**step.number,
-        1 - step.beta2**step.number, 1.0 if gradient_scale is None else float(gradient_scale),
-    )
+    factors = (step.keep(one.weight_decay), *step.factors, 1.0 if gradient_scale is None else float(gradient_scale))
     native_library().ernie5_adamw_compact(
         ctypes.c_int64(one.parameter.numel()), is_narrow(one.parameter), is_narrow(one.gradient),
         *map(pointer, (one.parameter, one.gradient, *values, *codes, one.first.scales, one.second.scales, one.copy)),
-        *map(ctypes.c_float, rates), *map(ctypes.c_uint32, one.seeds(step.number)), threads(),
+        *map(ctypes.c_float, factors), *map(ctypes.c_uint32, one.seeds(step.number)), threads(),
     )

@@ -65,13 +65,12 @@ def adamw_compact_reference(one: CompactTensors, *, step: AdamWStep, gradient_sc
     mean = decode(one.first, shift=FIRST_SHIFT, has_sign=True)
     spread = decode(one.second, shift=SECOND_SHIFT, has_sign=False)
     spread = spread if one.second.scales is None else spread.square()
-    mean = mean + (gradient - mean) * (1 - step.beta1)
-    spread = spread * step.beta2 + gradient.square() * (1 - step.beta2)
+    rate, blend1, beta2, blend2, epsilon, root = step.factors
+    mean = mean + (gradient - mean) * blend1
+    spread = spread * beta2 + gradient.square() * blend2
     deviation = spread.double().sqrt().float()  # rounded once: PyTorch's fp32 root on the CPU is off in one of five
     weights, moments = one.seeds(step.number)
-    rate, root = step.learning_rate / (1 - step.beta1**step.number), 1 / math.sqrt(1 - step.beta2**step.number)
-    change = mean * rate / (deviation * root + step.epsilon)
-    value = one.parameter.float() * (1 - step.learning_rate * one.weight_decay) - change
+    value = one.parameter.float() * step.keep(one.weight_decay) - mean * rate / (deviation * root + epsilon)
     if one.parameter.dtype == torch.bfloat16:
         one.parameter.copy_(round_at_random(value, seed=weights))
     else:

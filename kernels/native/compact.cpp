@@ -13,7 +13,7 @@ constexpr uint32_t ONE = 0x3f800000;
 typedef uint8_t vbyte __attribute__((vector_size(LANES)));
 
 struct Adam {
-  float rate, beta1, beta2, epsilon, correction1, correction2, scale;
+  float rate, blend1, beta2, blend2, epsilon, root, scale;  // AdamWStep.factors, and what gradients are multiplied by
 };
 
 // C. Wellons' "lowbias32" hash.
@@ -138,7 +138,6 @@ template <class P, class G>
 void update_block(const Adam& a, float keep, P* parameter, const G* gradient, const Moment& first, const Moment& second,
                   bf16* copy, int64_t at, int64_t count, Seeds seeds) {
   const bool coded = first.codes != nullptr;
-  const float rate = a.rate / a.correction1, root = 1.0f / std::sqrt(a.correction2);
   const float first_scale = coded ? first.scales[at / BLOCK] : 0, second_scale = coded ? second.scales[at / BLOCK] : 0;
   Block b;
   vuint peak_first{}, peak_second{};
@@ -153,10 +152,10 @@ void update_block(const Adam& a, float keep, P* parameter, const G* gradient, co
     } else {
       m = load(first.values + i, left), v = load(second.values + i, left);
     }
-    m += (g - m) * (1.0f - a.beta1);
-    v = v * a.beta2 + g * g * (1.0f - a.beta2);
+    m += (g - m) * a.blend1;
+    v = v * a.beta2 + g * g * a.blend2;
     const vfloat spread = root_of(v);
-    const vfloat p = load(parameter + i, left) * keep - rate * m / (spread * root + a.epsilon);
+    const vfloat p = load(parameter + i, left) * keep - a.rate * m / (spread * a.root + a.epsilon);
     store_random(parameter + i, p, mixed(places(seeds.weights + uint32_t(i))), left);
     if (copy != nullptr) store(copy + i, p, left);
     if (!coded) {
@@ -178,13 +177,12 @@ extern "C" {
 // One tensor. Moments: values [count], or codes [count] and scales [blocks]; what is not used is null.
 void ernie5_adamw_compact(int64_t count, int narrow_parameter, int narrow_gradient, void* parameter,
                           const void* gradient, float* first, float* second, uint8_t* first_codes,
-                          uint8_t* second_codes, float* first_scales, float* second_scales, void* copy, float decay,
-                          float rate, float beta1, float beta2, float epsilon, float correction1, float correction2,
-                          float scale, uint32_t seed_weights, uint32_t seed_moments, int threads) {
-  const Adam a{rate, beta1, beta2, epsilon, correction1, correction2, scale};
+                          uint8_t* second_codes, float* first_scales, float* second_scales, void* copy, float keep,
+                          float rate, float blend1, float beta2, float blend2, float epsilon, float root, float scale,
+                          uint32_t seed_weights, uint32_t seed_moments, int threads) {
+  const Adam a{rate, blend1, beta2, blend2, epsilon, root, scale};
   const Moment m{first, first_codes, first_scales}, v{second, second_codes, second_scales};
   const Seeds seeds{seed_weights, seed_moments};
-  const float keep = 1.0f - rate * decay;
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (int64_t chunk = 0; chunk < count; chunk += CHUNK)
     for (int64_t at = chunk; at < std::min(count, chunk + CHUNK); at += BLOCK) {

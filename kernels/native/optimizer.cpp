@@ -20,26 +20,25 @@ std::vector<Piece> pieces_of(const int64_t* counts, int64_t tensors) {
 }
 
 struct Adam {
-  float rate, beta1, beta2, epsilon, correction1, correction2, scale;
+  float rate, blend1, beta2, blend2, epsilon, root, scale;  // AdamWStep.factors, and what gradients are multiplied by
 };
 
 // torch's order of operations: moments by interpolation, sqrt(v) / sqrt(correction) + epsilon.
 template <class G>
 void update(const Adam& a, float keep, float* parameter, const G* gradient, float* first, float* second, bf16* copy,
             int64_t count) {
-  const float rate = a.rate / a.correction1, root = 1.0f / std::sqrt(a.correction2);
   for (int64_t n = 0; n < count; n += LANES) {
     const int64_t left = count - n;
     const vfloat g = load(gradient + n, left) * a.scale, old = load(first + n, left);
-    const vfloat m = old + (g - old) * (1.0f - a.beta1);
-    const vfloat v = load(second + n, left) * a.beta2 + g * g * (1.0f - a.beta2);
+    const vfloat m = old + (g - old) * a.blend1;
+    const vfloat v = load(second + n, left) * a.beta2 + g * g * a.blend2;
     vfloat spread;
 #if defined(__AVX512F__)
     spread = (vfloat)_mm512_sqrt_ps((__m512)v);
 #else
     for (int i = 0; i < LANES; ++i) spread[i] = std::sqrt(v[i]);
 #endif
-    const vfloat p = load(parameter + n, left) * keep - rate * m / (spread * root + a.epsilon);
+    const vfloat p = load(parameter + n, left) * keep - a.rate * m / (spread * a.root + a.epsilon);
     store(first + n, m, left), store(second + n, v, left), store(parameter + n, p, left);
     if (copy != nullptr) store(copy + n, p, left);
   }
@@ -64,22 +63,21 @@ float squares(const T* x, int64_t count) {
 
 extern "C" {
 
-// Addresses, counts, decays and whether gradients are bf16: one per tensor; a copy's address may be null.
-void ernie5_adamw(int64_t tensors, const int64_t* counts, const int* narrow, const float* decays, float* const* parameters,
+// Addresses, counts, what decay keeps and whether gradients are bf16: one per tensor; a copy's address may be null.
+void ernie5_adamw(int64_t tensors, const int64_t* counts, const int* narrow, const float* keeps, float* const* parameters,
                   const void* const* gradients, float* const* firsts, float* const* seconds, void* const* copies,
-                  float rate, float beta1, float beta2, float epsilon, float correction1, float correction2,
-                  float scale, int threads) {
-  const Adam a{rate, beta1, beta2, epsilon, correction1, correction2, scale};
+                  float rate, float blend1, float beta2, float blend2, float epsilon, float root, float scale,
+                  int threads) {
+  const Adam a{rate, blend1, beta2, blend2, epsilon, root, scale};
   const std::vector<Piece> pieces = pieces_of(counts, tensors);
 #pragma omp parallel for num_threads(threads) schedule(static)
   for (size_t i = 0; i < pieces.size(); ++i) {
     const auto [t, n, count] = pieces[i];
     bf16* copy = copies[t] == nullptr ? nullptr : (bf16*)copies[t] + n;
-    const float keep = 1.0f - rate * decays[t];
     if (narrow[t])
-      update(a, keep, parameters[t] + n, (const bf16*)gradients[t] + n, firsts[t] + n, seconds[t] + n, copy, count);
+      update(a, keeps[t], parameters[t] + n, (const bf16*)gradients[t] + n, firsts[t] + n, seconds[t] + n, copy, count);
     else
-      update(a, keep, parameters[t] + n, (const float*)gradients[t] + n, firsts[t] + n, seconds[t] + n, copy, count);
+      update(a, keeps[t], parameters[t] + n, (const float*)gradients[t] + n, firsts[t] + n, seconds[t] + n, copy, count);
   }
 }
 

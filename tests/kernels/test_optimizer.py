@@ -49,6 +49,14 @@ def test_three_steps_match_the_reference(gradient: torch.dtype, copies: bool) ->
             assert torch.equal(one.copy, one.parameter.bfloat16())
 
 
+def test_what_beta2_leaves_is_not_rounded() -> None:
+    """1 - beta2 was taken in fp32: a second moment was off by 1.6e-4 of its size."""
+    gradient, moments = torch.tensor([1e-3, 3.0, 2e4]), (torch.zeros(3), torch.zeros(3))
+    one = AdamWTensors(torch.ones(3), gradient, *moments, weight_decay=0.0)
+    adamw([one], step=AdamWStep(1e-2, 0.9, 0.9999, 1e-8, 1), backend="native")
+    torch.testing.assert_close(one.second_moment, gradient.square() * 1e-4, rtol=1e-6, atol=0)
+
+
 def test_a_gradient_in_a_negative_view_is_refused() -> None:
     """C++ stepped the wrong way: the view's memory holds the opposite numbers."""
     gradient = torch._neg_view(torch.ones(4))

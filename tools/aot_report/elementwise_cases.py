@@ -37,6 +37,10 @@ from ernie5_kernels.swiglu import kernel as swiglu
 
 FP8_CHIPS = (90, 100)
 WIDE = {"rows": "i32", "width": "i32"}
+ADAMW_TYPES = {
+    "table": "*i64", "keeps": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
+    **dict.fromkeys(("rate", "blend1", "beta2", "blend2", "epsilon", "root"), "fp32"),
+}
 PARAMETERS = 3 * LOCAL_EXPERTS * EXPERT_WIDTH * WIDTH
 
 
@@ -169,19 +173,14 @@ def _bits_and_adamw() -> Iterator[Case]:
              "grad_weights": "*fp32", **WIDE}
     yield _case("bit_cross_entropy", "backward", bits.bit_backward_kernel, types, blocks, warps=bits.WARPS,
                 work=streaming(moved=5 * elements + 12 * BITS_CELLS, tiles=BITS_CELLS / rows))
-    numbers = ("learning_rate", "beta1", "beta2", "epsilon", "correction1", "correction2")
-    types = {"table": "*i64", "decays": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
-             **dict.fromkeys(numbers, "fp32")}
     constants = {"SCALED": True, "COPIES": True, "GRADIENT": bfloat16,
                  "ALIGNMENT": adamw.VECTOR_BYTES, "CHUNK": adamw.CHUNK}
-    yield _case("adamw", "bf16 gradients and copies", adamw.adamw_kernel, types, constants, warps=adamw.WARPS,
+    yield _case("adamw", "bf16 gradients and copies", adamw.adamw_kernel, ADAMW_TYPES, constants, warps=adamw.WARPS,
                 divisible=(), work=streaming(moved=28 * PARAMETERS, tiles=PARAMETERS / adamw.CHUNK))
 
 
 def _compact() -> Iterator[Case]:
     """What a lane executes per element is counted in the loop of sm_90's machine code; sm_80's differs by 1 or 2."""
-    types = {"table": "*i64", "keeps": "*fp32", "chunk_tensors": "*i32", "chunk_starts": "*i64", "scale": "*fp32",
-             **dict.fromkeys(("rate", "blend1", "beta2", "blend2", "epsilon", "root"), "fp32")}
     coded = 4 + 16 / BLOCK
     variants = {  # weights and moments beside bf16 gradients: bytes and instructions per element
         "bf16 weights, 8-bit moments": (bfloat16, True, 6 + coded, 103),
@@ -192,7 +191,7 @@ def _compact() -> Iterator[Case]:
         constants = {"SCALED": True, "CODED": is_coded, "COPIES": weights == float32, "PARAMETER": weights,
                      "GRADIENT": bfloat16, "ALIGNMENT": adamw.VECTOR_BYTES, "CHUNK": compact.CHUNK}
         options = dict(compact.OPTIONS)
-        source = Source(compact.adamw_compact_kernel, types, constants, (), options.pop("num_warps"), 3, options)
+        source = Source(compact.adamw_compact_kernel, ADAMW_TYPES, constants, (), options.pop("num_warps"), 3, options)
         yield Case("adamw_compact", name, functools.partial(_same, source),
                    functools.partial(_compact_work, least, instructions), quick=weights == bfloat16 and is_coded)
 

@@ -39,6 +39,14 @@ def test_three_steps_match_the_reference(gradient: torch.dtype, copies: bool) ->
             assert torch.equal(one.copy, one.parameter.bfloat16())
 
 
+def test_what_beta2_leaves_is_not_rounded() -> None:
+    gradient = torch.tensor([1e-3, 3.0, 2e4], device=kernel_device())
+    one = AdamWTensors(*map(torch.zeros_like, [gradient] * 4), weight_decay=0.0)
+    one.gradient.copy_(gradient)
+    adamw([one], step=AdamWStep(1e-2, 0.9, 0.9999, 1e-8, 1), backend="triton")
+    torch.testing.assert_close(one.second_moment, gradient.square() * 1e-4, rtol=1e-6, atol=0)
+
+
 def shifted(x: torch.Tensor, *, elements: int) -> torch.Tensor:
     """x where 16 bytes do not divide its address."""
     return x.new_zeros(x.numel() + elements)[elements:].view_as(x).copy_(x)

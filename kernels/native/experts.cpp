@@ -26,6 +26,11 @@ const T* rows_at(const T* x, const int64_t* sources, int64_t first, int64_t coun
   return copy;
 }
 
+template <class T>
+void ask_for_expert(const T* gate_up, const T* down, int64_t expert, int64_t cells) {
+  ask_for_pages(gate_up, expert * 2 * cells, 2 * cells), ask_for_pages(down, expert * cells, cells);
+}
+
 int64_t first_of(const int64_t* ends, int64_t expert) { return expert == 0 ? 0 : ends[expert - 1]; }
 
 // out[rows, columns] = left weight^T of one expert, weight [columns, summed], for these rows alone: a panel is packed,
@@ -70,6 +75,7 @@ void forward(const T* x, const int64_t* sources, const float* weights, const int
     const int64_t next = next_of(e, chunk, s.experts), cells = s.width * s.hidden;
     const T *up = gate_up + e * 2 * cells, *back = down + e * cells;
     const bool once = end - start <= ROWS;
+    ask_for_expert(gate_up, down, next, cells);
     if (!once) {
       pack_columns(up, s.width, s.width, twice, first);
       pack_columns(back, s.hidden, s.hidden, s.width, second);
@@ -140,6 +146,8 @@ void backward_expert(const Backward<T>& b, const Sizes& s, int64_t e, int64_t ne
   }
   const T *gate_up = b.gate_up + e * 2 * cells, *down = b.down + e * cells;
   const bool once = end - start <= PART;
+  ask_for_expert(b.gate_up, b.down, next, cells);
+  ask_for_expert(b.grad_gate_up, b.grad_down, e, cells);
   Unit<T>*up_rows = nullptr, *down_rows = nullptr;
   if (!once) {
     up_rows = scratch<Unit<T>>(0, packed_size<T>(twice, s.width));

@@ -39,9 +39,8 @@ struct Ahead {
 };
 
 // How a tile reads its right side. A packed panel: a unit of every column, then the next unit of every column.
-template <class T, bool ASKS, bool STREAMED = false>
+template <class T, bool ASKS>
 struct PackedPanel {
-  static constexpr bool STREAMS = STREAMED;
   const Unit<T>* at;
   Ahead<ASKS> ahead;
   static int64_t units(int64_t summed) { return units_of<T>(summed); }  // zeros fill the last one
@@ -59,7 +58,6 @@ struct PackedPanel {
 // which leaves the columns of a panel mixed until `sort`.
 template <class T, bool ASKS>
 struct PanelInPlace {
-  static constexpr bool STREAMS = false;
   const T* at;
   int64_t leading;
   Ahead<ASKS> ahead;
@@ -120,13 +118,11 @@ inline void stream_panel(O* out, const vfloat (&x)[WIDE]) {
 }
 #endif
 
-template <class T, class O, int ROWS, class Side>
-void tile(int64_t summed, Left<T> left, Side side, O* out, int64_t leading, bool add) {
-  vfloat sums[ROWS][WIDE], b[WIDE];
-#pragma GCC unroll 16
-  for (int m = 0; m < ROWS; ++m)
-#pragma GCC unroll 4
-    for (int v = 0; v < WIDE; ++v) sums[m][v] = add ? load(out + m * leading + v * LANES) : vfloat{};
+// sums += left * side.
+template <class T, int ROWS, class Side>
+inline __attribute__((always_inline)) void add_products(int64_t summed, Left<T> left, Side side,
+                                                        vfloat (&sums)[ROWS][WIDE]) {
+  vfloat b[WIDE];
   constexpr int GROUPS = (ROWS + 2) / 3;  // an address for three rows: one for each would not find registers
   const Unit<T>* a[GROUPS];
 #pragma GCC unroll 4
@@ -145,13 +141,43 @@ void tile(int64_t summed, Left<T> left, Side side, O* out, int64_t leading, bool
   };
   for (int64_t k = Side::units(summed); k > 0; --k) side.next(b), advance();
   if (Side::rest(summed)) side.last(b), advance();
+}
+
+template <class T, class O, int ROWS, class Side>
+void tile(int64_t summed, Left<T> left, Side side, O* out, int64_t leading, bool add) {
+  vfloat sums[ROWS][WIDE];
+#pragma GCC unroll 16
+  for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+    for (int v = 0; v < WIDE; ++v) sums[m][v] = add ? load(out + m * leading + v * LANES) : vfloat{};
+  add_products<T, ROWS>(summed, left, side, sums);
+  asm("" : "+r"(out), "+r"(leading));  // else addresses of all rows are made before and kept in vector registers
 #pragma GCC unroll 16
   for (int m = 0; m < ROWS; ++m) {
     Side::sort(sums[m]);
-    if constexpr (Side::STREAMS)
-      stream_panel(out + m * leading, sums[m]);
-    else
-      store_panel(out + m * leading, sums[m]);
+    store_panel(out + m * leading, sums[m]);
+  }
+}
+
+// ROWS whole rows of a product, past the caches. Few summed elements make a tile of little work: what a call of its own
+// for each would cost is as much again.
+template <class T, int ROWS>
+void rows_outward(int64_t summed, const Unit<T>* left, int64_t step, const Unit<T>* packed, T* out, int64_t columns) {
+  const int64_t stride = units_of<T>(summed) * PANEL;
+  for (int64_t j = 0; j < columns; j += PANEL, packed += stride) {
+    vfloat sums[ROWS][WIDE] = {};
+    const Unit<T>*a = left, *b = packed;
+    for (int64_t k = units_of<T>(summed); k > 0; --k, a += step, b += PANEL) {
+      vfloat right[WIDE];
+#pragma GCC unroll 4
+      for (int v = 0; v < WIDE; ++v) right[v] = load_units(b + v * LANES);
+#pragma GCC unroll 16
+      for (int m = 0; m < ROWS; ++m)
+#pragma GCC unroll 4
+        for (int v = 0; v < WIDE; ++v) sums[m][v] = multiply_add(sums[m][v], a[m], right[v]);
+    }
+#pragma GCC unroll 16
+    for (int m = 0; m < ROWS; ++m) stream_panel(out + m * columns + j, sums[m]);
   }
 }
 
@@ -173,6 +199,11 @@ inline void tiles_of(int64_t rows, int64_t summed, Left<T> left, Asking asking, 
   }
 }
 constexpr auto HEIGHTS = std::make_index_sequence<TALL>();
+
+template <class T, size_t... LESS>
+constexpr auto kernels_outward(std::index_sequence<LESS...>) {
+  return std::array{&rows_outward<T, int(LESS) + 1>...};
+}
 
 // A panel that `columns` do not fill: its sums lie in a block of their own meanwhile.
 template <class O, class Whole>
@@ -205,9 +236,11 @@ void strip_asking(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* pan
   });
 }
 template <class T>
-void strip_streaming(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading) {
-  const PackedPanel<T, false, true> side{panel, {}};
-  tiles_of<T, T>(rows, summed, left, side, side, out, leading, false, HEIGHTS);
+void strips_outward(int64_t rows, int64_t columns, int64_t summed, const Unit<T>* left, int64_t step,
+                    const Unit<T>* packed, T* out) {
+  static constexpr auto kernels = kernels_outward<T>(HEIGHTS);
+  for (int64_t m = 0; m < rows; m += TALL)
+    kernels[std::min<int64_t>(TALL, rows - m) - 1](summed, left + m, step, packed, out + m * columns, columns);
 }
 template <class T, class O>
 void strip_in_place(int64_t rows, int64_t summed, Left<T> left, const T* right, int64_t right_leading, O* out,
@@ -226,7 +259,7 @@ INSTANTIATE(bf16, bf16)
 INSTANTIATE(bf16, float)
 #define INSTANTIATE_SAME(T)                                                                                       \
   template void strip_asking<T>(int64_t, int64_t, Left<T>, const Unit<T>*, T*, int64_t, int64_t, const void*);    \
-  template void strip_streaming<T>(int64_t, int64_t, Left<T>, const Unit<T>*, T*, int64_t);
+  template void strips_outward<T>(int64_t, int64_t, int64_t, const Unit<T>*, int64_t, const Unit<T>*, T*);
 
 INSTANTIATE_SAME(float)
 INSTANTIATE_SAME(bf16)

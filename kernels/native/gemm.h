@@ -48,9 +48,6 @@ inline size_t packed_size(int64_t summed, int64_t columns) {
   return units_of<T>(summed) * panels_of(columns) * PANEL;
 }
 
-constexpr int64_t LINE = 64;  // bytes that memory hands out together
-inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache: more may be under way there
-
 // Left side: unit k of row m lies at data[m * row + k * step].
 template <class T>
 struct Left {
@@ -70,9 +67,11 @@ void strip(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, O* 
 template <class T>
 void strip_asking(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading,
                   int64_t columns, const void* next);
-// The same past the caches (with AVX-512 bf16): `out` and its rows begin with whole lines; the panel has PANEL columns.
+// out[rows, columns] = left * packed past the caches (with AVX-512 bf16), whole rows one after the other. `out` and its
+// rows begin with whole lines, columns fill whole panels, the units of a row of the left side lie `step` apart.
 template <class T>
-void strip_streaming(int64_t rows, int64_t summed, Left<T> left, const Unit<T>* panel, T* out, int64_t leading);
+void strips_outward(int64_t rows, int64_t columns, int64_t summed, const Unit<T>* left, int64_t step,
+                    const Unit<T>* packed, T* out);
 // out[rows, PANEL] = left * PANEL columns of a row-major right side, read where they lie; asks as strip_asking does.
 template <class T, class O>
 void strip_in_place(int64_t rows, int64_t summed, Left<T> left, const T* right, int64_t right_leading, O* out,
@@ -156,17 +155,13 @@ void multiply_once(int64_t rows, int64_t columns, int64_t summed, Left<T> left, 
   multiply<T, O>(rows, rest, summed, left, packed, units_of<T>(summed) * PANEL, out + whole, columns, false);
 }
 
-// multiply() where `out` is much more than the sides: whole rows of it, one after the other, past the caches.
+// multiply() where `out` is much more than the sides: past the caches. The left side is turned (row 1).
 template <class T>
 void multiply_outward(int64_t rows, int64_t columns, int64_t summed, Left<T> left, const Unit<T>* packed, T* out) {
-  const int64_t stride = units_of<T>(summed) * PANEL;
   const bool whole_lines = (uintptr_t(out) | columns * sizeof(T)) % LINE == 0 && columns % PANEL == 0;
   if (takes_tiles<T>() || !whole_lines)
-    return multiply<T, T>(rows, columns, summed, left, packed, stride, out, columns, false);
-  for (int64_t m = 0; m < rows; m += TALL)
-    for (int64_t j = 0; j < columns; j += PANEL)
-      strip_streaming<T>(std::min<int64_t>(TALL, rows - m), summed, {left.data + m * left.row, left.row, left.step},
-                         packed + j / PANEL * stride, out + m * columns + j, columns);
+    return multiply<T, T>(rows, columns, summed, left, packed, units_of<T>(summed) * PANEL, out, columns, false);
+  strips_outward<T>(rows, columns, summed, left.data, left.step, packed, out);
 #if defined(__x86_64__)
   _mm_sfence();  // what went past the caches is there before anything that this thread writes next
 #endif

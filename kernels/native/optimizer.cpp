@@ -27,6 +27,8 @@ struct Adam {
 template <class G>
 void update(const Adam& a, float keep, float* parameter, const G* gradient, float* first, float* second, bf16* copy,
             int64_t count) {
+  for (const float* wide : {parameter, first, second}) ask_for_pages(wide, count, CHUNK);  // the next chunk's, as a rule
+  ask_for_pages(gradient, count, CHUNK), ask_for_pages(copy, count, CHUNK);
   for (int64_t n = 0; n < count; n += LANES) {
     const int64_t left = count - n;
     const vfloat g = load(gradient + n, left) * a.scale, old = load(first + n, left);
@@ -48,6 +50,7 @@ template <class T>
 float squares(const T* x, int64_t count) {
   vfloat sum{}, other{};
   int64_t n = 0;
+  ask_for_pages(x, count, CHUNK);
   for (; n + 2 * LANES <= count; n += 2 * LANES) {
     const vfloat a = load(x + n), b = load(x + n + LANES);
     sum += a * a, other += b * b;

@@ -28,6 +28,16 @@ struct bf16 {
   uint16_t bits;
 };
 
+constexpr int64_t LINE = 64, PAGE = 4096;  // bytes that memory hands out together; of a page, or of a part of one
+inline void ask_for(const void* p) { __builtin_prefetch(p, 0, 2); }  // to the second cache: more may be under way there
+// One line of each page of `count` elements from element `first` on, all at once: the processor looks up where pages lie
+// side by side, while a reader or a writer that meets them one after the other waits for each. They need not exist.
+template <class T>
+inline void ask_for_pages(const T* elements, int64_t first, int64_t count) {
+  const uintptr_t start = uintptr_t(elements) + first * sizeof(T), bytes = count * sizeof(T);
+  for (uintptr_t n = 0; elements != nullptr && n < bytes; n += PAGE) ask_for(reinterpret_cast<const void*>(start + n));
+}
+
 inline vfloat splat(float x) { return x - vfloat{}; }
 inline vint splat(int32_t x) { return x + vint{}; }
 

@@ -53,6 +53,18 @@ def find_folder(run_dir: Path, *, written: str) -> Path:
     return _absolute(next((folder for folder in found if _is_of_run(folder, name=name)), starts[0] / written))
 
 
+def owner_of(folder: Path, *, newest: Path | None) -> Path | None:
+    """The run that keeps its checkpoints in `folder`, None where there is none any more: the one around it, or the one
+    that wrote `newest`, which names it as a whole path; its config.yaml must lead back here."""
+    name = written_setting(newest / CONFIG_FILE, section="train", key="run_dir") if newest is not None else None
+    for run_dir in (folder.parent, *([Path(name)] if name is not None and Path(name).is_absolute() else [])):
+        setting = written_setting(run_dir / CONFIG_FILE, section="checkpoint", key="dir")
+        is_run = (run_dir / CONFIG_FILE).is_file()
+        if is_run and folder_of_run(run_dir, setting=setting).resolve() == folder.resolve():
+            return run_dir
+    return None
+
+
 def written_setting(path: Path, *, section: str, key: str) -> str | None:
     """A text in a resolved configuration on disk, None where the file has none or is no configuration."""
     try:

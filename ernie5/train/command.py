@@ -32,7 +32,7 @@ from ernie5.train.recover import (
     refusal_record,
     write_exit,
 )
-from ernie5.train.run_dir import CONFIG_FILE, METRICS_FILE, check_folder, held
+from ernie5.train.run_dir import CONFIG_FILE, METRICS_FILE, held, held_folder
 
 
 def main(argv: list[str]) -> int:
@@ -83,13 +83,12 @@ def _run_in(run_dir: Path, *, config: RootConfig, fresh: bool, resume: str | Non
         watched = _watchdog(config, run_dir=run_dir, standing=standing)
         with keep_tracebacks(run_dir), StopRequest() as stop, watched as watchdog:
             source = None if fresh else _resume_source(folder, resume=resume)
-            if is_main:
-                check_folder(config, folder=folder)
-            if is_main and not fresh:
-                _note_changes(config, run_dir=run_dir)
-            _train(
-                config, run_dir=run_dir, source=source, fresh=fresh, stop=stop, standing=standing, watchdog=watchdog
-            )
+            with held_folder(config, run_dir=run_dir, folder=folder) if is_main else contextlib.nullcontext():
+                if is_main and not fresh:
+                    _note_changes(config, run_dir=run_dir)
+                _train(
+                    config, run_dir=run_dir, source=source, fresh=fresh, stop=stop, standing=standing, watchdog=watchdog
+                )
     except (Exception, KeyboardInterrupt) as error:
         lost = as_peer_error(error, peers=None, can_resume=lambda: _can_resume(folder, source=source))
         fault = classify(lost or error)

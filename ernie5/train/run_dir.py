@@ -11,6 +11,8 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+from ernie5.checkpoint.names import latest_checkpoint
+from ernie5.checkpoint.places import owner_of
 from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
@@ -32,33 +34,35 @@ LOCK_FILE = ".train.lock"  # launch/supervise.py has its own: an agent and its r
 ENDING_SECONDS = 3.0  # until a process that was killed is gone
 LEASE_SECONDS = 120.0  # until shared storage gives up on a machine that is gone
 POLL_SECONDS = 0.1
+KEY = "checkpoint.dir"
 
 
 @contextlib.contextmanager
-def held(run_dir: Path) -> Iterator[None]:
-    """Hold RUN_DIR against a second run for as long as this process lives, and no longer: the kernel lets go.
+def held(run_dir: Path, *, key: str = "train.run_dir") -> Iterator[None]:
+    """Hold RUN_DIR, or the folder of `key`, against a second run for as long as this process lives, and no longer: the
+    kernel lets go.
 
     A start that comes in place of one that was lost waits for that one's end. Where the storage knows no locks, nothing
     is held. Raises ConfigError where another run goes on there.
     """
     with contextlib.ExitStack() as files:
         with contextlib.suppress(OSError):  # whatever the run writes next says it better
-            _lock(files.enter_context((run_dir / LOCK_FILE).open("a")).fileno(), run_dir=run_dir)
+            _lock(files.enter_context((run_dir / LOCK_FILE).open("a")).fileno(), folder=run_dir, key=key)
         yield
 
 
-def _lock(number: int, *, run_dir: Path) -> None:
+def _lock(number: int, *, folder: Path, key: str) -> None:
     seconds = LEASE_SECONDS if _is_restart() else ENDING_SECONDS
     deadline, told = time.monotonic() + seconds, seconds == ENDING_SECONDS
     while _is_locked(number):
         if time.monotonic() > deadline:
             raise ConfigError(
-                f"train.run_dir = {run_dir}: another run goes on there. A run directory takes one run at a time. Give "
-                "this one another train.run_dir, or wait until that one has ended"
+                f"{key} = {folder}: another run goes on there. It takes one run at a time. Give this one another "
+                f"{key}, or wait until that one has ended"
             )
         if not told:
             told = True
-            get_log().warning("%s: another run has not ended there yet; waiting up to %.0f s for it", run_dir, seconds)
+            get_log().warning("%s: another run has not ended there yet; waiting up to %.0f s for it", folder, seconds)
         time.sleep(POLL_SECONDS)
 
 
@@ -90,22 +94,45 @@ def clear_run(run_dir: Path, *, folder: Path) -> None:
             (run_dir / name).rmdir()
 
 
-def check_folder(config: RootConfig, *, folder: Path) -> None:
-    """Write into `folder`, where checkpoints will lie, and take all of it back. Raises ConfigError where a file is in
-    the way, EnvironmentFault where the machine refuses: else the first save would find it out."""
+@contextlib.contextmanager
+def held_folder(config: RootConfig, *, run_dir: Path, folder: Path) -> Iterator[None]:
+    """Hold `folder`, where the checkpoints of RUN_DIR will lie, against other runs; a folder that gets none is not left
+    behind. Raises ConfigError where a file is in the way or it is another run's, EnvironmentFault where the machine
+    refuses: else the first save would find it out."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
+    is_apart = config.checkpoint.dir is not None  # else it lies in RUN_DIR, which is held
+    try:
+        _try_to_write(config, folder=folder)
+        with held(folder, key=KEY) if is_apart else contextlib.nullcontext():
+            _check_owner(config, run_dir=run_dir, folder=folder)
+            try:
+                yield
+            finally:
+                if [path.name for path in folder.glob("*")] == [LOCK_FILE]:
+                    (folder / LOCK_FILE).unlink(missing_ok=True)
+    finally:
+        for path in made:
+            with contextlib.suppress(OSError):
+                path.rmdir()
+
+
+def _try_to_write(config: RootConfig, *, folder: Path) -> None:
     try:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     except (FileExistsError, NotADirectoryError):
-        config.fail(
-            "checkpoint.dir", f"a file stands in the place of {folder}. Name another directory or move the file away"
-        )
+        config.fail(KEY, f"a file stands in the place of {folder}. Name another directory or move the file away")
     except OSError as error:
-        refusal = refusal_of(error, place="checkpoint.dir=DIR")
+        refusal = refusal_of(error, place=f"{KEY}=DIR")
         raise EnvironmentFault(f"checkpoints cannot be saved to {folder}: {refusal}.") from error
-    finally:
-        for path in made:
-            with contextlib.suppress(OSError):
-                path.rmdir()
+
+
+def _check_owner(config: RootConfig, *, run_dir: Path, folder: Path) -> None:
+    """One run's checkpoints would be taken for the other's: gone on from, thinned out, cleared by --fresh."""
+    owner = owner_of(folder, newest=latest_checkpoint(folder))
+    if owner is not None and owner.resolve() != run_dir.resolve():
+        config.fail(
+            KEY, f"{folder} has the checkpoints of the run in {owner}. Give this run another {KEY}, with --resume "
+            f"{folder} where it is to go on from them. If that run goes on in {run_dir}, remove {owner / CONFIG_FILE}"
+        )

@@ -171,3 +171,44 @@ def test_a_place_that_was_tried_and_not_used_is_not_left_behind(world: Path, tmp
                   f"checkpoint.dir={tmp_path / folder}"])
     assert sorted(path.name for path in tmp_path.iterdir()) == ["kept", "run"]
     assert not any((tmp_path / "kept").iterdir())
+
+
+def test_a_folder_of_checkpoints_takes_one_run_while_it_goes_on_and_afterwards(
+    start_train: Callable[..., subprocess.Popen], world: Path, tmp_path: Path
+) -> None:
+    folder, common = tmp_path / "far", (f"checkpoint.dir={tmp_path / 'far'}", "train.eval_every_steps=0")
+    first = start_train("mine", *common, "train.steps=100000", "checkpoint.every_steps=0")
+    deadline = time.monotonic() + PATIENCE_SECONDS
+    while not (tmp_path / "mine" / "config.yaml").exists() and first.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    second = start_train("other", *common, "--fresh")
+    _, said = second.communicate(timeout=PATIENCE_SECONDS)
+    assert second.returncode == 2 and said.count("\n") == 1, said
+    assert f"checkpoint.dir = {folder}: another run goes on there" in said and "another checkpoint.dir, or wait" in said
+    first.terminate()
+    first.communicate(timeout=PATIENCE_SECONDS)
+    before = files_of(folder)
+    assert any(name.startswith("step-") for name in before) and (tmp_path / "other" / "exit.json").is_file()
+    arguments = [str(world / "run.yaml"), *common, "train.steps=1"]
+    for more in ((), ("--fresh",), ("--resume", str(folder))):
+        with pytest.raises(ConfigError, match=rf"has the checkpoints of the run in {tmp_path / 'mine'}\..*--resume"):
+            main([*arguments, f"train.run_dir={tmp_path / 'other'}", *more])
+    assert files_of(folder) == before
+
+
+def test_a_run_that_moved_takes_its_checkpoints_along_and_another_one_does_not(world: Path, tmp_path: Path) -> None:
+    command = [str(world / "run.yaml"), "train.eval_every_steps=0"]
+    far = f"checkpoint.dir={tmp_path / 'far'}"
+    main([*command, f"train.run_dir={tmp_path / 'one'}", far, "train.steps=1"])
+    (tmp_path / "one").rename(tmp_path / "two")
+    main([*command, f"train.run_dir={tmp_path / 'two'}", far, "train.steps=2"])
+    (tmp_path / "link").symlink_to(tmp_path / "two")
+    main([*command, f"train.run_dir={tmp_path / 'link'}", far, "train.steps=3"])
+    with pytest.raises(ConfigError, match=f"goes on in {tmp_path / 'one'}, remove {tmp_path / 'link'}/config.yaml"):
+        main([*command, f"train.run_dir={tmp_path / 'one'}", far, "train.steps=4"])
+    (tmp_path / "two" / "config.yaml").unlink()  # the way out that is named
+    main([*command, f"train.run_dir={tmp_path / 'one'}", far, "train.steps=4"])
+    assert "resumed from" in (tmp_path / "one" / "log.txt").read_text("utf-8")
+    main([*command, f"train.run_dir={tmp_path / 'plain'}", "train.steps=1"])
+    with pytest.raises(ConfigError, match=f"of the run in {tmp_path / 'plain'}"):
+        main([*command, f"train.run_dir={tmp_path / 'one'}", f"checkpoint.dir={tmp_path / 'plain' / 'checkpoints'}"])

@@ -17,7 +17,7 @@ from pathlib import Path
 from supervision.endings import Ending, Endings
 from supervision.launches import Launches
 from supervision.neighbours import NEIGHBOURS_VARIABLE, Neighbours, own_address
-from supervision.policy import EXIT_FILE, Limits, Outcome, RestartPolicy, farthest_step, read_outcome
+from supervision.policy import EXIT_FILE, Limits, Outcome, RestartPolicy, farthest_step, file_version, read_outcome
 from supervision.processes import MARK, kill_strays, mark_of
 
 from ernie5.errors import EXIT_DONE, EXIT_INTERRUPTED, ConfigError
@@ -102,18 +102,21 @@ class Agent:
             signal.signal(number, self._forward)
         policy = RestartPolicy(limits, step=farthest_step(self._run_dir))
         self._await_launchers()
+        record = self._run_dir / EXIT_FILE
+        known = file_version(record)  # of an earlier start: node 0 may be slower to remove it than this host to fail
         while not self._stopping:
             strays = kill_strays(self._mark)
             if self._node_rank == 0:  # rank 0's host
-                (self._run_dir / EXIT_FILE).unlink(missing_ok=True)
-            before = self._written()
+                record.unlink(missing_ok=True)
+            before = file_version(self._run_dir / CONFIG_FILE)
             with self._launches.running():
                 launcher_code = self._start_and_wait()
             if self._node_rank:
-                self._await_record(launcher_code)
+                self._await_record(launcher_code, known=known)
             if self._lost is not None:
                 return self._follow(self._lost, strays=strays)
-            outcome = read_outcome(self._run_dir, launcher_code=launcher_code)
+            outcome = read_outcome(self._run_dir, launcher_code=launcher_code, known=known)
+            known = file_version(record)
             if self._command != going_on(self._command) and self._has_begun(outcome, before=before):
                 self._command = going_on(self._command)
                 policy = RestartPolicy(limits, step=0)  # the steps so far were those of the run before
@@ -132,18 +135,11 @@ class Agent:
                 return self._follow(self._lost, strays=[])
         return EXIT_INTERRUPTED
 
-    def _written(self) -> tuple[int, int] | None:
-        """Which config.yaml stands there; a start writes it anew once nothing is left that could refuse it."""
-        try:
-            found = (self._run_dir / CONFIG_FILE).stat()
-        except OSError:
-            return None
-        return found.st_ino, found.st_mtime_ns
-
     def _has_begun(self, outcome: Outcome, *, before: tuple[int, int] | None) -> bool:
-        """Whether --fresh or --resume has been carried out; so it counts too where nobody knows: after a kill, and of
-        several hosts, whose agents must all say the same."""
-        return outcome.killed or self._host.nodes > 1 or self._written() != before
+        """Whether --fresh or --resume has been carried out: a start writes config.yaml anew once nothing is left that
+        could refuse it. So it counts too where nobody knows: after a kill, and of several hosts, whose agents must all
+        say the same."""
+        return outcome.killed or self._host.nodes > 1 or file_version(self._run_dir / CONFIG_FILE) != before
 
     def _await_launchers(self) -> None:
         """Where the agent before this one was killed: until the other hosts' launchers of that time have ended."""
@@ -189,10 +185,10 @@ class Agent:
             time.sleep(POLL_SECONDS)
         return self._child.returncode
 
-    def _await_record(self, launcher_code: int) -> None:
+    def _await_record(self, launcher_code: int, *, known: tuple[int, int] | None) -> None:
         """The other hosts may still be about to say why the run ended, or to write its last checkpoint."""
         deadline = time.monotonic() + (LAST_SAVE_SECONDS if launcher_code == 0 else RECORD_SECONDS)
-        while time.monotonic() < deadline and not (self._run_dir / EXIT_FILE).exists():
+        while time.monotonic() < deadline and file_version(self._run_dir / EXIT_FILE) in (None, known):
             if self._stopping or self._is_left():
                 return
             time.sleep(POLL_SECONDS)

@@ -97,10 +97,24 @@ class RestartPolicy:
         return outcome.code == code and not outcome.killed
 
 
-def read_outcome(run_dir: Path, *, launcher_code: int) -> Outcome:
-    """exit.json where there is one, for launchers blur codes; else killed, unless the command line was refused."""
+def file_version(path: Path) -> tuple[int, int] | None:
+    """Which file stands at `path`, for whoever wants to know whether it was written anew; None where there is none."""
+    try:
+        found = path.stat()
+    except OSError:
+        return None
+    return found.st_ino, found.st_mtime_ns
+
+
+def read_outcome(run_dir: Path, *, launcher_code: int, known: tuple[int, int] | None = None) -> Outcome:
+    """exit.json where there is one, for launchers blur codes; else killed, unless the command line was refused.
+
+    known: the version of exit.json that is of an earlier start, as if there were none.
+    """
     step = farthest_step(run_dir)
     try:
+        if known is not None and file_version(run_dir / EXIT_FILE) == known:
+            raise FileNotFoundError
         record = json.loads((run_dir / EXIT_FILE).read_text(encoding="utf-8"))
         return Outcome(int(record["exit_code"]), False, str(record["message"]), step)
     except (OSError, ValueError, KeyError, TypeError):

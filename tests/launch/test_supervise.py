@@ -309,6 +309,34 @@ sys.exit(0)
     assert journals == [[5, 0], [5, 0]]
 
 
+def test_a_host_that_fails_first_takes_no_record_of_an_earlier_start(
+    supervise, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Node 0, which removes it, is slower: neither that of the run before nor that of the last start decides."""
+    share = """
+node = int(os.environ["NODE"])
+if node == 1 and n == 1: (run.parent / "failed").touch(); sys.exit(1)  # beside the record of the run before
+if node == 1 and n == 2: time.sleep(0.5); sys.exit(1)  # beside that of the first start
+if node == 0 and n == 1: time.sleep(0.5); end(75)
+while int((run.parent / "count1").read_text()) < 3: time.sleep(0.01)
+end(0)
+"""
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "exit.json").write_text(json.dumps({"exit_code": 4, "message": "of the run before"}))
+    agents = []
+    for node in ("1", "0"):
+        monkeypatch.setenv("NODE", node)
+        agents.append(supervise(*script(share), options=("--node-rank", node)))
+        while not (tmp_path / "failed").exists():
+            time.sleep(0.05)
+        time.sleep(1)  # until node 1 would have decided
+        assert agents[0].poll() is None, agents[0].communicate()
+    said = [agent.communicate(timeout=PATIENCE_SECONDS)[1] for agent in agents]
+    assert [agent.returncode for agent in agents] == [0, 0], said
+    journal = [json.loads(line) for line in (tmp_path / "run" / "supervise-node1.jsonl").read_text().splitlines()]
+    assert [(line["code"], line["killed"]) for line in journal] == [(75, False), (5, True), (0, False)]
+
+
 @pytest.mark.parametrize(
     ("gives_up", "code", "waits", "options"),
     [("end(4)", 4, "signal.signal(signal.SIGTERM, signal.SIG_IGN)", ()), ("end(1)", 1, "pass", ("--nodes", "2")),

@@ -2,9 +2,13 @@
 # Makes .venv in the repository root and installs ernie5 into it: bash launch/install.sh [test]
 # The user's pip settings (pip.conf, PIP_INDEX_URL, ...) decide where packages come from. PYTHON names an interpreter.
 set -euo pipefail
+case "${1:-}" in
+  "" | test) extra="${1:-}" ;;
+  -h | --help) sed -n '2,3s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  *) echo "ConfigError: install.sh does not know '$1'. It takes nothing, or the word test." >&2; exit 2 ;;
+esac
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 cd "$root"
-extra="${1:-}"
 TORCH_VERSION=2.13.0
 
 missing() {  # what is missing, why, Debian package

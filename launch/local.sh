@@ -5,10 +5,10 @@
 #   PROCESSES=2 bash launch/local.sh configs/pretrain/quickstart.yaml
 set -euo pipefail
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
-if [[ $# -eq 0 || "$1" == -h || "$1" == --help ]]; then
-  sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"
-  exit 2
-fi
+case "${1:-}" in
+  -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
+  "") sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}" >&2; exit 2 ;;
+esac
 [[ -x "$root/.venv/bin/deepspeed" ]] || bash "$root/launch/install.sh"
 export PATH="$root/.venv/bin:$PATH"
 gpus=0

@@ -8,6 +8,7 @@
 #SBATCH --requeue
 #SBATCH --signal=TERM@300
 set -uo pipefail
+case "${1:-}" in -h | --help) sed -n '2,5s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;; esac
 root="${ERNIE5_ROOT:-${SLURM_SUBMIT_DIR:-$PWD}}"
 srun --kill-on-bad-exit=1 --wait=60 --export=ALL \
   "$root/.venv/bin/python" "$root/launch/${SCRIPT:-pretrain.py}" "$@"

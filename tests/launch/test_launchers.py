@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import re
+import shutil
 import subprocess
 import sys
 import types
@@ -109,3 +110,33 @@ def test_the_manifest_says_the_same_thing_in_all_its_places(repository: Path) ->
     for path in re.findall(r"(?:launch|configs)/\S+", command):
         assert (repository / path).is_file(), path
     assert "NODE_RANK=$JOB_COMPLETION_INDEX" in command and command.count("/runs/mine") == 2
+
+
+@pytest.mark.parametrize("option", ["-h", "--help"])
+@pytest.mark.parametrize("script", ["install.sh", "local.sh", "quickstart.sh", "slurm.sh", "spawn.py", "torchrun.sh",
+                                    "pretrain.py", "preflight.py", "supervise.py"])
+def test_every_script_says_how_it_is_used_and_does_nothing(
+    repository: Path, tmp_path: Path, script: str, option: str
+) -> None:
+    for name in ("dirname", "sed"):  # no program that would install or train
+        (tmp_path / name).symlink_to(shutil.which(name))
+    is_python = script.endswith(".py")
+    done = subprocess.run(
+        [sys.executable if is_python else shutil.which("bash"), str(repository / "launch" / script), option],
+        capture_output=True, text=True, timeout=60, env=dict(os.environ) if is_python else {"PATH": str(tmp_path)},
+    )
+    assert done.returncode == 0 and done.stderr == "", done.stderr
+    assert "launch/" in done.stdout or "usage: " in done.stdout
+
+
+@pytest.mark.parametrize(("script", "given", "said"), [
+    ("local.sh", (), "bash launch/local.sh configs/"), ("install.sh", ("tests",), "does not know 'tests'"),
+])
+def test_a_script_that_cannot_be_meant_so_ends_with_2(
+    repository: Path, tmp_path: Path, script: str, given: tuple[str, ...], said: str
+) -> None:
+    for name in ("dirname", "sed"):
+        (tmp_path / name).symlink_to(shutil.which(name))
+    done = subprocess.run([shutil.which("bash"), str(repository / "launch" / script), *given], capture_output=True,
+                          text=True, timeout=60, env={"PATH": str(tmp_path)})
+    assert (done.returncode, done.stdout) == (2, "") and said in done.stderr

@@ -62,13 +62,28 @@ def test_a_wrong_number_of_processes_is_named(spawn) -> None:
     assert process.returncode == 2 and "'two configs/pretrain/debug.yaml'" in said
 
 
+@pytest.mark.parametrize("place", ["file", "file/inside"])
+def test_a_file_in_the_place_of_the_ranks_logs_is_named(
+    spawn, tmp_path: Path, place: str
+) -> None:
+    (tmp_path / "file").write_text("mine", encoding="utf-8")
+    (tmp_path / "ranks").symlink_to(tmp_path / place)
+    process = spawn("2", "configs/pretrain/debug.yaml", "train.steps=0")
+    _, said = process.communicate(timeout=PATIENCE_SECONDS)
+    assert process.returncode == 2 and said.count("\n") == 1, said
+    assert f"ConfigError: RANK_LOGS is '{tmp_path / 'ranks'}': a file stands in its place" in said
+    assert (tmp_path / "file").read_text(encoding="utf-8") == "mine"
+
+
 @pytest.mark.parametrize(("end", "code", "said"), [
     ("os.kill(os.getpid(), 9)", 5, "rank 1 was killed by signal 9 (Killed)"),
     ("print('EnvironmentFault: disk full', file=sys.stderr); sys.exit(3)", 3, "rank 1: EnvironmentFault: disk full"),
 ])
 def test_the_cause_is_said_where_rank_0_only_knows_that_a_peer_is_gone(
-    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture, end: str, code: int, said: str
+    repository: Path, tmp_path: Path, capsys: pytest.CaptureFixture, monkeypatch: pytest.MonkeyPatch, end: str,
+    code: int, said: str
 ) -> None:
+    monkeypatch.syspath_prepend(repository / "launch")
     spawn = runpy.run_path(str(repository / "launch" / "spawn.py"))
     with (tmp_path / "rank-1.log").open("wb") as log:
         ranks = [
@@ -91,6 +106,7 @@ def test_a_signal_while_the_ranks_are_being_started_reaches_them(repository: Pat
     program = f"""
 import os, runpy, signal, subprocess, sys
 
+sys.path.insert(0, {str(repository / "launch")!r})
 main = runpy.run_path({str(repository / "launch" / "spawn.py")!r})["main"]
 
 def start(num_processes, **_):

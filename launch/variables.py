@@ -21,7 +21,8 @@ from collections.abc import Mapping
 
 NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SOURCES = {
-    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", ""),
+    "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID",
+             "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
     "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
                "OMPI_COMM_WORLD_LOCAL_SIZE"),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
@@ -30,35 +31,49 @@ SOURCES = {
 
 def adopt_launcher(arguments: list[str]) -> list[str]:
     """Set this process's variables from those of its launcher; returns the arguments less `--local_rank`, which some
-    launchers add to them. Ends with code 2 where a variable is missing."""
+    launchers add to them. Ends with code 2 where a variable is missing or cannot be true."""
     kept, told = without_local_rank(arguments)
     if told:
         os.environ.setdefault("LOCAL_RANK", told)
     try:
         os.environ.update(variables_of(os.environ))
     except KeyError as missing:
-        sys.exit(_refuse(str(missing.args[0])))
-    return kept
+        problem = (f"the launcher did not set {missing.args[0]}. Set it to where rank 0 runs, or to what "
+                   "launch/variables.py says for this launcher")
+    except ValueError as error:
+        problem = str(error)
+    else:
+        return kept
+    print(f"LayoutError: {problem}", file=sys.stderr)
+    sys.exit(2)
 
 
 def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
-    """Ours, as `environment` gives them; empty without a launcher. Raises KeyError naming what is missing."""
+    """Ours, as `environment` gives them; empty without a launcher. Raises KeyError or ValueError naming variables."""
     if "RANK" in environment:
         local = environment.get("LOCAL_SIZE")
         return {"LOCAL_WORLD_SIZE": local} if local and "LOCAL_WORLD_SIZE" not in environment else {}
     launcher = next((name for name, source in SOURCES.items() if source[0] in environment), None)
     if launcher is None or (launcher == "srun" and "SLURM_STEP_ID" not in environment):
         return {}  # by hand; the script of an sbatch job has SLURM_PROCID as well, and is no rank
-    found = {ours: environment[theirs] for ours, theirs in zip(NAMES, SOURCES[launcher], strict=True) if theirs}
-    if launcher == "srun":
-        found["LOCAL_WORLD_SIZE"] = tasks_of_node(
-            environment["SLURM_STEP_TASKS_PER_NODE"], node=int(environment["SLURM_NODEID"]))
-        found["MASTER_ADDR"] = environment.get("MASTER_ADDR") or first_host(environment["SLURM_STEP_NODELIST"])
-        port = str(20000 + int(environment["SLURM_JOB_ID"]) % 10000)
-        return {**found, "MASTER_PORT": environment.get("MASTER_PORT", port)}
-    is_one_host = found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]
-    found["MASTER_ADDR"] = "127.0.0.1" if is_one_host else environment["MASTER_ADDR"]
-    return {**found, "MASTER_PORT": environment.get("MASTER_PORT", "29500")}
+    told = {name: environment[name] for name in SOURCES[launcher]}
+    found, address, port = dict(zip(NAMES, told.values())), environment.get("MASTER_ADDR"), 29500
+    try:
+        if launcher == "srun":
+            found["LOCAL_WORLD_SIZE"] = tasks_of_node(told["SLURM_STEP_TASKS_PER_NODE"], node=int(told["SLURM_NODEID"]))
+            address = address or first_host(told["SLURM_STEP_NODELIST"])
+            port = 20000 + int(told["SLURM_JOB_ID"]) % 10000
+        elif found["LOCAL_WORLD_SIZE"] == found["WORLD_SIZE"]:
+            address = "127.0.0.1"
+        rank, size, local_rank, local_size = (int(found[name]) for name in NAMES)
+        is_possible = 0 <= rank < size and 0 <= local_rank < local_size
+    except (AttributeError, IndexError, ValueError):
+        is_possible = False
+    if not is_possible:
+        said = ", ".join(f"{name}={value}" for name, value in told.items())
+        raise ValueError(f"what {launcher} says cannot all be true: {said}. Unset what was set by hand")
+    found["MASTER_ADDR"] = address or environment["MASTER_ADDR"]
+    return {**found, "MASTER_PORT": environment.get("MASTER_PORT", str(port))}
 
 
 def first_host(nodes: str) -> str:
@@ -83,9 +98,3 @@ def without_local_rank(arguments: list[str]) -> tuple[list[str], str]:
         else:
             kept.append(word)
     return kept, told
-
-
-def _refuse(variable: str) -> int:
-    print(f"LayoutError: the launcher did not set {variable}. Set it to where rank 0 runs, or to what "
-          "launch/variables.py says for this launcher", file=sys.stderr)
-    return 2

@@ -73,6 +73,22 @@ def test_a_rank_without_an_address_is_refused_with_its_name(repository: Path) ->
     assert done.returncode == 2 and "did not set MASTER_ADDR" in done.stderr
 
 
+@pytest.mark.parametrize("wrong", [
+    {"SLURM_NODEID": "3"}, {"SLURM_PROCID": "5"}, {"SLURM_LOCALID": "2"}, {"SLURM_STEP_TASKS_PER_NODE": ""},
+    {"SLURM_STEP_NODELIST": ""}, {"SLURM_JOB_ID": "mine"}, {"SLURM_NTASKS": "x"}, {"SLURM_PROCID": "-1"},
+], ids=lambda wrong: "=".join(*wrong.items()))
+def test_what_srun_cannot_have_said_is_refused_with_the_names_of_its_variables(
+    repository: Path, wrong: dict[str, str]
+) -> None:
+    clean = {name: value for name, value in os.environ.items() if not name.startswith(("MASTER_", "RANK", "SLURM"))}
+    done = subprocess.run([sys.executable, str(repository / "launch" / "pretrain.py"), "x.yaml"], capture_output=True,
+                          text=True, env={**clean, **SLURM, **wrong})
+    (name, value), = wrong.items()
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert "LayoutError: what srun says cannot all be true: SLURM_PROCID=" in done.stderr
+    assert f"{name}={value}" in done.stderr
+
+
 def test_the_slurm_script_runs_what_it_names_and_asks_for_a_requeue(repository: Path, tmp_path: Path) -> None:
     """bash runs it; `srun` and `scontrol` are programs that write down how they were called."""
     for name, code in (("srun", 75), ("scontrol", 0)):

@@ -62,7 +62,7 @@ def scan_folder(root: Path) -> Scan:
     if not root.is_dir():
         raise DataError(f"the source {root} {'is not a folder' if root.exists() else 'does not exist'}.")
     paths, closed = _list_files(root)
-    present = set(paths)
+    present = {_stem_and_suffix(path): path for path in paths}
     pages = {path.parent for path in paths if path.name == PAGE_FILE}
     found = [_recognise(path, root=root, present=present, pages=pages) for path in paths]
     files = [source for source in found if source is not None]
@@ -102,7 +102,7 @@ def _is_around(folder: Path) -> bool:
     return folder.is_symlink() and any(passed.resolve().is_relative_to(folder.resolve()) for passed in folder.parents)
 
 
-def _recognise(path: Path, *, root: Path, present: set[Path], pages: set[Path]) -> SourceFile | None:
+def _recognise(path: Path, *, root: Path, present: dict[tuple[Path, str], Path], pages: set[Path]) -> SourceFile | None:
     if path.name == PAGE_FILE:
         return SourceFile(path, make_key(path.parent, root=root), "page")
     task = TASK_OF_SUFFIX.get(path.suffix.lower().removeprefix("."))
@@ -111,8 +111,14 @@ def _recognise(path: Path, *, root: Path, present: set[Path], pages: set[Path]) 
     if task == "text":
         has_images = path.suffix.lower() in (".md", ".html", ".htm") and bool(_page_images(path))
         return SourceFile(path, make_key(path.with_suffix(""), root=root), "page" if has_images else "text")
-    sidecar = next((s for s in (path.with_suffix(".json"), path.with_suffix(".txt")) if s in present), None)
-    return SourceFile(path, make_key(path.with_suffix(""), root=root), task, sidecar)
+    stem = path.with_suffix("")
+    sidecar = present.get((stem, ".json")) or present.get((stem, ".txt"))
+    return SourceFile(path, make_key(stem, root=root), task, sidecar)
+
+
+def _stem_and_suffix(path: Path) -> tuple[Path, str]:
+    """A camera's A.PNG and A.TXT are a pair as a.png and a.txt are."""
+    return path.with_suffix(""), path.suffix.lower()
 
 
 def make_key(path: Path, *, root: Path) -> str:
@@ -151,14 +157,14 @@ def _load_media(source: SourceFile, *, language: str) -> Sample:
     text = _read_text(source.sidecar).strip()
     field = "transcript" if source.task == "audio" else "captions"
     raw: dict = {"task": source.task, "language": language}
-    if source.sidecar.suffix == ".json":
+    if source.sidecar.suffix.lower() == ".json":
         raw |= _parse_json(text, path=source.sidecar)
     else:
         raw[field] = text if source.task == "audio" else [{"language": language, "text": text}]
     meta = meta_from_json(raw | {"task": source.task}, where=str(source.sidecar))
     words = [meta.transcript or ""] if source.task == "audio" else [caption.text for caption in meta.captions]
     if not words or not all(text.strip() for text in words):
-        empty = f"`{field}` is missing, or has no words" if source.sidecar.suffix == ".json" else "it is empty"
+        empty = f"`{field}` is missing, or has no words" if source.sidecar.suffix.lower() == ".json" else "it is empty"
         raise DataError(f"{source.sidecar}: {empty}. It says what {source.path.name} holds.")
     suffix = source.path.suffix.lower().removeprefix(".")
     return Sample(source.key, meta, (Media(suffix, source.path.read_bytes()),))

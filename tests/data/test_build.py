@@ -135,6 +135,23 @@ def test_two_files_with_one_key_are_refused(tmp_path: Path, media_writers: tuple
         build(tmp_path / "mine", tmp_path / "out")
 
 
+def test_the_case_of_a_suffix_decides_nothing(tmp_path: Path, media_writers: tuple) -> None:
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    for name, text in (("A.TXT", "a cat"), ("B.JSON", '{"captions": [{"language": "en", "text": "a dog"}]}'),
+                       ("C.txt", "a cow"), ("D.Txt", "a hen"), ("E.TXT", "words alone")):
+        (mine / name).write_text(text, "utf-8")
+    for name in ("A.PNG", "B.png", "C.PNG", "D.Png"):
+        media_writers[0](mine / "picture.png")
+        (mine / "picture.png").rename(mine / name)
+    corpus = build(mine, tmp_path / "out")
+    said = {ref.key: corpus.read(ref).meta.captions[0].text for ref in corpus.samples("image")}
+    assert said == {"A": "a cat", "B": "a dog", "C": "a cow", "D": "a hen"} and keys(corpus, "text") == ["E"]
+    (mine / "A.txt").write_text("another one", "utf-8")
+    with pytest.raises(DataError, match="same key A"):
+        build(mine, tmp_path / "again")
+
+
 @pytest.mark.parametrize("prepare", [lambda p: None, lambda p: p.mkdir()])
 def test_a_missing_or_empty_source_is_refused(tmp_path: Path, prepare: object) -> None:
     prepare(tmp_path / "mine")

@@ -3,14 +3,19 @@
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import functools
+import glob
 import hashlib
 import itertools
 import json
 import math
+import os
+import re
 import secrets
 import shutil
+import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -28,6 +33,7 @@ from ernie5.tokenizers.bundle import load_tokenizers
 MANIFEST = "manifest.json"
 FORMAT = 1
 PROBLEMS_SHOWN = 8
+LEFTOVER = re.compile(r"\.(?P<what>partial|replaced)-(?P<process>\d+)-[0-9a-f]{8}-(?P<host>.+)")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +75,11 @@ def build_corpus(options: BuildOptions) -> BuildReport:
     EnvironmentFault where the disk refuses.
     """
     _check_limits(options)
+    out = options.out.resolve()  # `.` gets its name, and a link goes on pointing where it does
+    _remove_leftovers(out)
     _check_place(options)
     scan = scan_folder(options.source)
-    out = options.out.resolve()  # `.` gets its name, and a link goes on pointing where it does
-    partial = out.with_name(f"{out.name}.partial-{secrets.token_hex(4)}")
+    partial = out.with_name(f"{out.name}.partial-{os.getpid()}-{secrets.token_hex(4)}-{_host()}")
     try:
         partial.mkdir(parents=True)
         report = _write_shards(scan, options=options, folder=partial)
@@ -133,6 +140,37 @@ def _put(written: Path, *, place: Path) -> None:
             old.rename(place)
     if old.exists():
         shutil.rmtree(old)
+
+
+def _remove_leftovers(out: Path) -> None:
+    """Remove what builds of `out` that were killed on this host left beside it. The shards that one was about to
+    replace get their name back if nothing has come into their place."""
+    for path in out.parent.glob(f"{glob.escape(out.name)}.*"):
+        match = LEFTOVER.fullmatch(path.name.removeprefix(out.name))
+        if match is None or match["host"] != _host() or _is_running(int(match["process"])):
+            continue
+        if match["what"] == "replaced" and not out.exists():
+            with contextlib.suppress(OSError):
+                path.rename(out)
+            continue
+        shutil.rmtree(path, ignore_errors=True)
+
+
+def _host() -> str:
+    """Where the number of a process means that process: a host, and on Linux a container of it."""
+    with contextlib.suppress(OSError):
+        return f"{socket.gethostname()}-{os.stat('/proc/self/ns/pid').st_ino}"
+    return socket.gethostname()
+
+
+def _is_running(process: int) -> bool:
+    try:
+        os.kill(process, 0)
+    except ProcessLookupError:
+        return False
+    except OSError:  # somebody else's
+        return True
+    return True
 
 
 def _write_shards(scan: Scan, *, options: BuildOptions, folder: Path) -> BuildReport:

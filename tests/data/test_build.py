@@ -7,6 +7,9 @@ import hashlib
 import json
 import os
 import re
+import signal
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -365,6 +368,51 @@ def test_force_keeps_the_old_shards_where_the_new_ones_cannot_take_their_place(
         build(user_folder, out, force=True)
     assert {path.name: path.read_bytes() for path in out.iterdir()} == before
     assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"]
+
+
+@pytest.mark.parametrize("killed_in", ["_write_shards", "_put"])
+def test_what_a_killed_build_left_goes_with_the_next_one_and_that_of_others_stays(
+    user_folder: Path, tmp_path: Path, killed_in: str
+) -> None:
+    out = tmp_path / "out"
+    build(user_folder, out)
+    kill = f"""
+import os, pathlib, signal, shutil
+from ernie5.data import build
+def end(*_, **__): os.kill(os.getpid(), signal.SIGKILL)
+build.{killed_in} = end if {killed_in!r} != "_put" else build._put
+build.shutil.rmtree = end  # when the new shards are in place, and the old ones not yet gone
+build.build_corpus(build.BuildOptions(source=pathlib.Path({str(user_folder)!r}), out=pathlib.Path({str(out)!r}),
+                                      progress=False, force=True))
+"""
+    ended = subprocess.run([sys.executable, "-c", kill], env={**os.environ, "OMP_NUM_THREADS": "1"}, check=False)
+    assert ended.returncode == -signal.SIGKILL
+    (left,) = (path for path in tmp_path.iterdir() if path.name.startswith("out."))
+    number = left.name.split("-")[1]
+    alive, far = (tmp_path / left.name.replace(number, str(os.getpid())), tmp_path / f"{left.name}x")
+    kept = (alive, far, tmp_path / "out.partial-mine", tmp_path / f"outer{left.name.removeprefix('out')}")
+    for path in kept:
+        path.mkdir()
+    build(user_folder, out, force=True)
+    assert sorted(path.name for path in tmp_path.iterdir()) == sorted(("mine", "out", *(path.name for path in kept)))
+
+
+def test_shards_that_a_killed_build_was_about_to_replace_get_their_name_back(
+    user_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    out = tmp_path / "out"
+    build(user_folder, out)
+    ended = subprocess.run([sys.executable, "-c", f"""
+import os, pathlib, signal
+from ernie5.data import build
+name = f"out.replaced-{{os.getpid()}}-0123abcd-{{build._host()}}"
+pathlib.Path({str(out)!r}).rename(pathlib.Path({str(tmp_path)!r}, name))
+"""], check=False)
+    assert ended.returncode == 0 and not out.exists()
+    monkeypatch.setattr("ernie5.data.build._write_shards", lambda *_, **__: pytest.fail("hours of work for nothing"))
+    with pytest.raises(DataError, match="out exists"):
+        build(user_folder, out)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["mine", "out"] and (out / "manifest.json").is_file()
 
 
 def test_the_output_may_be_a_link_to_a_folder(user_folder: Path, tmp_path: Path) -> None:

@@ -25,6 +25,12 @@ def torch_draws_of(*parts: int | str) -> torch.Generator:
     return torch.Generator().manual_seed(key_of(*parts))
 
 
+def torch_seed(seed: int) -> int:
+    """`seed` for a torch generator, which on CPUs takes the lowest 32 bits alone: itself where it fits into them, else
+    a number there that depends on every bit."""
+    return seed if 0 <= seed < 2**32 else key_of("seed", seed) % 2**32
+
+
 def permutation_of(count: int, *parts: int | str) -> np.ndarray:
     """A permutation of 0..count-1 keyed by `parts`, int64 [count]."""
     return np.random.Generator(np.random.PCG64(key_of(*parts))).permutation(count)

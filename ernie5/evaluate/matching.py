@@ -7,10 +7,12 @@ from collections.abc import Sequence
 import numpy as np
 import torch
 
+from ernie5.data.draws import torch_seed
+
 
 def other_indices(count: int, *, seed: int) -> list[int]:
     """For every item another one, drawn evenly from the rest by `seed`; needs at least two items."""
-    generator = torch.Generator().manual_seed(seed)
+    generator = torch.Generator().manual_seed(torch_seed(seed))
     shifts = torch.randint(1, max(count, 2), (count,), generator=generator)
     return [(index + int(shift)) % count for index, shift in enumerate(shifts)]
 

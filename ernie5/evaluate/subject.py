@@ -10,6 +10,7 @@ import torch
 from ernie5.data.collate import Layout, collate_rows
 from ernie5.data.config import DataConfig
 from ernie5.data.document import Document, cut_text
+from ernie5.data.draws import torch_seed
 from ernie5.data.examples import POOLS
 from ernie5.data.samples import Sample
 from ernie5.data.shards import Corpus, SampleRef
@@ -44,7 +45,7 @@ class Subject:
         """`count` samples (0: all) drawn evenly by the seed, in the order of their keys."""
         refs = self.refs(task, split=split)
         if 0 < count < len(refs):
-            generator = torch.Generator().manual_seed(self.config.seed)
+            generator = torch.Generator().manual_seed(torch_seed(self.config.seed))
             chosen = sorted(torch.randperm(len(refs), generator=generator)[:count].tolist())
             refs = tuple(refs[index] for index in chosen)
         return [self.corpus.read(ref) for ref in refs]
@@ -62,7 +63,8 @@ class Subject:
     def shuffled(self, task: str, *, split: str) -> Iterator[Sample]:
         """All samples in an order drawn by the seed, read one by one, so that any beginning stands for the whole."""
         refs = self.refs(task, split=split)
-        for index in torch.randperm(len(refs), generator=torch.Generator().manual_seed(self.config.seed)).tolist():
+        generator = torch.Generator().manual_seed(torch_seed(self.config.seed))
+        for index in torch.randperm(len(refs), generator=generator).tolist():
             yield self.corpus.read(refs[index])
 
     def documents(self, task: str, *, split: str, count: int, has_draws: bool = False) -> list[Document]:

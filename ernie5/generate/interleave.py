@@ -13,6 +13,7 @@ import torch
 
 from ernie5.data.config import DataConfig
 from ernie5.data.document import Document
+from ernie5.data.draws import torch_seed
 from ernie5.data.examples import ExampleMaker, PromptPart, shapes_of
 from ernie5.data.patches import SIDE
 from ernie5.errors import CheckpointError, TokenizerError
@@ -107,7 +108,7 @@ class Generation:
                 for part in self._parts(len(documents))
                 for row in generate_text(
                     documents[part], decoder=self.decoder, limits=limits, sampling=sampling,
-                    seed=config.seed + part.start,
+                    seed=torch_seed(config.seed) + part.start,
                 )
             ]
         return [self.tokenizers.text.decode(row, exact=False) for row in ids]
@@ -132,7 +133,7 @@ class Generation:
             documents, plain = self._conditioned(prompts[part], target="audio", speakers=speakers[part])
             choice = CodeChoice(
                 Sampling(config.audio_temperature, config.top_k, config.top_p), config.max_audio_frames,
-                guidance=config.audio_guidance, seed=config.seed + part.start,
+                guidance=config.audio_guidance, seed=torch_seed(config.seed) + part.start,
             )
             spoken += generate_speech(documents, unconditional=plain, decoder=self.decoder, choice=choice)
         spoken = [_beside(self.tokenizers.audio, values=codes) for codes in spoken]
@@ -143,7 +144,7 @@ class Generation:
         results = []
         for part in self._parts(len(prompts)):
             documents, plain = self._conditioned(prompts[part], target=target, speakers=[None] * len(prompts[part]))
-            choice = BitChoice(config.bit_temperature, config.guidance, config.seed + part.start)
+            choice = BitChoice(config.bit_temperature, config.guidance, torch_seed(config.seed) + part.start)
             if canvas.is_video:
                 latents = generate_videos(documents, unconditional=plain, decoder=self.decoder, canvas=canvas,
                                           choice=choice)

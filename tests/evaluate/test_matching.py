@@ -14,6 +14,11 @@ def test_the_other_item_is_never_the_item_itself(count: int) -> None:
     assert len(others) == count and all(0 <= o < count and o != i for i, o in enumerate(others))
 
 
+def test_every_bit_of_a_seed_counts() -> None:
+    drawn = [matching.other_indices(1000, seed=seed) for seed in (3, 3 + 2**32, 3 + 2**62)]
+    assert drawn[0] != drawn[1] != drawn[2] != drawn[0]
+
+
 def test_warping_forgives_a_slower_speaker_but_not_another_sentence() -> None:
     word = torch.randn(9, 5, generator=torch.Generator().manual_seed(0))
     slow = word.repeat_interleave(2, dim=0)

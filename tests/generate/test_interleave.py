@@ -71,6 +71,24 @@ def test_equal_seeds_draw_equal_pictures_and_other_seeds_others(world: object) -
     assert not torch.equal(first, other)
 
 
+@pytest.mark.parametrize("media", ["text", "image", "audio"])
+def test_every_bit_of_a_seed_counts(world: object, media: str) -> None:
+    config = dataclasses.replace(world.generation.config, bit_temperature=1.0, temperature=1.0, audio_temperature=1.0)
+    prompts = [(PromptPart(text="a red ball"),)] * 2
+
+    def made(seed: int) -> list:
+        drawn = world.generation.with_config(dataclasses.replace(config, seed=seed))
+        if media == "text":
+            return drawn.write(prompts)
+        if media == "image":
+            return drawn.draw(prompts).tolist()
+        return [spoken.codes.tolist() for spoken in drawn.speak(prompts, speakers=[None, None])]
+
+    seeds = (5, 5 + 2**32, 5 + 2**33, 5 + 2**62)
+    results = [made(seed) for seed in seeds]
+    assert all(results.count(result) == 1 for result in results)
+
+
 def test_a_gallery_holds_every_task_with_files_that_exist(world: object, tmp_path: Path) -> None:
     size = GallerySize(pictures=2, clips=2, speeches=2, texts=1)
     write_samples(tmp_path, generation=world.generation, data=world.data, step=7, size=size)

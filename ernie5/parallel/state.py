@@ -122,15 +122,16 @@ def join_processes(device: torch.device) -> None:
         return
     backend = "nccl" if device.type == "cuda" else "gloo"
     if "RANK" in os.environ and "MASTER_ADDR" in os.environ:
-        with _signals_end_at_once():
+        with signals_end_at_once():
             dist.init_process_group(backend)
     else:
         dist.init_process_group(backend, store=dist.HashStore(), rank=0, world_size=1)
 
 
 @contextlib.contextmanager
-def _signals_end_at_once() -> Iterator[None]:
-    """For a call into torch that may wait half an hour: Python's handlers would run after it alone."""
+def signals_end_at_once() -> Iterator[None]:
+    """SIGINT and SIGTERM end this process inside: for calls into torch that may wait half an hour, after which alone
+    Python's handlers would run."""
     if threading.current_thread() is not threading.main_thread():  # others may not set handlers
         yield
         return

@@ -30,7 +30,7 @@ from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.observe.standing import list_ranks
 from ernie5.parallel.probe import Link, measure_axes, measure_links
 from ernie5.parallel.rendezvous import meet
-from ernie5.parallel.state import join_processes
+from ernie5.parallel.state import join_processes, signals_end_at_once
 from ernie5.train.build import choose_device
 from ernie5.train.config import RootConfig
 
@@ -53,7 +53,11 @@ class Preflight:
 
     def run(self) -> None:
         """All checks in order; collective. Raises LayoutError, ConfigError, EnvironmentFault or PeerError on every
-        rank; leaves the process group to the engine."""
+        rank; leaves the process group to the engine. SIGINT and SIGTERM end it at once: every check waits for ranks."""
+        with signals_end_at_once():
+            self._check_all()
+
+    def _check_all(self) -> None:
         world_size = int(os.environ.get("WORLD_SIZE", "1"))
         self.config.derive_dp(world_size)
         dims = self.config.parallel.derive_dims(world_size, kv_heads=self.config.model.kv_heads)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import os
+import signal
 import socket
 import subprocess
 import sys
@@ -38,6 +39,26 @@ def results(repository: Path, tmp_path_factory: pytest.TempPathFactory) -> list[
     said = [rank.communicate(timeout=300)[1] for rank in ranks]
     assert [rank.returncode for rank in ranks] == [0] * SIZE, said
     return [json.loads((folder / f"rank{rank}.json").read_text("utf-8")) for rank in range(SIZE)]
+
+
+@pytest.mark.parametrize("number", (signal.SIGTERM, signal.SIGINT), ids=lambda number: number.name)
+def test_a_signal_ends_a_rank_that_waits_for_the_others(
+    repository: Path, tmp_path: Path, number: signal.Signals
+) -> None:
+    """Ctrl-C was seen when two minutes were over."""
+    settings = ("engine.kind=grid", f"train.run_dir={tmp_path / 'run'}", "batch.micro_sequences=1")
+    command = [sys.executable, "-m", "ernie5", "train", "--preflight", "configs/pretrain/debug.yaml", *settings]
+    with socket.create_server(("127.0.0.1", 0)) as server:  # which says nothing
+        told = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "MASTER_ADDR": "127.0.0.1", "OMP_NUM_THREADS": "1",
+                "MASTER_PORT": str(server.getsockname()[1])}
+        with subprocess.Popen(command, env={**os.environ, **told}, cwd=repository) as child:
+            try:
+                server.settimeout(120)
+                server.accept()[0].recv(1)
+                child.send_signal(number)
+                assert child.wait(timeout=60) == -number
+            finally:
+                child.kill()
 
 
 def test_ranks_that_do_not_come_are_named_beside_those_that_did(results: list[dict]) -> None:

@@ -38,19 +38,19 @@ class Metrics:
         self._flush_every_steps = flush_every_steps
         self._pending: list[Figures] = []
 
-    def record(self, figures: Figures) -> tuple[MetricRow, ...]:
-        """Keep the figures of a step; returns the rows that were written now (empty while they are kept)."""
+    def record(self, figures: Figures) -> None:
+        """Keep the figures of a step until it is time to write them."""
         self._pending.append(figures)
-        return self.flush() if len(self._pending) >= self._flush_every_steps else ()
+        if len(self._pending) >= self._flush_every_steps:
+            self.flush()
 
-    def flush(self) -> tuple[MetricRow, ...]:
-        """Read every pending tensor, write the rows, and return them."""
+    def flush(self) -> None:
+        """Read every pending tensor and write the rows."""
         rows = _read(self._pending)
         self._pending = []
         for row in rows:
             for sink in self._sinks:
                 sink.write(row)
-        return rows
 
     def go_back(self, step: int) -> None:
         """Forget every figure of the steps after `step`."""

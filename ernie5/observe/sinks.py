@@ -1,4 +1,4 @@
-"""Where figures go: metrics.jsonl always, TensorBoard and Weights & Biases on request. Their one home."""
+"""Where figures go: metrics.jsonl and the log always, TensorBoard and Weights & Biases on request. Their one home."""
 
 from __future__ import annotations
 
@@ -123,6 +123,27 @@ class WandbSink(Sink):
         self._run.finish()
 
 
+class LogSink(Sink):
+    """A line of the log for every `every`-th step and for the last one, `steps`."""
+
+    def __init__(self, *, every: int, steps: int) -> None:
+        self._every, self._steps = every, steps
+
+    def write(self, row: MetricRow) -> None:
+        """Say it, if it is one of those steps."""
+        if row.step % self._every == 0 or row.step == self._steps:
+            get_log().info(
+                "step %d: loss %.4f, gradient norm %.3f, %.0f tokens/s",
+                row.step, row.value("loss"), row.value("grad_norm"), row.value("tokens_per_second"),
+            )
+
+    def go_back(self, step: int) -> None:
+        """What was said stays."""
+
+    def close(self) -> None:
+        """Nothing is left to say."""
+
+
 def check_sinks(config: ObserveConfig) -> None:
     """Raise EnvironmentFault where a sink lacks its package: before an earlier run's figures are cleared or cut."""
     if config.wandb:
@@ -140,13 +161,14 @@ def _import_wandb() -> types.ModuleType:
     return wandb
 
 
-def open_sinks(config: ObserveConfig, *, run_dir: Path, last_step: int = 0) -> tuple[Sink, ...]:
-    """All sinks of a run that resumes after `last_step` (0: fresh). Call on one rank only."""
+def open_sinks(config: ObserveConfig, *, run_dir: Path, steps: int, last_step: int = 0) -> tuple[Sink, ...]:
+    """All sinks of a run of `steps` that resumes after `last_step` (0: fresh). Call on one rank only."""
     sinks: list[Sink] = [JsonlSink(run_dir / "metrics.jsonl", last_step=last_step)]
     if config.tensorboard:
         sinks.append(TensorBoardSink(run_dir / "tensorboard", last_step=last_step))
     if config.wandb:
         sinks.append(WandbSink(run_dir, project=config.wandb_project))
+    sinks.append(LogSink(every=config.log_every_steps, steps=steps))
     return tuple(sinks)
 
 

@@ -204,7 +204,8 @@ def build_hooks(
     )
     if engine.is_main:
         keep_until_step(run_dir / ROUTING_FILE, last_step=last_step)
-    sinks = open_sinks(config.observe, run_dir=run_dir, last_step=last_step) if engine.is_main else ()
+    steps = config.train.steps
+    sinks = open_sinks(config.observe, run_dir=run_dir, steps=steps, last_step=last_step) if engine.is_main else ()
     metrics = Metrics(sinks, flush_every_steps=config.observe.flush_every_steps)
     dtype = torch.bfloat16 if config.engine.precision == "bf16" else torch.float32
     rate = matrix_rate(
@@ -232,7 +233,7 @@ def build_hooks(
             objectives=config.objectives,
         ),
         routing,
-        RecordHook(board, metrics=metrics, log_every=config.observe.log_every_steps),
+        RecordHook(board, metrics=metrics),
         AlarmHook(
             config.observe.alarms,
             progression=progression,

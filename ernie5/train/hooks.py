@@ -16,7 +16,6 @@ from ernie5.engine.interface import Engine, StepSums
 from ernie5.objectives.config import ObjectivesConfig
 from ernie5.objectives.mix import mean_losses, weighted_loss
 from ernie5.observe.experts import bias_spread, summarise_loads
-from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Figures, Metrics
 from ernie5.observe.sinks import keep_until_step
 from ernie5.observe.throughput import MatrixRate, step_speed
@@ -132,19 +131,14 @@ class RoutingHook(Hook):
 
 
 class RecordHook(Hook):
-    """Writes the figures to the sinks, and a line of the log now and then."""
+    """Writes the figures to the sinks."""
 
-    def __init__(self, board: FiguresBoard, *, metrics: Metrics, log_every: int) -> None:
-        self._board, self._metrics, self._log_every = board, metrics, log_every
+    def __init__(self, board: FiguresBoard, *, metrics: Metrics) -> None:
+        self._board, self._metrics = board, metrics
 
     def after_step(self, context: StepContext) -> None:
         """Hand the figures over."""
-        for row in self._metrics.record(self._board.current):
-            if row.step % self._log_every == 0 or context.is_last:
-                get_log().info(
-                    "step %d: loss %.4f, gradient norm %.3f, %.0f tokens/s",
-                    row.step, row.value("loss"), row.value("grad_norm"), row.value("tokens_per_second"),
-                )
+        self._metrics.record(self._board.current)
 
     def finish(self) -> None:
         """Flush and close the sinks."""

@@ -98,7 +98,7 @@ def test_numbers_keep_full_precision_and_nan_is_valid_json(tmp_path: Path) -> No
 
 
 def test_tensorboard_events_are_written_beside_the_jsonl(tmp_path: Path) -> None:
-    sinks = open_sinks(ObserveConfig(), run_dir=tmp_path, last_step=0)
+    sinks = open_sinks(ObserveConfig(), run_dir=tmp_path, steps=100)
     metrics = Metrics(sinks)
     figures = Figures(step=1)
     figures.add("loss/text", torch.tensor(2.5))

@@ -167,6 +167,14 @@ def test_the_state_in_memory_after_every_step_adds_no_line_of_routing_and_loses_
     assert count_choices(lines) == 2 * read_rows(run_dir)[-1]["tokens"]
 
 
+def test_steps_are_logged_whoever_writes_their_figures(world: Path, tmp_path: Path) -> None:
+    """Figures that a checkpoint hurried, or the copy in memory after every step, were in no line of the log."""
+    main([str(world / "run.yaml"), f"train.run_dir={tmp_path / 'run'}", "observe.flush_every_steps=5",
+          "observe.log_every_steps=3", "train.steps=7"])
+    log = (tmp_path / "run" / "log.txt").read_text("utf-8")
+    assert [step for step in range(1, 8) if f"INFO step {step}: loss" in log] == [3, 6, 7]
+
+
 def test_tokens_follow_the_batch_ramp_and_a_resume_inside_it_repeats_the_losses_bit_for_bit(
     world: Path, tmp_path: Path, read_rows: Callable
 ) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import sys
@@ -25,14 +26,15 @@ def open_log(run_dir: Path | None, *, rank: int = 0) -> logging.Logger:
     log = get_log()
     for handler in list(log.handlers):
         log.removeHandler(handler)
-        handler.close()
+        with contextlib.suppress(OSError):  # lines that the disk has not taken
+            handler.close()
     log.propagate = False
     log.setLevel(logging.INFO if rank == 0 else logging.WARNING)
     mark = "" if rank == 0 else f"[rank {rank}] "
     handlers: list[logging.Handler] = [_TerminalHandler()]
     if run_dir is not None:
         run_dir.mkdir(parents=True, exist_ok=True)
-        handlers.append(logging.FileHandler(run_dir / "log.txt", encoding="utf-8"))
+        handlers.append(_FileHandler(run_dir / "log.txt", encoding="utf-8"))
     for handler in handlers:
         handler.setFormatter(logging.Formatter(f"%(asctime)s {mark}%(levelname)s %(message)s", "%Y-%m-%d %H:%M:%S"))
         log.addHandler(handler)
@@ -48,6 +50,20 @@ class _TerminalHandler(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if not say(self.format(record), stream=sys.stderr):
             get_log().warning("nobody reads stderr any more: the log goes on in log.txt alone")
+
+
+class _FileHandler(logging.FileHandler):
+    """log.txt; a line that the disk does not take ends no run either, which is said once."""
+
+    _is_told = False
+
+    def handleError(self, record: logging.LogRecord) -> None:
+        error = sys.exc_info()[1]
+        if not isinstance(error, OSError):
+            super().handleError(record)
+        elif not self._is_told:
+            self._is_told = True
+            say(f"{self.baseFilename} cannot be written ({error.strerror}): the log goes on here", stream=sys.stderr)
 
 
 def say(text: str, *, stream: typing.TextIO) -> bool:

@@ -30,6 +30,20 @@ def test_opening_the_log_twice_does_not_double_its_lines(tmp_path: Path, capsys:
     assert "once" not in (tmp_path / "log.txt").read_text(encoding="utf-8")
 
 
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="a disk that is always full is Linux's")
+def test_a_disk_that_takes_no_line_is_said_once_and_ends_nothing(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "log.txt").symlink_to("/dev/full")
+    log = open_log(tmp_path)
+    for word in ("one", "two", "three"):
+        log.info(word)
+    open_log(None)
+    said = capsys.readouterr().err.splitlines()
+    assert len(said) == 4 and "Traceback" not in said[1], said
+    assert "log.txt cannot be written (No space left on device): the log goes on here" in said[1]
+
+
 def test_without_a_terminal_progress_is_a_plain_line_now_and_then(
     capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -15,14 +15,17 @@ for argument in "$@"; do
   case "$argument" in
     -h | --help) sed -n '2,6s/^# //p' "${BASH_SOURCE[0]}"; exit 0 ;;
     --from-scratch) from_scratch=yes ;;
-    train.run_dir=*) run_dir="${argument#*=}"; overrides+=("$argument") ;;
+    train.run_dir=*) run_dir="${argument#*=}"; run_dir="${run_dir/#~\//$HOME/}"; overrides+=("$argument") ;;
     *=*) overrides+=("$argument") ;;
     *) echo "ConfigError: quickstart.sh does not know '$argument'. It takes --from-scratch and settings a.b=c." >&2; exit 2 ;;
   esac
 done
+if ! refusal="$(mkdir -p "$run_dir" 2>&1)"; then
+  echo "ConfigError: train.run_dir=$run_dir cannot be a run directory (${refusal##*: }). Name another place." >&2
+  exit 2
+fi
 bash launch/install.sh
 export PATH="$root/.venv/bin:$PATH"
-mkdir -p "$run_dir"
 
 part() {  # name, command: runs it under a heading and notes the time it took for the report
   local name="$1" started=$SECONDS

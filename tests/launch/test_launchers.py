@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import types
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -156,3 +157,38 @@ def test_a_script_that_cannot_be_meant_so_ends_with_2(
     done = subprocess.run([shutil.which("bash"), str(repository / "launch" / script), *given], capture_output=True,
                           text=True, timeout=60, env={"PATH": str(tmp_path)})
     assert (done.returncode, done.stdout) == (2, "") and said in done.stderr
+
+
+@pytest.fixture
+def quickstart(repository: Path, tmp_path: Path) -> Callable[..., subprocess.CompletedProcess]:
+    """quickstart(setting) runs a copy of quickstart.sh whose programs do nothing, HOME being tmp_path/home."""
+    root = tmp_path / "root"
+    for name in ("launch/install.sh", ".venv/bin/ernie5", ".venv/bin/python"):
+        (root / name).parent.mkdir(parents=True, exist_ok=True)
+        (root / name).write_text("#!/bin/sh\n")
+        (root / name).chmod(0o755)
+    shutil.copy(repository / "launch" / "quickstart.sh", root / "launch")
+    (tmp_path / "home").mkdir()
+    told = {**os.environ, "HOME": str(tmp_path / "home")}
+
+    def run(setting: str) -> subprocess.CompletedProcess:
+        return subprocess.run(["bash", str(root / "launch" / "quickstart.sh"), setting], capture_output=True, text=True,
+                              env=told, check=False)
+
+    return run
+
+
+@pytest.mark.parametrize("place", ["", "launch/install.sh", "launch/install.sh/inside"])
+def test_the_quickstart_refuses_a_run_directory_that_can_be_none_in_one_line(
+    quickstart: Callable[..., subprocess.CompletedProcess], place: str
+) -> None:
+    done = quickstart(f"train.run_dir={place}")
+    assert done.returncode == 2 and done.stderr.count("\n") == 1, done.stderr
+    assert done.stderr.startswith(f"ConfigError: train.run_dir={place} cannot be a run directory (")
+
+
+def test_the_quickstart_takes_a_tilde_for_home_as_the_run_does(
+    quickstart: Callable[..., subprocess.CompletedProcess], tmp_path: Path
+) -> None:
+    assert quickstart("train.run_dir=~/mine").returncode == 0
+    assert (tmp_path / "home" / "mine" / "timings.jsonl").is_file() and not (tmp_path / "root" / "~").exists()

@@ -43,6 +43,7 @@ def deepspeed_config(
     if engine.offload_optimizer != "none":
         check_offload(engine, micro_batches=plan.micro_batches)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
+    bucket += bucket % 2  # stages 1 and 2 refuse odd ones
     result: dict[str, object] = {
         "train_micro_batch_size_per_gpu": plan.micro_sequences,
         "gradient_accumulation_steps": plan.micro_batches,

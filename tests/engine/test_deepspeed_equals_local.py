@@ -18,7 +18,7 @@ import torch
 
 from ernie5.engine import deepspeed_start
 from ernie5.engine.config import EngineConfig
-from ernie5.engine.deepspeed_config import check_combination
+from ernie5.engine.deepspeed_config import DeepSpeedPlan, check_combination, deepspeed_config
 from ernie5.engine.deepspeed_state import DeepSpeedState
 from ernie5.errors import NumericsError
 from ernie5.optim.config import OptimConfig
@@ -211,6 +211,13 @@ def test_muon_is_refused_in_no_stage_and_not_with_its_state_on_the_host() -> Non
     for stage in (1, 2, 3):
         check_combination(EngineConfig(zero_stage=stage, offload_optimizer="cpu"), optim=muon)
     check_combination(EngineConfig(zero_stage=2), optim=muon)
+
+
+@pytest.mark.parametrize("stage", [1, 2])
+def test_a_rank_of_an_odd_number_of_parameters_gets_even_buckets(stage: int) -> None:
+    plan = DeepSpeedPlan(1, 1, dp=1, num_params=11, layer_params=5, sub_group_elements=3, pin_memory=False)
+    told = deepspeed_config(EngineConfig(zero_stage=stage), optim=OptimConfig(), plan=plan)["zero_optimization"]
+    assert told["allgather_bucket_size"] == 12, "DeepSpeed's stages 1 and 2 assert that it is even"
 
 
 @pytest.mark.parametrize("stage", [1, 3])

@@ -141,7 +141,8 @@ class ParallelConfig(Config):
             )
         stage = dp * self.cp * self.tp
         if stage % (self.ep * self.etp):
-            axis, other = ("ep", self.etp) if self.ep >= self.etp else ("etp", self.ep)
+            axis = max(("ep", "etp"), key=lambda name: (stage % vars(self)[name] > 0, vars(self)[name]))
+            other = self.ep * self.etp // vars(self)[axis]
             whole = stage // other if stage % other == 0 else stage
             self._refuse(
                 axis,
@@ -155,6 +156,7 @@ class ParallelConfig(Config):
         """Check that the experts, heads and feed-forwards of `model` can be cut; raises LayoutError."""
         self._check_experts(model)
         self._check_stages(model)
+        self._check_rows_of_heads(model)
         if not _shares_heads(model, tp=self.tp):
             work = [degree for degree in range(1, model.query_heads + 1) if _shares_heads(model, tp=degree)]
             near = [*[degree for degree in work if degree < self.tp][-1:], *[d for d in work if d > self.tp][:1]]
@@ -221,13 +223,29 @@ class ParallelConfig(Config):
                 f"expert. {_nearest(width, wanted=self.etp)}",
             )
 
+    def _check_rows_of_heads(self, model: ModelConfig) -> None:
+        """What tp cuts as evenly as it goes must leave every rank something: DeepSpeed has no part of no elements."""
+        rows = {
+            "model.dense_width": model.dense_width if model.dense_layers or model.mtp.depth else self.tp,
+            "model.moe.shared_experts x expert_width": model.moe.shared_experts * model.moe.expert_width or self.tp,
+            "model.visual.bits": model.visual.bits if model.has_visual else self.tp,
+            "model.audio.codes + 1": model.audio.codes + 1 if model.has_audio else self.tp,
+        }
+        key = min(rows, key=rows.__getitem__)
+        if rows[key] < self.tp:
+            self._refuse(
+                "tp",
+                f"is more than {key} = {rows[key]}, which the tensor-parallel ranks share out. Each must hold at least "
+                f"one. Lower parallel.tp to at most {rows[key]}",
+            )
+
     def _check_stages(self, model: ModelConfig) -> None:
         if self.pp * self.vpp > model.layers:
             axis, other = ("pp", "vpp") if self.pp >= self.vpp else ("vpp", "pp")
             degree = vars(self)[other]
-            fits = f"{axis} {model.layers // degree} with {other} {degree}" if degree <= model.layers else (
-                f"pp {model.layers} with vpp 1"
-            )
+            fits = f"{axis} {model.layers // degree} with {other} {degree}"
+            if model.layers // degree < (2 if axis == "pp" and self.vpp > 1 else 1):
+                fits = f"pp {min(self.pp, model.layers)} with vpp 1"
             self._refuse(
                 axis,
                 f"pp x vpp = {self.pp} x {self.vpp} cuts the model into {self.pp * self.vpp} sections, and "

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 
 from ernie5.errors import LayoutError
-from ernie5.model.config import ModelConfig, MoEConfig
+from ernie5.model.config import AudioModelConfig, ModelConfig, MoEConfig, VisualModelConfig
 from ernie5.parallel.config import ParallelConfig
 from ernie5.parallel.deepep import require_deepep
 from ernie5.parallel.token_split import Splitter
@@ -22,6 +22,7 @@ MODEL = ModelConfig(moe=MoEConfig(num_experts=64, top_k=4, expert_width=96))
     [
         ({"ep": 3}, 4, r"ep = 3: ep x etp = 3 x 1 does not divide dp x cp x tp = 4.*work: 2, 4"),
         ({"etp": 4, "ep": 2}, 4, r"etp = 4: .*does not divide"),
+        ({"etp": 2, "ep": 3}, 3, r"etp = 2: ep x etp = 3 x 2 does not divide .* = 3,.*work: 1, or change"),
         ({"dp": 3}, 4, r"dp = 3: 4 processes were started.*Start 3 processes"),
         ({"ep": 8}, 4, r"ep = 8: .*Nearest degrees that work: 4, or change the number of processes"),
     ],
@@ -77,6 +78,7 @@ def test_ways_of_splitting_that_nothing_would_follow() -> None:
         ({"pp": 7}, r"pp = 7: .*7 sections.*model.layers = 6.*Nearest degrees that work: pp 6 with vpp 1"),
         ({"pp": 4, "vpp": 2}, r"pp = 4: .*8 sections.*work: pp 3 with vpp 2"),
         ({"pp": 2, "vpp": 4}, r"vpp = 4: .*8 sections.*work: vpp 3 with pp 2"),
+        ({"pp": 4, "vpp": 4}, r"pp = 4: .*16 sections.*work: pp 4 with vpp 1"),
         ({"pp": 8, "vpp": 8}, r"pp = 8: .*64 sections.*work: pp 6 with vpp 1"),
         ({"pp": 2, "stage_layers": (3, 4)}, r"stage_layers = .*7 layers, and model.layers = 6"),
     ],
@@ -85,6 +87,22 @@ def test_more_sections_than_layers(degrees: dict, message: str) -> None:
     with pytest.raises(LayoutError, match=message):
         ParallelConfig(**degrees).check_model(MODEL)
     assert MODEL.layers == 6
+
+
+@pytest.mark.parametrize(
+    "model,message",
+    [
+        (ModelConfig(visual=VisualModelConfig(bits=3)), r"tp = 4: is more than model.visual.bits = 3, .*at most 3"),
+        (ModelConfig(audio=AudioModelConfig(codes=2)), r"tp = 4: is more than model.audio.codes \+ 1 = 3, "),
+        (ModelConfig(dense_width=2), r"tp = 4: is more than model.dense_width = 2, "),
+        (ModelConfig(moe=MoEConfig(shared_experts=1, expert_width=3)), r"tp = 4: .*shared_experts x expert_width = 3, "),
+    ],
+)
+def test_more_tensor_ranks_than_rows_of_a_head(model: ModelConfig, message: str) -> None:
+    with pytest.raises(LayoutError, match=message):
+        ParallelConfig(tp=4).check_model(model)
+    ParallelConfig(tp=2).check_model(model)
+    ParallelConfig(tp=4).check_model(ModelConfig(modalities=("text",), visual=VisualModelConfig(bits=3)))
 
 
 @pytest.mark.parametrize("stage", [0, 2, 3])

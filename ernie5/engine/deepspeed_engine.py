@@ -231,6 +231,7 @@ class DeepSpeedEngine(Engine):
             return
         from deepspeed.runtime.zero.stage3 import unwrap_model_for_generation
 
+        self._engine.empty_partition_cache()  # a validation leaves weights on their way, which nobody would wait for
         with unwrap_model_for_generation(self._engine), self._layout.whole(self.model):
             yield
 

@@ -137,6 +137,7 @@ def main(path: str) -> None:
         results[stage] = two_steps(engine, rank=int(os.environ["RANK"]), ranks=job["ranks"])
         results[stage]["resident_elements"] = sum(p.numel() for p in engine.model.parameters())
         batch = make_batches([1], seed=7)[0]
+        engine.evaluate_batch(batch)  # samples are drawn behind a validation
         with engine.whole_model(), torch.no_grad():
             if engine.is_main:  # the other rank does nothing here: no collective may be left in the model
                 results[stage]["hidden_by_hand"] = engine.model(batch).text_hidden

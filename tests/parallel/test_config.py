@@ -95,7 +95,7 @@ def test_more_sections_than_layers(degrees: dict, message: str) -> None:
         (ModelConfig(visual=VisualModelConfig(bits=3)), r"tp = 4: is more than model.visual.bits = 3, .*at most 3"),
         (ModelConfig(audio=AudioModelConfig(codes=2)), r"tp = 4: is more than model.audio.codes \+ 1 = 3, "),
         (ModelConfig(dense_width=2), r"tp = 4: is more than model.dense_width = 2, "),
-        (ModelConfig(moe=MoEConfig(shared_experts=1, expert_width=3)), r"tp = 4: .*shared_experts x expert_width = 3, "),
+        (ModelConfig(moe=MoEConfig(shared_experts=1, expert_width=3)), r"tp = 4: .*shared.* x expert_width = 3, "),
     ],
 )
 def test_more_tensor_ranks_than_rows_of_a_head(model: ModelConfig, message: str) -> None:

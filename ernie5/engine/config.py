@@ -78,6 +78,32 @@ class EngineConfig(Config):
                 f"only DeepSpeed's ZeRO moves optimizer state, and the engine is {self.kind} with zero_stage "
                 f"{self.zero_stage}. Set kind: deepspeed and zero_stage: 1, 2 or 3, or offload_optimizer: none",
             )
+        if self.kind == "deepspeed" and self.recompute != "none" and self.zero_stage == 0 and self.precision == "bf16":
+            self.fail(
+                "recompute",
+                "stage 0 runs each pass on bf16 copies of fp32 weights, which no longer exist when backward repeats a "
+                "part. Set engine.zero_stage: 1",
+            )
+
+    def check_device(self, name: str) -> None:
+        """Refuse what the device of a run ("cpu", "cuda") makes pointless."""
+        if self.offload_activations and name == "cpu":
+            self.fail(
+                "offload_activations",
+                f"the device of this run is {name}, and activations are in its memory already. Set "
+                "engine.offload_activations: [] or run on a GPU",
+            )
+
+    def check_micro_batches(self, count: int) -> None:
+        """Refuse so many micro-batches per rank where their gradients would be added up in bf16: ZeRO-1 adds them up
+        where autograd leaves them. (Stages 2 and 3 have fp32 pieces of their own for that.)"""
+        is_on_host = self.kind == "deepspeed" and self.offload_optimizer != "none"
+        if is_on_host and self.precision == "bf16" and self.zero_stage == 1 and count > 1:
+            self.fail(
+                "offload_optimizer",
+                f"with bf16 weights, zero_stage {self.zero_stage} would add up the gradients of {count} micro-batches "
+                "in bf16. Set engine.zero_stage: 2 or 3, or a batch of one micro-batch per rank",
+            )
 
     @property
     def recomputed_parts(self) -> tuple[str, ...]:

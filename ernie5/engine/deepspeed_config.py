@@ -1,14 +1,10 @@
-"""The DeepSpeed configuration of a run, and the settings DeepSpeed cannot keep its promise for, refused.
-
-Torch-free, so that a test can compare it with a golden text and `--validate` can refuse early.
-"""
+"""The DeepSpeed configuration of a run. Torch-free, so that a test can compare it with a golden text."""
 
 from __future__ import annotations
 
 import dataclasses
 
 from ernie5.engine.config import EngineConfig
-from ernie5.errors import ConfigError
 from ernie5.optim.config import OptimConfig
 
 BUCKET_ELEMENTS = 50_000_000
@@ -39,9 +35,8 @@ def deepspeed_config(
     the model: stage 2 allocates them whole. In bf16, DeepSpeed would add up the gradients of stage 0 in bf16: it then
     holds fp32 parameters, the step runs on copies.
     """
-    check_combination(engine, optim=optim)
-    if engine.offload_optimizer != "none":
-        check_offload(engine, micro_batches=plan.micro_batches)
+    optim.check_engine(kind="deepspeed", precision=engine.precision)
+    engine.check_micro_batches(plan.micro_batches)
     bucket = min(BUCKET_ELEMENTS, max(plan.num_params, 1))
     bucket += bucket % 2  # stages 1 and 2 refuse odd ones
     result: dict[str, object] = {
@@ -97,27 +92,3 @@ def _offload(engine: EngineConfig, *, pin_memory: bool) -> dict[str, object]:
     if engine.offload_optimizer == "none":
         return {}
     return {"offload_optimizer": {"device": "cpu", "pin_memory": pin_memory}}
-
-
-def check_offload(engine: EngineConfig, *, micro_batches: int) -> None:
-    """Refuse the case in which gradients would be added up in bf16: stage 1 adds them up where autograd leaves them.
-    (Stages 2 and 3 have fp32 pieces of their own for that.)"""
-    if engine.precision == "bf16" and engine.zero_stage == 1 and micro_batches > 1:
-        engine.fail(
-            "offload_optimizer",
-            f"with bf16 weights, zero_stage {engine.zero_stage} would add up the gradients of {micro_batches} "
-            "micro-batches in bf16. Set engine.zero_stage: 2 or 3, or a batch of one micro-batch per rank",
-            error=ConfigError,
-        )
-
-
-def check_combination(engine: EngineConfig, *, optim: OptimConfig) -> None:
-    """Refuse what DeepSpeed runs with other results than the local engine."""
-    optim.check_engine(kind="deepspeed", precision=engine.precision)
-    if engine.recompute != "none" and engine.zero_stage == 0 and engine.precision == "bf16":
-        engine.fail(
-            "recompute",
-            "stage 0 runs each pass on bf16 copies of fp32 weights, which no longer exist when backward repeats a "
-            "part. Set engine.zero_stage: 1",
-            error=ConfigError,
-        )

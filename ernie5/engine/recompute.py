@@ -16,7 +16,6 @@ from torch.autograd.graph import saved_tensors_hooks
 from torch.utils.checkpoint import checkpoint
 
 from ernie5.engine.config import EngineConfig
-from ernie5.errors import ConfigError
 from ernie5.model.block import DenseBlock, MoEBlock
 from ernie5.model.interfaces import Parcels
 from ernie5.model.moe.layer import MoELayer
@@ -28,13 +27,7 @@ def install_recompute(model: torch.nn.Module, *, engine: EngineConfig, device: t
     """Exchange the parts that `engine` names for forms that repeat or move their activations. After the layout has been
     applied, so that the collectives of a part are repeated with it. Raises ConfigError for what cannot be done here.
     """
-    if engine.offload_activations and device.type == "cpu":
-        engine.fail(
-            "offload_activations",
-            f"the device of this run is {device}, and activations are in its memory already. Set "
-            "engine.offload_activations: [] or run on a GPU",
-            error=ConfigError,
-        )
+    engine.check_device(device.type)
     for name in engine.recomputed_parts:
         repeat_part(model, name=name)
     for name in engine.offload_activations:

@@ -70,6 +70,7 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None, fr
     world_size = int(os.environ.get("WORLD_SIZE", "1"))
     dp = config.derive_dp(world_size)
     device = choose_device(config.engine.device)
+    config.engine.check_device(device.type)
     keep_freed_memory()
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)

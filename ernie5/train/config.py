@@ -258,4 +258,5 @@ class RootConfig(Config):
             self.fail("engine.kind", f"{world_size} processes were started, and the local engine is one. Use deepspeed")
         dims = self.parallel.derive_dims(world_size, kv_heads=self.model.kv_heads)
         self.check_layout(dims.dp)
+        self.engine.check_micro_batches(self.batch.global_sequences // (dims.dp * self.batch.micro_sequences))
         return dims.dp

@@ -10,7 +10,7 @@ import pytest
 import torch
 
 from ernie5.engine.config import EngineConfig
-from ernie5.engine.deepspeed_config import DeepSpeedPlan, check_offload, deepspeed_config
+from ernie5.engine.deepspeed_config import DeepSpeedPlan, deepspeed_config
 from ernie5.engine.interface import MOMENT, PARAMETER, Engine
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.optim.config import OptimConfig
@@ -119,4 +119,4 @@ def test_what_would_train_otherwise_or_not_at_all_is_refused() -> None:
         with pytest.raises(ConfigError, match=f"the engine is {kind} with zero_stage {stage}"):
             EngineConfig(kind=kind, zero_stage=stage, offload_optimizer="cpu")
     with pytest.raises(ConfigError, match="gradients of 4 micro-batches in bf16"):
-        check_offload(EngineConfig(zero_stage=1, precision="bf16", offload_optimizer="cpu"), micro_batches=4)
+        EngineConfig(zero_stage=1, precision="bf16", offload_optimizer="cpu").check_micro_batches(4)

@@ -34,6 +34,18 @@ def test_chunks_shorter_than_the_look_ahead_are_refused_with_the_configuration(d
         load_config(debug, schema=RootConfig, overrides=(*changes, "model.mtp.depth=2"))
 
 
+def test_what_deepspeed_would_train_otherwise_is_refused_with_the_configuration(debug: Path) -> None:
+    """Not when ranks build their engines: one of them ends first, and the others speak of a lost peer."""
+    half = ("engine.kind=deepspeed", "engine.precision=bf16")
+    with pytest.raises(ConfigError, match=r"^engine.recompute = 'full': stage 0 runs .*Set engine.zero_stage: 1"):
+        load_config(debug, schema=RootConfig, overrides=(*half, "engine.zero_stage=0", "engine.recompute=full"))
+    on_host = (*half, "engine.zero_stage=1", "engine.offload_optimizer=cpu")
+    config = load_config(debug, schema=RootConfig, overrides=(*on_host, "batch.micro_sequences=1", "data.streams=4"))
+    assert config.derive_dp(4) == 4
+    with pytest.raises(ConfigError, match=r"^engine.offload_optimizer = 'cpu': .* 2 micro-batches"):
+        config.derive_dp(2)
+
+
 def test_a_name_without_a_path_is_answered_with_the_whole_configurations_of_that_name(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -63,15 +63,21 @@ class DeepSpeedState:
     def poison_gradient(self) -> None:
         """NaN into the gradient of the smallest parameter, wherever the stage keeps it; where gradients are on the
         host, into the norms that DeepSpeed took of them in backward, which alone it looks at."""
-        from deepspeed.utils import safe_set_full_grad
+        from deepspeed.utils import safe_set_full_grad, safe_set_local_grad
 
         if self._engine.zero_use_cpu_optimizer():
             norms = self._optimizer().norm_for_param_grads
             norms.update({key: torch.tensor(torch.nan) for key in norms})
             return
-        parameter = min(self._names.values(), key=lambda p: p.ds_numel if self._stage == 3 else p.numel())
-        shape = parameter.ds_shape if self._stage == 3 else parameter.shape
-        safe_set_full_grad(parameter, torch.full(shape, torch.nan, device=parameter.device))
+        if self._stage == 3:  # by pieces: a whole one does not reach over padding, where NaN would stay for good
+            parameter = min(self._names.values(), key=lambda p: p.ds_numel)
+            piece = torch.zeros(parameter.partition_numel(), device=parameter.device)
+            first = dist.get_rank(parameter.ds_process_group) * piece.numel()
+            piece[: max(0, parameter.ds_numel - first)] = torch.nan
+            safe_set_local_grad(parameter, piece)
+            return
+        parameter = min(self._names.values(), key=torch.Tensor.numel)
+        safe_set_full_grad(parameter, torch.full(parameter.shape, torch.nan, device=parameter.device))
 
     def forget_gradients(self) -> None:
         """After a step that was not applied. Stages 1 and 2 in bf16 with state on the host would keep what they have

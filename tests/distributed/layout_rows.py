@@ -33,6 +33,8 @@ MODELS: dict[str, dict] = {
     "rich": _RICH,
     "tied": {"query_heads": 4, "kv_heads": 2},
     "wide": {"query_heads": 4, "kv_heads": 4},
+    # two ranks cannot share the smallest parameters (norms) evenly, and all of them are an odd number of elements
+    "odd": {"qk_norm": False, "width": 33, "dense_width": 47, "visual": {"vit_width": 40}},
     "threes": {"query_heads": 3, "kv_heads": 3, "moe": {"num_experts": 9, "expert_width": 18}},
     # no two, three or four equal stages; multi-token prediction reads the embedding on the last stage, levels of audio
     # are read on several ones
@@ -73,7 +75,7 @@ class Row:
     parallel: degrees; stage: of ZeRO under DeepSpeed, None for the grid engine; case: what the routers are driven to;
     rows: of a step, each a micro-batch of `tokens`; tasks: of the even ones, and `others` of the odd ones; settings: of
     the engine; sub_group: elements that ZeRO 3 steps at a time; poison: fresh memory holds NaN; third: also save, load
-    and go on; is_local: the yardstick itself.
+    and go on; dropped: a step is accumulated and dropped between the two; is_local: the yardstick itself.
     """
 
     name: str
@@ -94,6 +96,7 @@ class Row:
     sub_group: int = 1_000_000_000
     poison: bool = False
     third: bool = False
+    dropped: bool = False
     count_bytes: bool = False
     measure: bool = False
     is_local: bool = False
@@ -149,6 +152,8 @@ QUICK = [
         row("ep2-zero3", ep=2, stage=3, third=True),
         row("ep2-one-rank", ep=2, case="one_rank"),
         row("ep2-one-rank-full", ep=2, case="one_rank", settings=FULL),
+        row("zero1-odd-dropped", stage=1, model="odd", dropped=True),
+        row("zero3-odd-dropped", stage=3, model="odd", dropped=True),
         row("ep2-zero3-full", ep=2, stage=3, settings=FULL),
         row("ep2-zero1-host", ep=2, stage=1, settings=HOST),
         row("ep2-halves", ep=2, overlap="halves", case="one_rank"),

@@ -134,8 +134,8 @@ def changed(config: Config, *, fields: dict) -> Config:
 
 def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[str, object]:
     """Some steps, an evaluation, and the state; the same figures for every engine."""
-    # fresh memory is then filled with NaN
-    torch.use_deterministic_algorithms(row.poison, warn_only=True)
+    if row.poison != torch.are_deterministic_algorithms_enabled():  # fresh memory is then filled with NaN
+        torch.use_deterministic_algorithms(row.poison, warn_only=True)  # loads the compiler: 2 s of every rank
     engine = make_engine(row)
     result: dict[str, object] = {"losses": [], "norms": [], "loads": []}
     result["start"] = {name: value.clone() for name, value in engine.state().parameters.items()}
@@ -145,6 +145,8 @@ def run_row(row: Row, *, steps: int, recorded: Notes | None, out: Path) -> dict[
     choices = Choices(engine, layout=vars(engine).get("_layout"), recorded=recorded) if watched else None
     for step in range(steps):
         batches = make_rows(step, row=row, rows=row.rows)[engine.dp_rank :: engine.dp_size]
+        if row.dropped and step == 1:
+            engine.discard(engine.accumulate(batches))
         with contextlib.ExitStack() as stack:
             if row.measure:
                 stack.enter_context(kept.watch())
@@ -173,12 +175,12 @@ def finish_row(row: Row, *, engine: Engine, steps: int, out: Path) -> dict[str, 
     result: dict[str, object] = {"state": engine.state()}
     if not row.is_local:  # copies of one part, those of two stages included
         engine.check_copies()
+    pair = make_rows(8, row=row, rows=engine.dp_size)
+    result["evaluated"] = float(engine.evaluate_batch(pair[engine.dp_rank]).terms.text)
     batch = make_rows(7, row=row, rows=1)[0]
     with engine.whole_model(), torch.no_grad():
         if engine.is_main:  # no other rank runs: no collective may be left in the whole model
             result["by_hand"] = engine.model(batch).text_hidden
-    pair = make_rows(8, row=row, rows=engine.dp_size)
-    result["evaluated"] = float(engine.evaluate_batch(pair[engine.dp_rank]).terms.text)
     if row.third and steps == STEPS:
         result["third"] = third_step(row, engine=engine, folder=out / "checkpoints" / row.name)
     return result

@@ -79,14 +79,14 @@ class Absence:
 class Layout:
     """How a model is spread: the sections of each stage, the shard of every parameter by name (those of all stages),
     how rows are split over context ranks, and the seams that were exchanged. stages: None for a layout that does not
-    run; context_chunk: as in ParallelConfig."""
+    run; context_chunk: as in ParallelConfig; is_one_length: as in Splitter."""
 
     def __init__(
         self, state: ParallelState, *, shards: dict[str, Shard], stages: StagePlan | None = None,
-        context_chunk: int = CHUNK_TOKENS,
+        context_chunk: int = CHUNK_TOKENS, is_one_length: bool = False,
     ) -> None:
         self.state, self.stages, self.shards = state, stages, shards
-        self.splitter = Splitter(state.axis("cp").size, context_chunk)
+        self.splitter = Splitter(state.axis("cp").size, context_chunk, is_one_length)
         self._seams: list[Seam] = []
         self._absent: dict[str, Absence] = {}
 
@@ -231,7 +231,11 @@ def apply_layout(
     an outline; one that has values already is cut. is_drawn: as in `make_parts`."""
     stages = plan_stages(model.config, pp=parallel.pp, vpp=parallel.vpp, stage_layers=parallel.stage_layers)
     shards = plan_shards(shapes_of(model), place=state, stages=stages)
-    layout = Layout(state, stages=stages, shards=shards, context_chunk=parallel.context_chunk)
+    layout = Layout(
+        state, stages=stages, shards=shards, context_chunk=parallel.context_chunk,
+        # of a layer that runs again, `SequenceRegion` knows what rank holds which tokens of the latest micro-batch
+        is_one_length=parallel.sequence and parallel.pp > 1,
+    )
     layout.leave_out(model)
     make_parts(model, layout=layout, is_drawn=is_drawn)
     install_tensor(model, state=state, install=layout.install, is_sequence=parallel.sequence)

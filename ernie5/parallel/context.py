@@ -54,7 +54,8 @@ def cut_batch(batch: Batch, *, rank: int, splitter: Splitter) -> Batch:
     tokens = batch.token_ids.shape[1]
     split = splitter.of_row(tokens, has_sinks=False)
     owner = split.owners()[:tokens].to(batch.token_ids.device)
-    if any(_has_shared_frame(p, owner=owner) for p in (batch.image_patches, batch.video_patches)):
+    seen = (batch.image_patches, batch.video_patches)
+    if splitter.is_one_length or any(_has_shared_frame(patches, owner=owner) for patches in seen):
         split = dataclasses.replace(split, has_sinks=True)
     cut = _Cut(split, rank=rank, tokens=tokens, owner=owner)
     return dataclasses.replace(

@@ -70,10 +70,14 @@ class TokenSplit:
 
 @dataclasses.dataclass(frozen=True)
 class Splitter:
-    """Splits rows over `ranks` ranks into as many rounds, up to MOST_ROUNDS, as leave chunks of `least` positions."""
+    """Splits rows over `ranks` ranks into as many rounds, up to MOST_ROUNDS, as leave chunks of `least` positions.
+
+    is_one_length: parts have sinks whether they need them or not, so that equal rows have equal parts.
+    """
 
     ranks: int
     least: int
+    is_one_length: bool = False
 
     def of_row(self, tokens: int, *, has_sinks: bool) -> TokenSplit:
         """The split of a row of so many positions."""

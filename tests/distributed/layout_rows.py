@@ -378,6 +378,8 @@ EIGHT = group(
     row("pp2-vpp2-ep2-tp2", pp=2, vpp=2, ep=2, tp=2),
     row("pp2-tp2-ep4-sequence", pp=2, tp=2, ep=4, sequence=True),
     row("pp2-cp2-tp2-ep2-etp2", pp=2, cp=2, tp=2, ep=2, etp=2),
+    # a picture that a cut divides makes a part longer, not every micro-batch has one, and layers run again
+    row("pp2-cp2-tp2-sequence-full", pp=2, cp=2, tp=2, ep=2, sequence=True, settings=FULL),
     row("pp2-cp2-ep4", pp=2, cp=2, ep=4),
     row("pp4-ep2", pp=4, ep=2),
     row("cp2-tp2-dp2-ep4", cp=2, tp=2, ep=4, model="rich"),

@@ -170,13 +170,16 @@ def test_every_rank_has_the_same_number_of_visible_pairs_under_a_causal_mask() -
         assert len(set(pairs)) == 1
 
 
+@pytest.mark.parametrize("is_one_length", [False, True])
 @pytest.mark.parametrize("ranks,tokens,seed,is_shared,least", [
     (2, 150, 5, True, WHOLE), (3, 161, 9, True, WHOLE), (4, 161, 9, True, WHOLE), (3, 150, 1, False, WHOLE),
     (2, 161, 6, False, WHOLE), (2, 150, 5, False, 4), (3, 161, 9, True, 9),
 ])
-def test_the_parts_of_a_batch_are_the_batch(ranks: int, tokens: int, seed: int, is_shared: bool, least: int) -> None:
+def test_the_parts_of_a_batch_are_the_batch(
+    ranks: int, tokens: int, seed: int, is_shared: bool, least: int, is_one_length: bool
+) -> None:
     batch = synthetic_batch(VOCAB, shapes=SHAPES, rows=3, sequence_tokens=tokens, seed=seed, mtp_depth=2)
-    splitter = Splitter(ranks, least)
+    splitter = Splitter(ranks, least, is_one_length)
     parts = [cut_batch(batch, rank=rank, splitter=splitter) for rank in range(ranks)]
     counts = parts[0].counts()
     for part in parts[1:]:
@@ -185,7 +188,7 @@ def test_the_parts_of_a_batch_are_the_batch(ranks: int, tokens: int, seed: int, 
     for field in dataclasses.fields(whole):
         assert torch.equal(getattr(counts, field.name), getattr(whole, field.name)), field.name
     split = splitter.of_part(parts[0].token_ids.shape[1])
-    assert split.has_sinks == is_shared  # whether a picture straddles a cut
+    assert split.has_sinks == (is_shared or is_one_length)  # whether a picture straddles a cut
     for name in ("text_targets", "bit_targets", "visual_cells", "audio_frames", "audio_targets", "speakers"):
         assert_record(name, batch=batch, parts=parts, split=split)
     for rank, part in enumerate(parts):

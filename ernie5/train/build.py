@@ -30,6 +30,7 @@ from ernie5.observe.log import get_log
 from ernie5.observe.metrics import Figures, Metrics
 from ernie5.observe.sinks import check_sinks, keep_until_step, open_sinks
 from ernie5.observe.throughput import matrix_rate
+from ernie5.parallel.deepep import require_deepep
 from ernie5.records import Batch
 from ernie5.tokenizers.bundle import TokenizerBundle, load_tokenizers
 from ernie5.tokenizers.kept import KEPT_FOLDER, keep_tokenizers
@@ -71,6 +72,8 @@ def build_run(config: RootConfig, *, run_dir: Path, resume_from: Path | None, fr
     dp = config.derive_dp(world_size)
     device = choose_device(config.engine.device)
     config.engine.check_device(device.type)
+    if config.parallel.dispatcher == "deepep":
+        require_deepep()
     keep_freed_memory()
     if config.engine.cpu_threads:
         torch.set_num_threads(config.engine.cpu_threads)

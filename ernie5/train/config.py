@@ -199,6 +199,11 @@ class RootConfig(Config):
                 "objectives.orthogonality_weight",
                 "the decoupled router step needs whole fp32 weights. Set engine.kind: local and engine.precision: fp32",
             )
+        if self.parallel.dispatcher == "deepep" and self.engine.precision != "bf16":
+            self.fail(
+                "parallel.dispatcher",
+                "it carries bf16 rows. Set engine.precision: bf16, or parallel.dispatcher: alltoall",
+            )
         balance, weights = self.model.moe.balance, self.objectives
         for name, on, weight in (
             ("switch", balance.switch_loss, weights.switch_weight),

@@ -46,6 +46,13 @@ def test_what_deepspeed_would_train_otherwise_is_refused_with_the_configuration(
         config.derive_dp(2)
 
 
+def test_deepep_is_refused_with_rows_that_it_does_not_carry(debug: Path) -> None:
+    changes = ("engine.kind=grid", "parallel.ep=2", "parallel.dispatcher=deepep")
+    load_config(debug, schema=RootConfig, overrides=(*changes, "engine.precision=bf16"))
+    with pytest.raises(ConfigError, match=r"^parallel.dispatcher = 'deepep': .* Set engine.precision: bf16"):
+        load_config(debug, schema=RootConfig, overrides=(*changes, "engine.precision=fp32"))
+
+
 def test_a_name_without_a_path_is_answered_with_the_whole_configurations_of_that_name(
     repository: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -36,6 +36,7 @@ from ernie5_kernels.native.memory import keep_freed_memory
 
 TOLERANCES = {torch.bfloat16: 3e-2, torch.float32: 1e-4}  # of the largest value: bf16 keeps 8 bits; orders of sums
 EXPERT_COUNTS = (16, 64, 128, 256, 512)
+WARM_ROUNDS = 8  # of layers with many tokens: see measure.warm_up
 QUICK = Shape("quick", 64, 1, 8, 2, 32, 2, 1, ROW_TOKENS)
 
 
@@ -119,7 +120,9 @@ def _module_run(
 
 def race_dense(shape: Shape, *, rounds: int) -> list[Row]:
     """The expert layer against the dense one: a ratio below 1 is what routing costs."""
-    timings = race({"ours": layer_run(shape), "dense": dense_run(shape)}, flops=0, rounds=rounds)
+    timings = race(
+        {"ours": layer_run(shape), "dense": dense_run(shape)}, flops=0, rounds=rounds, warm_rounds=WARM_ROUNDS
+    )
     name = f"expert layer, {shape.tokens} tokens"
     return [row_of(timings, group="other: dense FFN of the same FLOPs", name=name, amount=shape.layer_flops,
                    unit="GFLOP/s")]
@@ -130,7 +133,9 @@ def race_experts(shape: Shape, *, rounds: int, counts: tuple[int, ...]) -> list[
     runs = {n: layer_run(dataclasses.replace(shape, experts=n)) for n in counts}
     rows = []
     for n in counts:
-        timings = race({"ours": runs[n], "fewest": runs[counts[0]]}, flops=0, rounds=rounds)
+        timings = race(
+            {"ours": runs[n], "fewest": runs[counts[0]]}, flops=0, rounds=rounds, warm_rounds=WARM_ROUNDS
+        )
         flops = dataclasses.replace(shape, experts=n).layer_flops
         rows.append(row_of(timings, group=f"other: {counts[0]} experts, {shape.tokens} tokens", name=f"{n} experts",
                            amount=flops, unit="GFLOP/s"))
@@ -144,7 +149,8 @@ def main() -> None:
     parser.add_argument("--shape", choices=tuple(SHAPES), help="S by default")
     parser.add_argument("--tokens", type=at_least(ROW_TOKENS, multiple=ROW_TOKENS), default=0,
                         help="instead of the shape's, in rows of 1,024")
-    parser.add_argument("--rounds", type=at_least(1), help="each after one that is not counted; 3 by default")
+    parser.add_argument("--rounds", type=at_least(1),
+                        help="after one that is not counted, of layers up to eight; 3 by default")
     parser.add_argument("--threads", type=num_threads, default=1)
     parser.add_argument("--quick", action="store_true", help="small sizes of its own, one round by default")
     parser.add_argument("--out", type=folder, help="folder for bench_kernels.json and bench_kernels.png")

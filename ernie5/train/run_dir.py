@@ -100,9 +100,9 @@ def held_folder(config: RootConfig, *, run_dir: Path, folder: Path) -> Iterator[
     behind. Raises ConfigError where a file is in the way or it is another run's, EnvironmentFault where the machine
     refuses: else the first save would find it out."""
     made = [path for path in (folder, *folder.parents) if not os.path.lexists(path)]
-    is_apart = config.checkpoint.dir is not None  # else it lies in RUN_DIR, which is held
     try:
         _try_to_write(config, folder=folder)
+        is_apart = config.checkpoint.dir is not None and not folder.samefile(run_dir)  # else RUN_DIR's lock is its own
         with held(folder, key=KEY) if is_apart else contextlib.nullcontext():
             _check_owner(config, run_dir=run_dir, folder=folder)
             try:
@@ -131,7 +131,7 @@ def _try_to_write(config: RootConfig, *, folder: Path) -> None:
 def _check_owner(config: RootConfig, *, run_dir: Path, folder: Path) -> None:
     """One run's checkpoints would be taken for the other's: gone on from, thinned out, cleared by --fresh."""
     owner = owner_of(folder, newest=latest_checkpoint(folder))
-    if owner is not None and owner.resolve() != run_dir.resolve():
+    if owner is not None and not owner.samefile(run_dir):
         config.fail(
             KEY, f"{folder} has the checkpoints of the run in {owner}. Give this run another {KEY}, with --resume "
             f"{folder} where it is to go on from them. If that run goes on in {run_dir}, remove {owner / CONFIG_FILE}"

@@ -212,3 +212,12 @@ def test_a_run_that_moved_takes_its_checkpoints_along_and_another_one_does_not(w
     main([*command, f"train.run_dir={tmp_path / 'plain'}", "train.steps=1"])
     with pytest.raises(ConfigError, match=f"of the run in {tmp_path / 'plain'}"):
         main([*command, f"train.run_dir={tmp_path / 'one'}", f"checkpoint.dir={tmp_path / 'plain' / 'checkpoints'}"])
+
+
+def test_checkpoints_may_lie_in_the_run_directory_itself_whatever_its_name(world: Path, tmp_path: Path) -> None:
+    """The run waited for its own lock there, and refused itself."""
+    command, run_dir = [str(world / "run.yaml"), "train.eval_every_steps=0"], tmp_path / "run"
+    main([*command, f"train.run_dir={run_dir}", f"checkpoint.dir={run_dir}", "train.steps=1"])
+    (tmp_path / "link").symlink_to(run_dir)
+    main([*command, f"train.run_dir={tmp_path / 'link'}", f"checkpoint.dir={run_dir}", "train.steps=2"])
+    assert (run_dir / "step-00000002").is_dir() and "resumed from" in (run_dir / "log.txt").read_text("utf-8")

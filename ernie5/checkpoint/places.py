@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import os
 from pathlib import Path
 
@@ -9,6 +10,7 @@ from ernie5.config.load import parse_file
 from ernie5.errors import ConfigError
 
 CONFIG_FILE = "config.yaml"
+METRICS_FILE = "metrics.jsonl"  # beside it in every run directory, and not beside a configuration that a person wrote
 DEFAULT_FOLDER = "checkpoints"
 
 
@@ -55,13 +57,15 @@ def find_folder(run_dir: Path, *, written: str) -> Path:
 
 def owner_of(folder: Path, *, newest: Path | None) -> Path | None:
     """The run that keeps its checkpoints in `folder`, None where there is none any more: the one around it, or the one
-    that wrote `newest`, which names it as a whole path; its config.yaml must lead back here."""
+    that wrote `newest`, which names it as a whole path; its config.yaml must lead back here. One that cannot be
+    looked at from here counts as gone."""
     name = written_setting(newest / CONFIG_FILE, section="train", key="run_dir") if newest is not None else None
     for run_dir in (folder.parent, *([Path(name)] if name is not None and Path(name).is_absolute() else [])):
-        setting = written_setting(run_dir / CONFIG_FILE, section="checkpoint", key="dir")
-        is_run = (run_dir / CONFIG_FILE).is_file()
-        if is_run and folder_of_run(run_dir, setting=setting).resolve() == folder.resolve():
-            return run_dir
+        with contextlib.suppress(OSError):  # another user's, or on storage that is away
+            setting = written_setting(run_dir / CONFIG_FILE, section="checkpoint", key="dir")
+            is_run = all((run_dir / name).is_file() for name in (CONFIG_FILE, METRICS_FILE))
+            if is_run and folder_of_run(run_dir, setting=setting).resolve() == folder.resolve():
+                return run_dir
     return None
 
 

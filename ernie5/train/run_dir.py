@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from ernie5.checkpoint.names import latest_checkpoint
-from ernie5.checkpoint.places import owner_of
+from ernie5.checkpoint.places import METRICS_FILE, owner_of
 from ernie5.checkpoint.retention import clear_checkpoints
 from ernie5.errors import ConfigError, EnvironmentFault
 from ernie5.observe.faults import refusal_of
@@ -22,7 +22,6 @@ from ernie5.train.config import RootConfig
 from ernie5.train.recover import RUN_DIR_VARIABLE
 
 CONFIG_FILE = "config.yaml"
-METRICS_FILE = "metrics.jsonl"
 RUN_FILES = (METRICS_FILE, "routing.jsonl", "evaluation.json", "report.html", CONFIG_FILE)
 # In its folders, by name, too: a run directory may be a project's folder, with errors/ and samples/ of its own.
 GALLERY = "samples.json"  # generate/manifest.py's, which loads torch: what stands beside it goes with it

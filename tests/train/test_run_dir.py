@@ -5,6 +5,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import json
+import os
 import subprocess
 import sys
 import time
@@ -221,3 +222,30 @@ def test_checkpoints_may_lie_in_the_run_directory_itself_whatever_its_name(world
     (tmp_path / "link").symlink_to(run_dir)
     main([*command, f"train.run_dir={tmp_path / 'link'}", f"checkpoint.dir={run_dir}", "train.steps=2"])
     assert (run_dir / "step-00000002").is_dir() and "resumed from" in (run_dir / "log.txt").read_text("utf-8")
+
+
+def test_a_configuration_of_ones_own_beside_the_checkpoints_makes_no_run_there(world: Path, tmp_path: Path) -> None:
+    """Its folder was taken for the run that owns them: nothing began, and its removal was asked for."""
+    (tmp_path / "config.yaml").write_bytes((world / "run.yaml").read_bytes())
+    command = [str(tmp_path / "config.yaml"), f"train.run_dir={tmp_path / 'run'}", "train.eval_every_steps=0"]
+    main([*command, f"checkpoint.dir={tmp_path / 'checkpoints'}", "train.steps=1"])
+    assert (tmp_path / "checkpoints" / "step-00000001").is_dir()
+
+
+def test_a_run_of_somebody_elses_that_cannot_be_looked_at_stops_nobody_who_has_its_checkpoints(
+    world: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Their user's folder is closed: that was an error of the machine."""
+    command = [str(world / "run.yaml"), f"checkpoint.dir={tmp_path / 'far'}", "train.eval_every_steps=0"]
+    theirs = tmp_path / "theirs" / "run"
+    main([*command, f"train.run_dir={theirs}", "train.steps=1"])
+    stat = Path.stat
+
+    def closed(path: Path, **options: bool) -> os.stat_result:
+        if path.is_relative_to(theirs):
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return stat(path, **options)
+
+    monkeypatch.setattr(Path, "stat", closed)
+    main([*command, f"train.run_dir={tmp_path / 'mine'}", "train.steps=2"])
+    assert "resumed from" in (tmp_path / "mine" / "log.txt").read_text("utf-8")

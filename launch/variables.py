@@ -23,10 +23,12 @@ NAMES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
 SOURCES = {
     "srun": ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID", "SLURM_STEP_TASKS_PER_NODE", "SLURM_NODEID",
              "SLURM_STEP_NODELIST", "SLURM_JOB_ID"),
-    "mpirun": ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK",
-               "OMPI_COMM_WORLD_LOCAL_SIZE"),
+    "mpirun": tuple(f"OMPI_COMM_WORLD_{what}" for what in ("RANK", "SIZE", "LOCAL_RANK", "LOCAL_SIZE")),
     "mpiexec": ("PMI_RANK", "PMI_SIZE", "MPI_LOCALRANKID", "MPI_LOCALNRANKS"),
 }
+# Whose rank it is. One of MPI has Slurm's as well inside a job: of its script, or of the step that started MPI there.
+MARKS = (("OMPI_COMM_WORLD_RANK", "mpirun"), ("MPI_LOCALRANKID", "mpiexec"), ("SLURM_STEP_ID", "srun"),
+         ("PMI_RANK", "mpiexec"))
 
 
 def adopt_launcher(arguments: list[str]) -> list[str]:
@@ -37,13 +39,11 @@ def adopt_launcher(arguments: list[str]) -> list[str]:
         os.environ.setdefault("LOCAL_RANK", told)
     try:
         os.environ.update(variables_of(os.environ))
+        return kept
     except KeyError as missing:
-        problem = (f"the launcher did not set {missing.args[0]}. Set it to where rank 0 runs, or to what "
-                   "launch/variables.py says for this launcher")
+        problem = f"the launcher did not set {missing.args[0]}. Set it to where rank 0 runs, or see launch/variables.py"
     except ValueError as error:
         problem = str(error)
-    else:
-        return kept
     print(f"LayoutError: {problem}", file=sys.stderr)
     sys.exit(2)
 
@@ -53,9 +53,9 @@ def variables_of(environment: Mapping[str, str]) -> dict[str, str]:
     if "RANK" in environment:
         local = environment.get("LOCAL_SIZE")
         return {"LOCAL_WORLD_SIZE": local} if local and "LOCAL_WORLD_SIZE" not in environment else {}
-    launcher = next((name for name, source in SOURCES.items() if source[0] in environment), None)
-    if launcher is None or (launcher == "srun" and "SLURM_STEP_ID" not in environment):
-        return {}  # by hand; the script of an sbatch job has SLURM_PROCID as well, and is no rank
+    launcher = next((name for variable, name in MARKS if variable in environment), None)
+    if launcher is None:
+        return {}  # by hand
     told = {name: environment[name] for name in SOURCES[launcher]}
     found, address, port = dict(zip(NAMES, told.values())), environment.get("MASTER_ADDR"), 29500
     try:

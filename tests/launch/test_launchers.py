@@ -51,6 +51,17 @@ def test_mpi_launchers_tell_the_rank_and_need_an_address_for_several_hosts(varia
     assert (found["RANK"], found["MASTER_ADDR"], found["MASTER_PORT"]) == ("1", "node0", "29500")
 
 
+@pytest.mark.parametrize("step", [{}, {"SLURM_STEP_ID": "1"}], ids=["the script's host", "other hosts"])
+def test_ranks_of_mpi_inside_a_slurm_job_are_those_of_mpi(variables: types.ModuleType, step: dict[str, str]) -> None:
+    """Every one of them trained alone, or took the place of the process that started MPI on its host."""
+    job = {**{name: value for name, value in SLURM.items() if name != "SLURM_STEP_ID"}, **step, "MASTER_ADDR": "node0"}
+    for names in (variables.SOURCES["mpirun"], variables.SOURCES["mpiexec"]):
+        found = variables.variables_of({**job, **dict(zip(names, ("1", "4", "0", "2"), strict=True))})
+        assert [found[name] for name in variables.NAMES] == ["1", "4", "0", "2"]
+    if step:  # srun may speak PMI itself
+        assert variables.variables_of({**job, "PMI_RANK": "1", "PMI_SIZE": "4"})["RANK"] == SLURM["SLURM_PROCID"]
+
+
 def test_what_deepspeed_and_torchrun_set_is_kept_and_no_launcher_sets_nothing(variables: types.ModuleType) -> None:
     assert variables.variables_of({"RANK": "0", "LOCAL_SIZE": "2"}) == {"LOCAL_WORLD_SIZE": "2"}
     assert variables.variables_of({"RANK": "0", "LOCAL_WORLD_SIZE": "2", **SLURM}) == {}

@@ -8,6 +8,7 @@ import os
 import shutil
 import tempfile
 import time
+import typing
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -46,8 +47,15 @@ def held(run_dir: Path, *, key: str = "train.run_dir") -> Iterator[None]:
     """
     with contextlib.ExitStack() as files:
         with contextlib.suppress(OSError):  # whatever the run writes next says it better
-            _lock(files.enter_context((run_dir / LOCK_FILE).open("a")).fileno(), folder=run_dir, key=key)
+            _lock(files.enter_context(_open(run_dir / LOCK_FILE)).fileno(), folder=run_dir, key=key)
         yield
+
+
+def _open(path: Path) -> typing.IO:
+    try:
+        return path.open("a")
+    except PermissionError:
+        return path.open("rb")  # another user's file shows whether that one's run holds it, all the same
 
 
 def _lock(number: int, *, folder: Path, key: str) -> None:

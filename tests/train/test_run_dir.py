@@ -249,3 +249,21 @@ def test_a_run_of_somebody_elses_that_cannot_be_looked_at_stops_nobody_who_has_i
     monkeypatch.setattr(Path, "stat", closed)
     main([*command, f"train.run_dir={tmp_path / 'mine'}", "train.steps=2"])
     assert "resumed from" in (tmp_path / "mine" / "log.txt").read_text("utf-8")
+
+
+def test_a_lock_file_of_another_users_is_respected(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It cannot be opened for writing, and nothing was held."""
+    monkeypatch.setattr(module, "ENDING_SECONDS", 0.0)
+    opened = Path.open
+
+    def closed(path: Path, mode: str = "r", **options: object) -> object:
+        if mode == "a":
+            raise PermissionError(errno.EACCES, "Permission denied", str(path))
+        return opened(path, mode, **options)
+
+    with held(tmp_path):
+        monkeypatch.setattr(Path, "open", closed)
+        with pytest.raises(ConfigError, match="another run goes on there"), held(tmp_path):
+            pass
+    with held(tmp_path):
+        pass

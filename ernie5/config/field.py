@@ -93,6 +93,11 @@ def fraction(value: Scalar) -> str | None:
     return None if 0 <= value <= 1 else "must lie between 0 and 1"
 
 
+def below_one(value: Scalar) -> str | None:
+    """Numbers in [0, 1)."""
+    return None if 0 <= value < 1 else "must be at least 0 and below 1"
+
+
 def non_empty(value: Scalar) -> str | None:
     """Strings with at least one visible character."""
     return None if str(value).strip() else "must not be empty"

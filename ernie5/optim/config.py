@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from ernie5.config.base import Config, config
-from ernie5.config.field import field, fraction, non_negative, positive
+from ernie5.config.field import below_one, field, fraction, non_negative, positive
 
 
 @config
@@ -32,8 +32,8 @@ class OptimConfig(Config):
 
     name: str = field("adamw", doc="optimizer", choices=("adamw", "muon"), kind="numerics")
     learning_rate: float = field(1e-4, doc="peak learning rate", check=positive, kind="numerics")
-    beta1: float = field(0.9, doc="decay of the first moment", check=fraction, kind="numerics")
-    beta2: float = field(0.95, doc="decay of the second moment", check=fraction, kind="numerics")
+    beta1: float = field(0.9, doc="decay of the first moment", check=below_one, kind="numerics")
+    beta2: float = field(0.95, doc="decay of the second moment", check=below_one, kind="numerics")
     epsilon: float = field(1e-8, doc="added to the root of the second moment", check=positive, kind="numerics")
     weight_decay: float = field(0.1, doc="decoupled weight decay of matrices", check=non_negative, kind="numerics")
     moments: str = field(

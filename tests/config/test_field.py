@@ -46,6 +46,7 @@ def test_types_that_yaml_cannot_fill_are_refused(schema: type) -> None:
         (checks.positive, (1, 0.1), (0, -1, float("nan"))),
         (checks.non_negative, (0, 2), (-0.1, float("nan"))),
         (checks.fraction, (0, 0.5, 1), (-0.1, 1.1, float("nan"))),
+        (checks.below_one, (0, 0.5, 0.9999), (-0.1, 1, 1.1, float("nan"))),
         (checks.at_least(8), (8, 9), (7,)),
         (checks.between(2, 4), (2, 4), (1, 5, float("nan"))),
         (checks.multiple_of(8), (8, 64), (0, 12, -8)),

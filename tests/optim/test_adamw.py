@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 
+from ernie5.errors import ConfigError
 from ernie5.optim.adamw import MOMENTS, AdamW, materialise_state
 from ernie5.optim.build import build_optimizer
 from ernie5.optim.config import OptimConfig
@@ -133,3 +134,10 @@ def test_state_can_be_there_before_the_first_step_and_goes_through_a_state_dict(
     other.load_state_dict(optimizer.state_dict())
     for mine, parameter in zip(ours.parameters(), again.parameters(), strict=True):
         assert all(torch.equal(optimizer.state[mine][key], other.state[parameter][key]) for key in ("step", *MOMENTS))
+
+
+@pytest.mark.parametrize("name", ["beta1", "beta2"])
+def test_a_moment_that_never_moves_is_refused(name: str) -> None:
+    """Its correction divides by zero, at the first step."""
+    with pytest.raises(ConfigError, match=rf"{name} = 1.0: must be at least 0 and below 1"):
+        OptimConfig(**{name: 1.0})

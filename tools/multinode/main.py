@@ -175,9 +175,12 @@ def main() -> int:
     names = [case.name for case in CASES]
     parser.add_argument("--cases", nargs="+", choices=names, default=names)
     parser.add_argument("--parts", nargs="+", choices=PARTS, default=list(PARTS),
-                        help="cut, supervised and lost need what equal has left")
+                        help="all but equal of the first case alone; cut, supervised and lost need what equal has left")
     options = parser.parse_args()
     out = options.out.resolve()
+    first = out / next(case.name for case in CASES if case.name in options.cases) / "one_host"
+    if {*options.parts} & {"cut", "supervised", "lost"} and "equal" not in options.parts and not first.is_dir():
+        parser.error(f"--parts {' '.join(options.parts)}: there is no {first} to compare with; add equal before them")
     out.mkdir(parents=True, exist_ok=True)
     cases = [case for case in CASES if case.name in options.cases]
     results = []

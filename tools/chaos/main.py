@@ -35,8 +35,8 @@ PATIENCE_SECONDS = 1800.0
 
 @dataclasses.dataclass(frozen=True)
 class Kill:
-    """One SIGKILL: round, moment, rank; the last step of metrics.jsonl, the newest checkpoint on disk, and how many
-    starts of the run had loaded one so far."""
+    """One SIGKILL: round, moment, rank; the last step of metrics.jsonl, the newest checkpoint on disk, how many starts
+    of the run had loaded one so far, and how many had ended."""
 
     round: int
     moment: str
@@ -44,6 +44,7 @@ class Kill:
     step: int
     saved_step: int
     loads: int
+    starts: int
 
 
 @dataclasses.dataclass(frozen=True)
@@ -108,7 +109,7 @@ class Attack:
             return
         rank = self._random.choice(sorted(ranks))
         saved, loads = saved_step(self._run_dir), len(resumed_steps(self._run_dir))
-        kill = Kill(self._number, moment, rank, last_step(self._run_dir), saved, loads)
+        kill = Kill(self._number, moment, rank, last_step(self._run_dir), saved, loads, starts)
         try:
             os.kill(ranks[rank], signal.SIGKILL)
         except ProcessLookupError:
@@ -139,8 +140,10 @@ class Attack:
     def _judge(self, seconds: float) -> Round:
         found = compare(self._run_dir, whole=self._options.out / "whole")
         resumed = resumed_steps(self._run_dir)
-        # Two kills without a load in between find the same steps undone: the second one alone counts.
-        last = list({kill.loads: kill for kill in self.kills}.values())
+        # A rank killed in the last start was done with its work: nothing is loaded behind it, and nothing was lost. Two
+        # kills without a load in between find the same steps undone: the second one alone counts.
+        ends = self._num_ends()
+        last = list({kill.loads: kill for kill in self.kills if kill.starts + 1 < ends}.values())
         reached = [resumed[kill.loads] if kill.loads < len(resumed) else 0 for kill in last]
         lost = sum(max(0, kill.step - step) for kill, step in zip(last, reached, strict=True))
         missing = sum(step < kill.saved_step for kill, step in zip(last, reached, strict=True))

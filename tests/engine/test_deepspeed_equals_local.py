@@ -47,7 +47,7 @@ def local_result(tiny: types.ModuleType) -> dict:
     return tiny.two_steps(tiny.make_engine("local"))
 
 
-def compare(result: dict, *, expected: dict) -> None:
+def assert_same_steps(result: dict, *, expected: dict) -> None:
     assert set(result["gradients"]) == set(expected["gradients"])
     for name, gradient in expected["gradients"].items():
         assert (result["gradients"][name] - gradient).abs().max() < GRADIENT_TOLERANCE, name
@@ -67,7 +67,7 @@ def compare(result: dict, *, expected: dict) -> None:
 def test_one_process_equals_local_parameter_by_parameter(
     stage: int, tiny: types.ModuleType, local_result: dict
 ) -> None:
-    compare(tiny.two_steps(tiny.make_engine("deepspeed", stage=stage)), expected=local_result)
+    assert_same_steps(tiny.two_steps(tiny.make_engine("deepspeed", stage=stage)), expected=local_result)
 
 
 def run_ranks(tmp_path: Path, *, stages: list[int], ranks: int) -> dict[int, dict]:
@@ -95,7 +95,7 @@ def test_two_ranks_with_other_modalities_equal_one_local_process(tmp_path: Path,
     total = sum(value.numel() for value in local_result["state"].parameters.values())
     results = run_ranks(tmp_path, stages=[0, 1, 2, 3], ranks=2)
     for stage, result in results.items():
-        compare(result, expected=local_result)
+        assert_same_steps(result, expected=local_result)
         assert result["resident_elements"] == (0 if stage == 3 else total)
         assert result["evaluated"] == pytest.approx(results[0]["evaluated"], rel=1e-4)
         assert torch.allclose(result["hidden_by_hand"], results[0]["hidden_by_hand"], atol=1e-3)
